@@ -1,0 +1,313 @@
+"""Plumbing that every stage shares: options, device and precision, optimizer and schedule, checkpoints, the log.
+
+No equation lives here. A stage calls, in this order: parse, setup, load_model, make_optimizer, then in its loop
+learning_rate, sum_over_ranks, Log, save_checkpoint.
+"""
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+
+import torch
+import torch.distributed as dist
+
+from data import dataset, get_tokenizer
+from model import GPT, GPTConfig, PRETRAINED
+
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+def say(*text):
+    if RANK == 0:
+        print(*text, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+def parse(Config, RECIPES, argv=None):
+    """Command line -> Config: `[RECIPE] [--option=value …]`, the recipe's settings over Config's defaults, the options over both."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(usage(Config, RECIPES))
+        raise SystemExit(0)
+    recipes, kinds = ["animals", *RECIPES], {f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type) for f in fields(Config)}
+    recipe, given = None, {}
+    for arg in argv:
+        if not arg.startswith("-") and recipe is None:
+            recipe = known("recipe", arg, recipes)
+            continue
+        name, equals, value = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--"):
+            raise SystemExit(f"{arg}: options are written --name=value (-h lists them)")
+        known("option", name, kinds)
+        if not equals and kinds[name] != "bool":
+            raise SystemExit(f"--{name} needs a value: --{name}=…")
+        given[name] = convert(name, value if equals else "True", kinds[name])
+    if recipe is None:  # a file of one's own is real text: hh's settings, not those of a toy world
+        recipe = "hh" if os.path.isfile(given.get("data", "")) else "animals"
+    return Config(**{"recipe": recipe, **RECIPES.get(recipe, {}), **given})
+
+
+def known(kind, name, names):
+    if name in names:
+        return name
+    near = difflib.get_close_matches(name, names, 1, 0.4)
+    raise SystemExit(f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") +
+                     ("" if kind == "option" else f" (there are {', '.join(names)})") + " -h lists everything")
+
+
+def convert(name, value, kind):
+    """"3e-4" -> 3e-4 and so on, by the annotation of the option's field."""
+    kind, _, optional = kind.partition(" | ")
+    if optional and value == "None":
+        return None
+    try:
+        if kind == "bool":
+            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+        if kind == "int" and float(value) == int(float(value)):
+            return int(float(value))
+        return {"float": float, "str": str}[kind](value)
+    except (KeyError, ValueError, OverflowError):
+        raise SystemExit(f"--{name}={value}: expected {dict(int='a whole number', float='a number', bool='True or False')[kind]}")
+
+
+def usage(Config, RECIPES):
+    """-h: every option, its default in each recipe, and its comment in the source."""
+    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
+    recipes = {"animals": {}, **RECIPES}
+    rows = [("option", *recipes, "")]
+    for f in fields(Config):
+        rows.append(("--" + f.name, *(str(settings.get(f.name, f.default if f.name != "recipe" else name))
+                                      for name, settings in recipes.items()), comments[f.name]))
+    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    script = os.path.basename(inspect.getfile(Config))
+    return "\n".join([f"python {script} [RECIPE] [--option=value …]       recipes: {', '.join(recipes)}", ""] +
+                     ["  ".join([cell.ljust(w) for cell, w in zip(row, width)] + [row[-1]]).rstrip() for row in rows])
+
+
+def run_dir(stage, cfg):
+    """out/STAGE-RECIPE, or out/STAGE-FILE for a data file of one's own."""
+    return f"out/{stage}-" + (os.path.basename(cfg.data).split(".")[0] if os.path.isfile(cfg.data) else cfg.recipe)
+
+
+# ------------------------------------------------------------------------------------------------ device, precision, processes
+
+def setup(cfg):
+    """Seeds, joins the other processes under torchrun, and returns the device and the autocast context of the forward passes."""
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit(f"--device={device}: torch sees no CUDA device here")
+    if device == "cuda" and WORLD > 1:
+        device = f"cuda:{LOCAL_RANK}"
+        torch.cuda.set_device(device)
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    torch.manual_seed(cfg.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return device, torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()
+
+
+def share(batch):
+    """This process's part of a global batch (a list that the number of processes divides)."""
+    if len(batch) % WORLD:
+        raise SystemExit(f"--batch_size={len(batch)}: {WORLD} processes cannot share it evenly")
+    return batch[RANK::WORLD]
+
+
+def all_reduce(tensor):
+    """The sum of `tensor` over the processes, in place."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_over_ranks(model, stats):
+    """Sums gradients over the processes, and a dict of scalars -> dict of floats. Scale losses and stats by the global batch."""
+    if WORLD > 1:
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+    values = [torch.as_tensor(value, dtype=torch.float64, device=model.device) for value in stats.values()]
+    return dict(zip(stats, all_reduce(torch.stack(values)).tolist()))
+
+
+# ------------------------------------------------------------------------------------------------ models and checkpoints
+
+def load_model(init, cfg=None):
+    """-> GPT on the CPU, the name of its tokenizer.
+
+    init: a run's folder or its ckpt.pt; a published name ("gpt2", …) or a folder in its format; "scratch", with cfg's
+    n_layer, n_head, n_embd, max_len and the tokenizer of cfg's data, seeded by cfg.seed.
+    """
+    if init == "scratch":
+        data = dataset(cfg.data, cfg.data_dir)
+        tokenizer = data.tokenizer()
+        torch.manual_seed(cfg.seed)
+        if cfg.n_embd % cfg.n_head:
+            raise SystemExit(f"--n_embd={cfg.n_embd} is not a multiple of --n_head={cfg.n_head}")
+        return GPT(GPTConfig(tokenizer.n_vocab, cfg.max_len, cfg.n_layer, cfg.n_head, cfg.n_embd)), tokenizer.name
+    if init in PRETRAINED or os.path.exists(os.path.join(init, "config.json")):
+        model, tokenizer = GPT.from_pretrained(init), "gpt2"
+        if model.config.vocab_size != get_tokenizer("gpt2").n_vocab:
+            raise SystemExit(f"{init}: a vocabulary of {model.config.vocab_size} is not GPT-2's, and no tokenizer comes with it")
+    else:
+        checkpoint = load_checkpoint(init)
+        model, tokenizer = GPT(GPTConfig(**checkpoint["model_config"])), checkpoint["tokenizer"]
+        fit(model, checkpoint["model"], init)
+    if cfg and cfg.max_len > model.config.block_size:
+        raise SystemExit(f"--max_len={cfg.max_len}: the context of {init} is {model.config.block_size} tokens")
+    return model, tokenizer
+
+
+def fit(model, weights, where):
+    """load_state_dict, with one line where the shapes differ."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise SystemExit(f"{where}: the weights are of another shape than the model: " + str(error).splitlines()[1].strip())
+
+
+def checkpoint_path(path):
+    return os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+
+
+def load_checkpoint(path):
+    """The dict that save_checkpoint wrote; SystemExit with one line where there is none or it is not one."""
+    path = checkpoint_path(path)
+    if not os.path.exists(path):
+        raise SystemExit(f"{path}: no checkpoint there (a run's folder, a ckpt.pt, scratch, or {', '.join(PRETRAINED)})")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["model_config"], checkpoint["model"]
+    except Exception as error:  # torch.load raises half a dozen kinds for a file that is cut short, flipped or foreign
+        raise SystemExit(f"{path}: not a checkpoint of this repository, or damaged ({type(error).__name__})")
+    return checkpoint
+
+
+def save_checkpoint(out, step, model, optimizer, cfg, tokenizer, **more):
+    """out/ckpt.pt, whole or not at all: written aside, flushed to disk, renamed. `step` is the number of steps done."""
+    if RANK != 0:
+        return
+    path = os.path.join(out, "ckpt.pt")
+    with open(path + ".tmp", "wb") as f:
+        torch.save(dict(step=step, model=model.state_dict(), model_config=asdict(model.config), tokenizer=tokenizer,
+                        optimizer=optimizer.state_dict(), config=asdict(cfg), rng=rng_state(), **more), f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def rng_state():
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def resume(out, cfg, model, optimizer):
+    """Puts a run back where its checkpoint left it and returns the checkpoint; the run must have been started alike."""
+    checkpoint = load_checkpoint(out)
+    free = {"resume", "out", "device", "compile", "log_every", "ckpt_every", "data_dir"}
+    for name, value in asdict(cfg).items():
+        if name not in free and checkpoint["config"].get(name) != value:
+            raise SystemExit(f"--resume: {out} was started with --{name}={checkpoint['config'].get(name)}, not {value}")
+    fit(model, checkpoint["model"], out)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    torch.set_rng_state(checkpoint["rng"]["cpu"])
+    if torch.cuda.is_available() and checkpoint["rng"]["cuda"]:
+        torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
+    return checkpoint
+
+
+def finished(out):
+    """Whether the run in folder `out` has made all its steps."""
+    if not os.path.exists(os.path.join(out, "ckpt.pt")):
+        return False
+    checkpoint = load_checkpoint(out)
+    return checkpoint["step"] == checkpoint["config"]["steps"]
+
+
+def require_sft(cfg):
+    """cfg.init, or the folder of the SFT model on the same data, which is trained first (or finished) where it is missing."""
+    if cfg.init:
+        return cfg.init
+    out = run_dir("sft", cfg)
+    if not finished(out):
+        import sft
+        say(f"no SFT model in {out}: training it first")
+        settings = {"recipe": cfg.recipe, **sft.RECIPES.get(cfg.recipe, {})}
+        settings |= {k: getattr(cfg, k) for k in ("data", "data_dir", "device", "compile", "max_len", "n_layer", "n_head", "n_embd")}
+        sft.train(sft.Config(**settings, resume=os.path.exists(os.path.join(out, "ckpt.pt"))))
+        say()
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ optimizer and schedule
+
+def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95)):
+    """AdamW (arXiv:1711.05101); matrices decay, biases and LayerNorms do not."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+                             lr=lr, betas=betas, fused=True)
+
+
+def learning_rate(step, cfg):
+    """Linear warm-up over cfg.warmup steps, then half a cosine from cfg.lr down to a tenth of it."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+# ------------------------------------------------------------------------------------------------ the log
+
+class Log:
+    """OUT/log.jsonl, a JSON object a step, and every `every` steps an aligned line on the console."""
+
+    def __init__(self, out, steps, every, start=0):
+        self.steps, self.every, self.start, self.begin = steps, every, start, time.time()
+        self.tokens, self.since, self.headed = 0, self.begin, False
+        if RANK != 0:
+            return
+        path = os.path.join(out, "log.jsonl")
+        kept = []
+        if start:  # a resumed run: what was logged after the checkpoint happens again
+            with open(path) as f:
+                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
+        with open(path + ".tmp", "w") as f:
+            f.writelines(kept)
+        os.replace(path + ".tmp", path)
+        self.file = open(path, "a")
+
+    def __call__(self, step, tokens, **values):
+        """step counts from 1; tokens: useful tokens of this step (no padding, prompts once)."""
+        if RANK != 0:
+            return
+        now = time.time()
+        self.tokens += tokens
+        values = {"step": step, **values}
+        rate = self.tokens / max(now - self.since, 1e-9)
+        record = {**values, "tokens_per_s": round(rate), "time_s": round(now - self.begin, 3)}
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if step % self.every == 0 or step == self.steps:
+            left = (now - self.begin) / (step - self.start) * (self.steps - step)
+            self.line({**values, "tokens/s": rate, "left": f"{int(left // 60)}:{int(left % 60):02d}"})
+            self.tokens, self.since = 0, now
+
+    def line(self, values):
+        names = [name for name in values if values[name] is not None]
+        width = {name: max(len(name), 9) for name in names}
+        if not self.headed:
+            print("  ".join(name.rjust(width[name]) for name in names))
+            self.headed = True
+        print("  ".join(show(values[name]).rjust(width[name]) for name in names), flush=True)
+
+
+def show(value):
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
+    return str(value)

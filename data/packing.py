@@ -1,0 +1,133 @@
+"""The packed batch: a prompt and its K responses are one group in one row, and the prompt is stored, and computed, once.
+
+    tokens    p p p p  a a a  b b    | next group, or padding
+    segment   0 0 0 0  1 1 1  2 2    | a token sees the segment 0 of its own group, and its own segment, causally
+    position  0 1 2 3  4 5 6  4 5    | positions go on from the prompt's end in each response
+    group     0 0 0 0  0 0 0  0 0    | 1 …, padding -1
+
+Three flat arrays over the N response tokens say where to read, responses in the order in which they were given:
+
+    source    the place whose state predicts the token: the prompt's last for a response's first token, else the one before
+    at        the place of the token itself
+    sequence  its response, 0 … S-1
+"""
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+
+@dataclass
+class Batch:
+    tokens: torch.Tensor    # (rows, T) int64
+    segment: torch.Tensor   # (rows, T)
+    position: torch.Tensor  # (rows, T)
+    group: torch.Tensor     # (rows, T)
+    source: torch.Tensor    # (N,) index into rows·T
+    at: torch.Tensor        # (N,) index into rows·T
+    sequence: torch.Tensor  # (N,)
+    sequence_group: torch.Tensor  # (S,) the group that each response belongs to
+
+    @property
+    def target(self):
+        """(N,) the response tokens themselves."""
+        return self.tokens.flatten()[self.at]
+
+    @property
+    def n_tokens(self):
+        """Tokens that are not padding, a prompt counted once."""
+        return int((self.group >= 0).sum())
+
+    def to(self, device):
+        move = (lambda x: x.pin_memory().to(device, non_blocking=True)) if torch.device(device).type == "cuda" else (lambda x: x.to(device))
+        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+    def mask(self, flex=None):
+        """Who sees whom: a BlockMask for flex_attention on CUDA, else (rows, 1, T, T) boolean. Padding sees padding."""
+        group, segment = self.group, self.segment
+        if flex if flex is not None else group.is_cuda:
+            def visible(b, h, q, k):
+                return (q >= k) & (group[b, q] == group[b, k]) & ((segment[b, k] == 0) | (segment[b, q] == segment[b, k]))
+            return create_block_mask(visible, *(len(group), None, group.size(1), group.size(1)), device=group.device)
+        same_group = group[:, :, None] == group[:, None, :]
+        same_segment = (segment[:, None, :] == 0) | (segment[:, :, None] == segment[:, None, :])
+        return (same_group & same_segment).tril()[:, None]
+
+
+def group_length(group):
+    prompt, responses = group
+    return len(prompt) + sum(map(len, responses))
+
+
+def pack(groups, max_tokens):
+    """groups: list of (prompt_ids, [response_ids, …]) -> Batch, its rows at most max_tokens long, longest groups first.
+
+    Raises ValueError where a prompt or a response is empty or a group does not fit a row.
+    """
+    assert groups, "nothing to pack"
+    free, row_of, start_of = [], {}, {}
+    for i in sorted(range(len(groups)), key=lambda i: -group_length(groups[i])):  # first fit decreasing
+        length = group_length(groups[i])
+        if length > max_tokens:
+            raise ValueError(f"pack: group {i} has {length} tokens, a row holds {max_tokens}")
+        row = next((r for r, room in enumerate(free) if room >= length), len(free))
+        if row == len(free):
+            free.append(max_tokens)
+        row_of[i], start_of[i] = row, max_tokens - free[row]
+        free[row] -= length
+
+    T = max_tokens - min(free)
+    tokens, segment, position = np.zeros((3, len(free), T), dtype=np.int64)
+    group = np.full((len(free), T), -1, dtype=np.int64)
+    source, at, sequence, sequence_group = [], [], [], []
+    for i, (prompt, responses) in enumerate(groups):
+        row, begin, P = row_of[i], start_of[i], len(prompt)
+        if not P or not all(map(len, responses)):
+            raise ValueError(f"pack: group {i} has an empty prompt or response")
+        group[row, begin:begin + group_length(groups[i])] = i
+        tokens[row, begin:begin + P], position[row, begin:begin + P] = prompt, np.arange(P)
+        end = begin + P
+        for k, response in enumerate(responses, 1):
+            here = slice(end, end + len(response))
+            tokens[row, here], segment[row, here], position[row, here] = response, k, np.arange(P, P + len(response))
+            place = row * T + np.arange(end, end + len(response))
+            at.append(place)
+            source.append(np.concatenate([[row * T + begin + P - 1], place[:-1]]))
+            sequence.append(np.full(len(response), len(sequence)))
+            sequence_group.append(i)
+            end += len(response)
+    arrays = (tokens, segment, position, group, *map(np.concatenate, (source, at, sequence)), np.array(sequence_group))
+    return Batch(*map(torch.from_numpy, arrays))
+
+
+def per_sequence(x, batch):
+    """Sums x (N,), one number a response token, over each response -> (S,)."""
+    return x.new_zeros(len(batch.sequence_group)).index_add(0, batch.sequence, x)
+
+
+def micro_batches(indices, lengths, max_tokens):
+    """A batch of indices, shortest group first, cut into lists of at most max_tokens tokens each (one group at least)."""
+    pieces, size = [], 0
+    for i in sorted(indices, key=lambda i: lengths[i]):
+        size += lengths[i]
+        if not pieces or size > max_tokens:
+            pieces.append([])
+            size = lengths[i]
+        pieces[-1].append(i)
+    return pieces
+
+
+def batch_order(n, batch_size, steps, seed):
+    """Which of n examples each step trains on: a list of `steps` lists of batch_size indices, shuffled anew each epoch.
+
+    What fills no batch at an epoch's end waits for the next shuffle. Batches are random whatever the examples' lengths: with
+    batches of like length, a mean over a batch's tokens would weigh the tokens of short responses more, and teach brevity.
+    Depends on its arguments alone: a resumed run finds its place by the number of the step.
+    """
+    assert n >= batch_size
+    rng, order = np.random.default_rng(seed), []
+    while len(order) < steps:
+        shuffled = rng.permutation(n)
+        order += [shuffled[i:i + batch_size].tolist() for i in range(0, n - batch_size + 1, batch_size)]
+    return order[:steps]

@@ -1,0 +1,305 @@
+"""GPT-2 (Radford et al. 2019), exactly: learned positions, pre-LN, tanh-GELU, biases, tied head. Weights in and out.
+
+Four ways through the same blocks:
+
+    model(batch), model.logprobs(batch)     log π(y_t | x, y_<t) of every response token of a packed batch (data/packing.py)
+    model.states(batch)                     the hidden states those log-probs are read from, for whoever needs distributions
+    model.logits(states)                    the vocabulary projection
+    model.generate(prompts, …)              sampling with a static KV cache
+
+Left out: dropout (none is used in preference or policy training), and any architecture but GPT-2's.
+"""
+import json
+import os
+from dataclasses import dataclass
+from urllib.error import URLError
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+PRETRAINED = {  # n_layer, n_head, n_embd
+    "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
+CHUNK = 512  # response tokens whose (tokens, vocabulary) logits exist at one time
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50257
+    block_size: int = 1024  # the longest sequence, prompt and response together
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+
+
+class KVCache:
+    """Keys and values of every layer, (n_layer, B, n_head, max_len, head_dim), written in place."""
+
+    def __init__(self, config, batch_size, max_len, like):
+        shape = (config.n_layer, batch_size, config.n_head, max_len, config.n_embd // config.n_head)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # masked is not unread: no garbage that may be NaN
+        self.rows = torch.arange(batch_size, device=like.device)
+
+    def prefill(self, layer, k, v):
+        self.k[layer, :, :, :k.size(2)], self.v[layer, :, :, :v.size(2)] = k, v
+
+    def append(self, layer, k, v, position, longest):
+        """Each row's one new key and value, at its own position (B,); returns what is in the cache up to `longest`."""
+        self.k[layer, self.rows, :, position], self.v[layer, self.rows, :, position] = k[:, :, 0], v[:, :, 0]
+        return self.k[layer, :, :, :longest], self.v[layer, :, :, :longest]
+
+
+def attention(q, k, v, mask):
+    """softmax(q kᵀ/√d) v under `mask`: a flex_attention BlockMask, a boolean (True = may look), or None = causal."""
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, mask, write):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        if write is not None:
+            k, v = write(k, v)
+        return self.c_proj(attention(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = SelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, mask=None, write=None):
+        x = x + self.attn(self.ln_1(x), mask, write)
+        return x + self.mlp(self.ln_2(x))
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(s Wᵀ/τ)[y] for N states, without ever holding (N, V): chunk by chunk, recomputed in the backward pass.
+
+    states (N, C), weight (V, C) of which the first vocab_size rows are real, target (N,) -> (N,) float32.
+    With p the softmax and g the incoming gradient, ∂/∂logits = g · (onehot(y) − p)/τ.
+    """
+
+    @staticmethod
+    def logits(states, weight, vocab_size, temperature):
+        logits = (states @ weight.t()).float()  # (n, V)
+        logits[:, vocab_size:] = -torch.inf
+        return logits if temperature == 1 else logits.div_(temperature)
+
+    @staticmethod
+    def forward(ctx, states, weight, target, vocab_size, temperature):
+        logprobs, logsumexp = [], []
+        for s, y in zip(states.split(CHUNK), target.split(CHUNK)):
+            logits = TokenLogprobs.logits(s, weight, vocab_size, temperature)
+            logsumexp.append(logits.logsumexp(-1))
+            logprobs.append(logits.gather(1, y[:, None])[:, 0] - logsumexp[-1])
+        ctx.save_for_backward(states, weight, target, torch.cat(logsumexp))
+        ctx.vocab_size, ctx.temperature = vocab_size, temperature
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        states, weight, target, logsumexp = ctx.saved_tensors
+        grad_states, grad_weight = [], torch.zeros_like(weight, dtype=torch.float32)
+        for s, y, z, g in zip(*(a.split(CHUNK) for a in (states, target, logsumexp, grad / ctx.temperature))):
+            p = TokenLogprobs.logits(s, weight, ctx.vocab_size, ctx.temperature).sub_(z[:, None]).exp_()
+            dlogits = p.mul_(-g[:, None]).scatter_add_(1, y[:, None], g[:, None]).to(states.dtype)
+            grad_states.append(dlogits @ weight)
+            grad_weight += dlogits.t() @ s
+        return torch.cat(grad_states), grad_weight.to(weight.dtype), None, None, None
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert config.n_embd % config.n_head == 0
+        self.config = config
+        self.wte = nn.Embedding(-(-config.vocab_size // 64) * 64, config.n_embd)  # padded; also the head, tied
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:  # the residual stream sums 2·n_layer projections: their share is scaled down
+                std = 0.02 / (2 * config.n_layer) ** 0.5 if name.endswith("c_proj.weight") else 0.02
+                nn.init.normal_(parameter, std=std)
+
+    @property
+    def device(self):
+        return self.wte.weight.device
+
+    def hidden(self, tokens, position, mask=None, write=None):
+        """tokens, position (B, T) -> (B, T, C) after the last LayerNorm. write(layer, k, v) -> the k, v to attend to."""
+        x = self.wte(tokens) + self.wpe(position)
+        for i, block in enumerate(self.h):
+            x = block(x, mask, write and (lambda k, v, i=i: write(i, k, v)))
+        return self.ln_f(x)
+
+    def states(self, batch):
+        """(N, C): the state s_t = (x, y_<t) that each response token of the packed batch is predicted from."""
+        hidden = self.hidden(batch.tokens, batch.position, batch.mask())
+        return hidden.flatten(0, 1)[batch.source]
+
+    def logits(self, states):
+        """(…, C) -> (…, vocab_size) float32."""
+        return (states @ self.wte.weight.t().to(states.dtype))[..., :self.config.vocab_size].float()
+
+    def logprobs(self, batch, temperature=1.0):
+        """log π(y_t | x, y_<t) at temperature τ for the N response tokens of a packed batch: (N,) float32, in nats."""
+        states, device = self.states(batch), self.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+        with torch.autocast(device, enabled=False):
+            return TokenLogprobs.apply(states.to(dtype), self.wte.weight.to(dtype), batch.target, self.config.vocab_size, temperature)
+
+    forward = logprobs
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, eos=None):
+        """Samples one response a prompt. prompts: B lists of token ids -> B lists of new ids, EOS included where met.
+
+        temperature 0 is greedy. Prompts are right-padded and prefilled in one pass; then every row writes its new key
+        and value at its own position. Stops when every row has met `eos`.
+        Raises ValueError where a prompt is empty or leaves no room for max_new_tokens in the model's context.
+        """
+        length = [len(prompt) for prompt in prompts]
+        if min(length) == 0:
+            raise ValueError("generate: a prompt is empty; begin it with the EOS token")
+        if max(length) + max_new_tokens > self.config.block_size:
+            raise ValueError(f"generate: a prompt of {max(length)} tokens and {max_new_tokens} new ones "
+                             f"do not fit the model's context of {self.config.block_size}")
+        B, P = len(prompts), max(length)
+        tokens = torch.tensor([p + [0] * (P - len(p)) for p in prompts], device=self.device)
+        position = torch.tensor(length, device=self.device)  # (B,) where the next token goes
+        cache = KVCache(self.config, B, P + max_new_tokens, self.wte.weight)
+
+        def prefill(layer, k, v):
+            cache.prefill(layer, k, v)
+            return k, v  # causal: no token sees the padding to its right
+
+        hidden = self.hidden(tokens, torch.arange(P, device=self.device), write=prefill)
+        state = hidden[cache.rows, position - 1]  # (B, C)
+        response = torch.zeros(B, max_new_tokens, dtype=torch.long, device=self.device)
+        done = torch.zeros(B, dtype=torch.bool, device=self.device)
+        for t in range(max_new_tokens):
+            response[:, t] = token = sample(self.logits(state), temperature, top_k)
+            done |= token == (-1 if eos is None else eos)
+            if t + 1 == max_new_tokens or t % 4 == 3 and done.all():  # on a GPU, asking makes the host wait
+                break
+            mask = torch.arange(P + t + 1, device=self.device) <= position[:, None]  # (B, longest)
+            state = self.hidden(token[:, None], position[:, None], mask[:, None, None],
+                                lambda layer, k, v: cache.append(layer, k, v, position, P + t + 1))[:, 0]
+            position = position + 1
+        rows = response[:, :t + 1].tolist()
+        return [row[:row.index(eos) + 1] if eos in row else row for row in rows]
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir):
+        """GPT-2's published weights by name ("gpt2" … "gpt2-xl", fetched once), or a folder that `transformers` wrote.
+
+        Raises SystemExit with one line where the file is missing, unreachable, or not a GPT-2.
+        """
+        if name_or_dir in PRETRAINED:
+            config, weights = GPTConfig(50257, 1024, *PRETRAINED[name_or_dir]), download(name_or_dir)
+        else:
+            config, weights = read_folder(name_or_dir)
+        model = cls(config)
+        weights = {k.removeprefix("transformer."): v for k, v in weights.items()}
+        own = model.state_dict()
+        missing = own.keys() - weights.keys()
+        if missing:
+            raise SystemExit(f"{name_or_dir}: not GPT-2 weights: {min(missing)} is missing")
+        for name, parameter in own.items():
+            w = weights[name].t() if is_conv1d(name) else weights[name]
+            real = parameter[:config.vocab_size] if name == "wte.weight" else parameter
+            if real.shape != w.shape:
+                raise SystemExit(f"{name_or_dir}: {name} has shape {tuple(w.shape)}, config.json says {tuple(real.shape)}")
+            real.copy_(w)
+        return model
+
+    def save_pretrained(self, dir):
+        """Writes config.json and pytorch_model.bin, a folder that transformers' GPT2LMHeadModel.from_pretrained opens."""
+        os.makedirs(dir, exist_ok=True)
+        c = self.config
+        config = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size, n_positions=c.block_size,
+                      n_ctx=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, tie_word_embeddings=True,
+                      activation_function="gelu_new", layer_norm_epsilon=1e-5, torch_dtype="float32",
+                      bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1)
+        weights = {}
+        for name, w in self.state_dict().items():
+            w = w[:c.vocab_size] if name == "wte.weight" else w.t() if is_conv1d(name) else w
+            weights["transformer." + name] = w.detach().float().cpu().contiguous().clone()
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+        torch.save(weights, os.path.join(dir, "pytorch_model.bin"))
+        with open(os.path.join(dir, "config.json"), "w") as f:
+            json.dump(config, f, indent=2)
+
+
+def sample(logits, temperature=1.0, top_k=None):
+    """logits (B, V) -> token (B,) ~ softmax(logits/τ), restricted to the top_k largest; temperature 0 takes the largest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+
+
+def is_conv1d(name):
+    """The published GPT-2 keeps its four projections as (in, out); nn.Linear as (out, in)."""
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+def download(name):
+    """The published state dict of `name`, fetched once into torch.hub's cache (written aside, then renamed)."""
+    try:
+        return torch.hub.load_state_dict_from_url(URL.format(name), file_name=f"{name}.bin", map_location="cpu", weights_only=True)
+    except (URLError, OSError) as error:
+        raise SystemExit(f"{name}: cannot fetch {URL.format(name)} ({error}); put the file at "
+                         f"{os.path.join(torch.hub.get_dir(), 'checkpoints', name + '.bin')}")
+
+
+def read_folder(dir):
+    """GPTConfig and state dict of a folder in the Hugging Face format."""
+    path = os.path.join(dir, "config.json")
+    if not os.path.exists(path):
+        raise SystemExit(f"{dir}: no config.json there; expected a folder in the Hugging Face format, or one of {', '.join(PRETRAINED)}")
+    with open(path) as f:
+        c = json.load(f)
+    if c.get("model_type") != "gpt2":
+        raise SystemExit(f"{path}: model_type is {c.get('model_type')!r}, only 'gpt2' can be read")
+    config = GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"])
+    path = os.path.join(dir, "pytorch_model.bin")
+    if os.path.exists(path):
+        return config, torch.load(path, map_location="cpu", weights_only=True)
+    path = os.path.join(dir, "model.safetensors")
+    if not os.path.exists(path):
+        raise SystemExit(f"{dir}: neither pytorch_model.bin nor model.safetensors is there")
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise SystemExit(f"{path}: reading it needs the safetensors package: pip install safetensors")
+    return config, load_file(path)

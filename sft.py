@@ -1,0 +1,125 @@
+"""Supervised fine-tuning: the first stage of InstructGPT (Ouyang et al. 2022, arXiv:2203.02155 §3.5).
+
+The language-model loss on demonstrations, over the response tokens alone:
+
+    L(θ) = − Σ_t log π_θ(y_t | x, y_<t) / number of response tokens in the batch
+
+What comes out is π_SFT: the policy that every later stage starts from, and the reference π_ref that its KL is measured to.
+
+    python sft.py                                  the animals world, from nothing
+    python sft.py hh --init=gpt2-medium            the chosen answers of Anthropic's HH-RLHF
+    python sft.py --data=mine.jsonl --init=gpt2    your own file (data/jsonl.py has the schemas)
+
+Left out: dropout, loss on prompts.
+"""
+import os
+from dataclasses import dataclass
+
+import torch
+
+import evaluate
+from common import (Log, learning_rate, load_model, make_optimizer, parse, resume, run_dir, save_checkpoint,
+                    say, setup, share, sum_over_ranks)
+from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
+
+
+@dataclass
+class Config:
+    recipe: str = "animals"         # the positional argument
+    data: str = "animals"           # animals, hh, hh/SUBSET, or a .jsonl[.gz] file
+    data_dir: str = "data/files"    # where published files are looked for before they are fetched
+    init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], a run's folder, or a folder in the Hugging Face format
+    out: str | None = None          # the run's folder; None: out/sft-RECIPE, or out/sft-FILE
+    steps: int = 600                # optimizer steps
+    batch_size: int = 32            # demonstrations a step, over all processes
+    micro_tokens: int = 16384       # tokens a forward pass at most; a larger batch is accumulated
+    max_len: int = 64               # prompt and response together, in tokens
+    lr: float = 4e-3                # peak learning rate
+    warmup: int = 20                # steps of linear warm-up, before the cosine to a tenth
+    weight_decay: float = 0.1       # on matrices
+    grad_clip: float = 1.0          # largest norm of the gradient
+    n_layer: int = 2                # with --init=scratch
+    n_head: int = 4                 # with --init=scratch
+    n_embd: int = 128               # with --init=scratch
+    seed: int = 0                   # of weights, data order and sampling
+    device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
+    compile: bool | None = None     # torch.compile; None: on CUDA
+    val_every: int = 100            # steps between validation losses
+    log_every: int = 50             # steps between lines on the console
+    ckpt_every: int = 100           # steps between checkpoints
+    eval_n: int = 500               # prompts in the closing table
+    resume: bool = False            # go on from the run's last checkpoint
+
+
+RECIPES = {
+    "hh": dict(data="hh", init="gpt2", steps=2000, max_len=512, lr=2e-5, warmup=100, weight_decay=0.0, val_every=200,
+               log_every=10, ckpt_every=500, eval_n=64),
+}
+
+
+def sft_loss(logprobs, n_tokens):
+    """−Σ log π(y_t | x, y_<t) over n_tokens. logprobs (N,), those of a part of the batch; n_tokens of the whole batch."""
+    return -logprobs.sum() / n_tokens
+
+
+@torch.no_grad()
+def validation_loss(policy, groups, cfg, device, amp):
+    """Mean over response tokens, in nats; None without validation data."""
+    total, lengths = 0.0, list(map(group_length, groups))
+    for micro in micro_batches(range(len(groups)), lengths, cfg.micro_tokens):
+        batch = pack([groups[i] for i in micro], max(lengths[i] for i in micro)).to(device)
+        with amp:
+            total += policy.logprobs(batch).sum().item()
+    return -total / sum(len(response) for _, (response,) in groups) if groups else None
+
+
+def train(cfg):
+    """Runs the stage; returns the trained policy."""
+    out = cfg.out or run_dir("sft", cfg)
+    os.makedirs(out, exist_ok=True)
+    device, amp = setup(cfg)
+    data = dataset(cfg.data, cfg.data_dir)
+    policy, tokenizer_name = load_model(cfg.init, cfg)
+    tokenizer, policy = get_tokenizer(tokenizer_name), policy.to(device)
+    say(f"sft: {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters on {device}, {cfg.data} -> {out}")
+
+    groups, validation = [encode_groups(tokenizer, [(p, [r]) for p, r in data.demonstrations(split)], cfg.max_len)
+                          for split in ("train", "validation")]
+    lengths = list(map(group_length, groups))
+    order = batch_order(len(groups), cfg.batch_size, cfg.steps, cfg.seed)
+    optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
+    start = resume(out, cfg, policy, optimizer)["step"] if cfg.resume else 0
+    log = Log(out, cfg.steps, cfg.log_every, start)
+    if cfg.compile if cfg.compile is not None else device.startswith("cuda"):
+        policy.hidden = torch.compile(policy.hidden)
+
+    for step in range(start, cfg.steps):
+        n_tokens = sum(len(groups[i][1][0]) for i in order[step])  # response tokens of the batch, over all processes
+        stats = {"loss": 0.0, "tokens": 0}
+        for micro in micro_batches(share(order[step]), lengths, cfg.micro_tokens):
+            batch = pack([groups[i] for i in micro], max(lengths[i] for i in micro)).to(device)
+            with amp:
+                logprobs = policy(batch)  # (N,)
+            loss = sft_loss(logprobs, n_tokens)
+            loss.backward()
+            stats["loss"] += loss.detach()
+            stats["tokens"] += sum(lengths[i] for i in micro)
+        stats = sum_over_ranks(policy, stats)
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip).item()
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = learning_rate(step, cfg)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        done = step + 1
+        val_loss = validation_loss(policy, validation, cfg, device, amp) if done % cfg.val_every == 0 or done == cfg.steps else None
+        log(done, stats["tokens"], loss=stats["loss"], val_loss=val_loss, lr=learning_rate(step, cfg), grad_norm=grad_norm)
+        if done % cfg.ckpt_every == 0 or done == cfg.steps:
+            save_checkpoint(out, done, policy, optimizer, cfg, tokenizer_name)
+
+    evaluate.report(out, cfg, [(cfg.init, load_model(cfg.init, cfg)[0]), (out, policy)], data, tokenizer)
+    return policy
+
+
+if __name__ == "__main__":
+    train(parse(Config, RECIPES))

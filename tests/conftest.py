@@ -1,0 +1,42 @@
+"""Fixtures of more than one test file. Public data and the GPT-2 encoding are used where they lie beside the checkout."""
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+if (SHARED / "tiktoken").is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
+
+from data import animals  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+
+def make_model(seed=0, vocab_size=100, block_size=64, n_layer=2, n_head=2, n_embd=32, scale=3.0):
+    """A small random GPT whose distributions are far from uniform."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02).mul_(scale if parameter.dim() > 1 else 1)
+    return model
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def small_world(monkeypatch):
+    """The animals world with few examples, for runs that only need to run."""
+    monkeypatch.setattr(animals, "SIZES", {"train": 200, "validation": 40, "test": 40})
+
+
+def random_groups(seed=0, n=7, vocab_size=100, responses=(1, 4)):
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        return torch.randint(vocab_size, (int(torch.randint(low, high, (), generator=g)),), generator=g).tolist()
+    return [(ids(1, 12), [ids(1, 9) for _ in range(int(torch.randint(*responses, (), generator=g)))]) for _ in range(n)]

@@ -1,0 +1,194 @@
+"""GPT-2: against transformers where it is installed, cached against uncached generation, the vocabulary projection by hand."""
+import json
+import math
+import sys
+from urllib.error import URLError
+
+import pytest
+import torch
+from conftest import make_model, random_groups
+
+import model as model_module
+from data import pack
+from model import CHUNK, GPT, TokenLogprobs, sample
+
+
+def uncached(model, prompts, max_new_tokens, temperature=1.0, top_k=None, eos=None):
+    """generate() the slow way: every sequence from its beginning, alone, at every step."""
+    rows = [list(p) for p in prompts]
+    for _ in range(max_new_tokens):
+        logits = torch.stack([model.logits(model.hidden(torch.tensor([row]), torch.arange(len(row))))[0, -1] for row in rows])
+        for row, token in zip(rows, sample(logits, temperature, top_k).tolist()):
+            row.append(token)
+    responses = [row[len(p):] for row, p in zip(rows, prompts)]
+    return [r[:r.index(eos) + 1] if eos in r else r for r in responses]
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=1.0), dict(temperature=0.7, top_k=5), dict(eos=3, temperature=2.0)])
+@torch.no_grad()
+def test_cached_generation_equals_uncached_token_for_token(model, options):
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12], [4]]
+    torch.manual_seed(1)
+    cached = model.generate(prompts, 20, **options)
+    torch.manual_seed(1)
+    assert cached == uncached(model, prompts, 20, **options)
+    assert "eos" not in options or {len(r) for r in cached} != {20}
+
+
+def test_generation_stops_when_every_row_has_met_eos(model, monkeypatch):
+    calls = []
+    monkeypatch.setattr(model, "logits", lambda states: calls.append(1) or torch.eye(100)[[3] * len(states)] * 1e4)
+    assert model.generate([[1], [2, 4]], 40, eos=3) == [[3], [3]]
+    assert len(calls) == 4
+
+
+def test_generate_says_what_does_not_fit(model):
+    with pytest.raises(ValueError, match="60 tokens and 5 new ones do not fit the model's context of 64"):
+        model.generate([[1] * 60, [1]], 5)
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        model.generate([[1], []], 5)
+
+
+def test_sample_follows_its_distribution():
+    torch.manual_seed(0)
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
+    count = lambda **k: sample(logits.expand(40_000, 4), **k).bincount(minlength=4) / 40_000  # noqa: E731
+    torch.testing.assert_close(count(), logits.softmax(0), atol=0.01, rtol=0)
+    torch.testing.assert_close(count(temperature=2.0), (logits / 2).softmax(0), atol=0.01, rtol=0)
+    assert count(top_k=2)[1:3].tolist() == [0, 0] and count(temperature=0)[3] == 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_token_logprobs_and_gradients_equal_the_full_softmax(temperature):
+    torch.manual_seed(0)
+    n, vocab_size = CHUNK + 37, 50  # more than one chunk; 14 rows of padding
+    states, weight, target = torch.randn(n, 8), torch.randn(64, 8), torch.randint(vocab_size, (n,))
+    a = [states.clone().requires_grad_(), weight.clone().requires_grad_()]
+    b = [states.clone().requires_grad_(), weight.clone().requires_grad_()]
+    g = torch.randn(n)
+    chunked = TokenLogprobs.apply(*a, target, vocab_size, temperature)
+    full = ((b[0] @ b[1][:vocab_size].t()) / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    torch.testing.assert_close(chunked, full, atol=1e-5, rtol=1e-5)
+    (chunked * g).sum().backward()
+    (full * g).sum().backward()
+    for x, y in zip(a, b):
+        torch.testing.assert_close(x.grad, y.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_padded_vocabulary_is_unreachable():
+    model = make_model(vocab_size=3)
+    with torch.no_grad():
+        model.wte.weight[3:] = 100 * model.ln_f.bias + 50  # as tempting as can be
+    assert model.wte.weight.shape[0] == 64
+    groups = [([0], [[a], [b]]) for a, b in [(0, 1), (2, 2)]]
+    p = model.logprobs(pack(groups, 3)).exp()
+    assert math.isclose(p[:3].sum().item(), 1, abs_tol=1e-5)
+    assert {t for r in model.generate([[0]] * 50, 10) for t in r} <= {0, 1, 2}
+    p.log().sum().backward()
+    assert model.wte.weight.grad[3:].abs().max() == 0
+
+
+def test_memory_of_logprobs_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
+    """Nothing kept for the backward pass is of the size of the logits."""
+    model, batch = make_model(vocab_size=5000, n_embd=8), pack(random_groups(n=100), 64)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        model.logprobs(batch)
+    assert max(sizes) < len(batch.at) * 5000 / 10
+
+
+# ------------------------------------------------------------------------------------------------ the Hugging Face format
+
+@pytest.fixture
+def theirs():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=97, n_positions=48, n_embd=32, n_layer=3, n_head=4)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def assert_same_logits(ours, theirs):
+    tokens = torch.randint(97, (3, 40))
+    with torch.no_grad():
+        mine, their = ours.logits(ours.hidden(tokens, torch.arange(40))), theirs(tokens).logits
+    torch.testing.assert_close(mine, their, atol=1e-4, rtol=0)
+
+
+def test_reads_what_transformers_writes(theirs, tmp_path):
+    pytest.importorskip("safetensors")
+    theirs.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    assert_same_logits(GPT.from_pretrained(str(tmp_path)), theirs)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_reads_pytorch_model_bin_as_published(theirs, tmp_path, zipped):
+    """The published file is older than torch's zip format, has no "transformer." prefix, and holds the causal mask."""
+    weights = {k.removeprefix("transformer."): v for k, v in theirs.state_dict().items() if k != "lm_head.weight"}
+    weights["h.0.attn.bias"] = torch.ones(1, 1, 48, 48)
+    torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    theirs.config.save_pretrained(tmp_path)
+    assert_same_logits(GPT.from_pretrained(str(tmp_path)), theirs)
+
+
+def test_transformers_reads_what_we_write(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = make_model(vocab_size=97)
+    ours.save_pretrained(str(tmp_path))
+    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(str(tmp_path), output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert_same_logits(ours, theirs.eval())
+
+
+def test_our_own_folder_round_trips_to_the_bit(tmp_path):
+    ours = make_model(vocab_size=97)
+    ours.save_pretrained(str(tmp_path))
+    again = GPT.from_pretrained(str(tmp_path))
+    assert again.config == ours.config
+    for (name, a), b in zip(ours.state_dict().items(), again.state_dict().values()):
+        assert torch.equal(a[:97], b[:97]) if name == "wte.weight" else torch.equal(a, b), name
+
+
+def test_published_weights_come_through_the_hub_cache(theirs, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_module, "PRETRAINED", {"gpt2": (3, 4, 32)})
+    monkeypatch.setattr(model_module, "GPTConfig", lambda *a: model_module.__dict__["_real"](97, 48, *a[2:]))
+    monkeypatch.setitem(model_module.__dict__, "_real", type(make_model().config))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    weights = {k.removeprefix("transformer."): v for k, v in theirs.state_dict().items() if k != "lm_head.weight"}
+    torch.save(weights, tmp_path / "checkpoints" / "gpt2.bin")
+    assert_same_logits(GPT.from_pretrained("gpt2"), theirs)
+
+
+def test_missing_weights_without_network(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise URLError("no route")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    with pytest.raises(SystemExit, match="gpt2: cannot fetch https.*no route.*put the file at .*gpt2.bin"):
+        GPT.from_pretrained("gpt2")
+
+
+def test_folders_that_are_not_gpt2(tmp_path, monkeypatch):
+    def message():
+        with pytest.raises(SystemExit) as error:
+            GPT.from_pretrained(str(tmp_path))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+    assert "no config.json" in message()
+    config = dict(model_type="llama", vocab_size=97, n_positions=64, n_layer=2, n_head=2, n_embd=32)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "model_type is 'llama'" in message()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    assert "neither pytorch_model.bin nor model.safetensors" in message()
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert "pip install safetensors" in message()
+    make_model(vocab_size=97, n_layer=1).save_pretrained(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    assert "h.1.attn.c_attn.bias is missing" in message()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gpt2", "n_layer": 1, "n_embd": 64}))
+    assert "has shape" in message()

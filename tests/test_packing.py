@@ -1,0 +1,130 @@
+"""The packed batch: layout, and that no number depends on how sequences share rows."""
+import pytest
+import torch
+from conftest import make_model, random_groups
+
+from data import batch_order, group_length, micro_batches, pack, per_sequence
+from model import attention
+
+
+def alone(model, groups):
+    """The reference: one sequence a row, plain causal attention, full logits -> list of (len(response),) log-probs."""
+    result = []
+    for prompt, responses in groups:
+        for response in responses:
+            tokens = torch.tensor([prompt + response])
+            logits = model.logits(model.hidden(tokens, torch.arange(tokens.size(1))))[0]
+            logp = logits.log_softmax(-1)[len(prompt) - 1:-1]
+            result.append(logp.gather(1, torch.tensor(response)[:, None])[:, 0])
+    return result
+
+
+def test_layout_by_hand():
+    batch = pack([([1, 2, 3, 4], [[5, 6, 7], [8, 9]]), ([1], [[2]])], 9)
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 0, 0, 0, 0, 0, 0, 0]]
+    assert batch.segment.tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2], [0, 1, 0, 0, 0, 0, 0, 0, 0]]
+    assert batch.position.tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5], [0, 1, 0, 0, 0, 0, 0, 0, 0]]
+    assert batch.group.tolist() == [[0] * 9, [1, 1] + [-1] * 7]
+    assert batch.source.tolist() == [3, 4, 5, 3, 7, 9]
+    assert batch.at.tolist() == [4, 5, 6, 7, 8, 10]
+    assert batch.sequence.tolist() == [0, 0, 0, 1, 1, 2]
+    assert batch.sequence_group.tolist() == [0, 0, 1]
+    assert batch.target.tolist() == [5, 6, 7, 8, 9, 2]
+    assert batch.n_tokens == 11
+    assert per_sequence(torch.tensor([1., 2, 3, 4, 5, 6]), batch).tolist() == [6, 9, 6]
+
+
+def test_mask_by_hand():
+    mask = pack([([1, 2], [[3, 4], [5]])], 6).mask()[0, 0].int().tolist()
+    assert mask == [[1, 0, 0, 0, 0],   # the prompt, causally
+                    [1, 1, 0, 0, 0],
+                    [1, 1, 1, 0, 0],   # the first response
+                    [1, 1, 1, 1, 0],
+                    [1, 1, 0, 0, 1]]   # the second sees the prompt and itself
+
+
+def test_rows_are_filled_and_the_order_is_the_callers():
+    groups = random_groups(n=30)
+    batch = pack(groups, 60)
+    assert batch.tokens.size(0) <= -(-sum(map(group_length, groups)) // 60) + 1
+    assert batch.target.tolist() == [t for _, responses in groups for r in responses for t in r]
+
+
+@pytest.mark.parametrize("max_tokens", [40, 64, 200])
+def test_packed_equals_one_sequence_a_row(model, max_tokens):
+    groups = random_groups()
+    packed = model.logprobs(pack(groups, max_tokens))
+    torch.testing.assert_close(packed, torch.cat(alone(model, groups)), atol=1e-5, rtol=0)
+
+
+def test_gradients_packed_equal_one_sequence_a_row():
+    groups, a, b = random_groups(), make_model(), make_model()
+    weight = torch.randn(sum(len(r) for _, responses in groups for r in responses))
+    (a.logprobs(pack(groups, 64)) * weight).sum().backward()
+    (torch.cat(alone(b, groups)) * weight).sum().backward()
+    for (name, p), q in zip(a.named_parameters(), b.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+
+
+def test_flex_attention_equals_sdpa_under_the_packed_mask():
+    batch = pack(random_groups(), 64)
+    rows, T = batch.tokens.shape
+    q, k, v = torch.randn(3, rows, 2, T, 16).unbind(0)
+    real = batch.group[:, None, :, None] >= 0
+    flex = attention(q, k, v, batch.mask(flex=True)) * real
+    torch.testing.assert_close(flex, attention(q, k, v, batch.mask()) * real, atol=1e-5, rtol=1e-5)
+
+
+def test_a_siblings_tokens_change_nothing_to_the_bit(model):
+    groups = random_groups(responses=(2, 4))
+    changed = [(p, [rs[0]] + [[(t + 1) % 100 for t in r] for r in rs[1:]]) for p, rs in groups]
+    one, other = pack(groups, 64), pack(changed, 64)
+    first = torch.cat([(one.sequence == s) for s in range(len(one.sequence_group))
+                       if s == 0 or one.sequence_group[s] != one.sequence_group[s - 1]]).view(-1, len(one.sequence)).any(0)
+    assert torch.equal(model.logprobs(one)[first], model.logprobs(other)[first])
+    assert not torch.equal(model.logprobs(one), model.logprobs(other))
+
+
+def test_padding_and_neighbours_change_nothing_to_the_bit(model):
+    batch = pack(random_groups(), 64)
+    before = model.logprobs(batch)
+    batch.tokens[batch.group < 0] = 7
+    assert torch.equal(model.logprobs(batch), before)
+    mine = batch.group.flatten()[batch.at] == 0
+    batch.tokens[batch.group > 0] = 3
+    assert torch.equal(model.logprobs(batch)[mine], before[mine])
+
+
+def test_the_order_of_groups_changes_nothing(model):
+    groups = random_groups()
+    forward, backward = pack(groups, 64), pack(groups[::-1], 64)
+    a = [x.tolist() for x in model.logprobs(forward).split(forward.sequence.bincount().tolist())]
+    b = [x.tolist() for x in model.logprobs(backward).split(backward.sequence.bincount().tolist())]
+    per_group = lambda x, batch: [[s for s, g in zip(x, batch.sequence_group.tolist()) if g == i] for i in range(len(groups))]  # noqa: E731
+    for x, y in zip(per_group(a, forward), per_group(b, backward)[::-1]):
+        assert [len(s) for s in x] == [len(s) for s in y]
+        torch.testing.assert_close(torch.tensor(sum(x, [])), torch.tensor(sum(y, [])), atol=1e-5, rtol=0)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="group 1 has 4 tokens, a row holds 3"):
+        pack([([1], [[2]]), ([1, 2], [[3, 4]])], 3)
+    with pytest.raises(ValueError, match="group 0 has an empty"):
+        pack([([], [[2]])], 3)
+    with pytest.raises(ValueError, match="group 0 has an empty"):
+        pack([([1], [[2], []])], 3)
+
+
+def test_micro_batches_keep_every_index_and_the_bound():
+    lengths = [5, 9, 2, 20, 7, 7]
+    pieces = micro_batches(range(6), lengths, 14)
+    assert pieces == [[2, 0], [4, 5], [1], [3]]
+    assert micro_batches(range(6), lengths, 1000) == [[2, 0, 4, 5, 1, 3]]
+
+
+def test_batch_order_visits_every_example_once_an_epoch():
+    order = batch_order(10, 3, 7, seed=1)
+    assert len(order) == 7 and all(len(b) == 3 for b in order)
+    for epoch in (order[:3], order[3:6]):
+        assert len(set(sum(epoch, []))) == 9
+    assert order == batch_order(10, 3, 9, seed=1)[:7] != batch_order(10, 3, 7, seed=2)
