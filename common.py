@@ -255,11 +255,11 @@ def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95)):
 
 
 def learning_rate(step, cfg):
-    """Linear warm-up over cfg.warmup steps, then half a cosine from cfg.lr down to a tenth of it."""
+    """Linear warm-up over cfg.warmup steps, then half a cosine from cfg.lr down to 0."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # ------------------------------------------------------------------------------------------------ the log

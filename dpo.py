@@ -36,7 +36,7 @@ class Config:
     data_dir: str = "data/files"    # where published files are looked for before they are fetched
     init: str | None = None         # a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
     out: str | None = None          # the run's folder; None: out/dpo-RECIPE, or out/dpo-FILE
-    beta: float = 0.1               # β of eq. 7: the price of KL
+    beta: float = 0.25              # β of eq. 7: the price of KL
     loss_type: str = "sigmoid"      # sigmoid, ipo (arXiv:2310.12036), hinge (arXiv:2305.10425), robust (arXiv:2403.00409)
     label_smoothing: float = 0.0    # ε, the share of labels taken to be flipped (sigmoid and robust)
     precompute_ref: bool = True     # ask the reference once, before training; False keeps it in memory
@@ -45,7 +45,7 @@ class Config:
     micro_tokens: int = 16384       # tokens a forward pass at most; a larger batch is accumulated
     max_len: int = 64               # prompt and response together, in tokens
     lr: float = 2e-4                # peak learning rate
-    warmup: int = 10                # steps of linear warm-up, before the cosine to a tenth
+    warmup: int = 10                # steps of linear warm-up, before the cosine to 0
     weight_decay: float = 0.0       # on matrices
     grad_clip: float = 1.0          # largest norm of the gradient
     n_layer: int = 2                # with --init=scratch
@@ -61,7 +61,7 @@ class Config:
 
 
 RECIPES = {
-    "hh": dict(data="hh", steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
+    "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
 }
 
 

@@ -30,13 +30,13 @@ class Config:
     data_dir: str = "data/files"    # where published files are looked for before they are fetched
     init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], a run's folder, or a folder in the Hugging Face format
     out: str | None = None          # the run's folder; None: out/sft-RECIPE, or out/sft-FILE
-    steps: int = 600                # optimizer steps
-    batch_size: int = 32            # demonstrations a step, over all processes
+    steps: int = 1500               # optimizer steps
+    batch_size: int = 16            # prompts a step, each with up to four of its demonstrations, over all processes
     micro_tokens: int = 16384       # tokens a forward pass at most; a larger batch is accumulated
     max_len: int = 64               # prompt and response together, in tokens
     lr: float = 4e-3                # peak learning rate
-    warmup: int = 20                # steps of linear warm-up, before the cosine to a tenth
-    weight_decay: float = 0.1       # on matrices
+    warmup: int = 20                # steps of linear warm-up, before the cosine to 0
+    weight_decay: float = 0.0       # on matrices
     grad_clip: float = 1.0          # largest norm of the gradient
     n_layer: int = 2                # with --init=scratch
     n_head: int = 4                 # with --init=scratch
@@ -52,14 +52,26 @@ class Config:
 
 
 RECIPES = {
-    "hh": dict(data="hh", init="gpt2", steps=2000, max_len=512, lr=2e-5, warmup=100, weight_decay=0.0, val_every=200,
+    "hh": dict(data="hh", init="gpt2", steps=2000, batch_size=64, max_len=512, lr=2e-5, warmup=100, val_every=200,
                log_every=10, ckpt_every=500, eval_n=64),
 }
+
+
+def by_prompt(demonstrations, most=4):
+    """[(prompt, response), …] -> [(prompt, [response, …]), …]: answers to one prompt share a group, which computes it once."""
+    answers = {}
+    for prompt, response in demonstrations:
+        answers.setdefault(prompt, []).append(response)
+    return [(prompt, rs[i:i + most]) for prompt, rs in answers.items() for i in range(0, len(rs), most)]
 
 
 def sft_loss(logprobs, n_tokens):
     """−Σ log π(y_t | x, y_<t) over n_tokens. logprobs (N,), those of a part of the batch; n_tokens of the whole batch."""
     return -logprobs.sum() / n_tokens
+
+
+def response_tokens(groups):
+    return sum(len(response) for _, responses in groups for response in responses)
 
 
 @torch.no_grad()
@@ -70,7 +82,7 @@ def validation_loss(policy, groups, cfg, device, amp):
         batch = pack([groups[i] for i in micro], max(lengths[i] for i in micro)).to(device)
         with amp:
             total += policy.logprobs(batch).sum().item()
-    return -total / sum(len(response) for _, (response,) in groups) if groups else None
+    return -total / response_tokens(groups) if groups else None
 
 
 def train(cfg):
@@ -83,8 +95,7 @@ def train(cfg):
     tokenizer, policy = get_tokenizer(tokenizer_name), policy.to(device)
     say(f"sft: {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters on {device}, {cfg.data} -> {out}")
 
-    groups, validation = [encode_groups(tokenizer, [(p, [r]) for p, r in data.demonstrations(split)], cfg.max_len)
-                          for split in ("train", "validation")]
+    groups, validation = [encode_groups(tokenizer, by_prompt(data.demonstrations(split)), cfg.max_len) for split in ("train", "validation")]
     lengths = list(map(group_length, groups))
     order = batch_order(len(groups), cfg.batch_size, cfg.steps, cfg.seed)
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
@@ -94,7 +105,7 @@ def train(cfg):
         policy.hidden = torch.compile(policy.hidden)
 
     for step in range(start, cfg.steps):
-        n_tokens = sum(len(groups[i][1][0]) for i in order[step])  # response tokens of the batch, over all processes
+        n_tokens = response_tokens([groups[i] for i in order[step]])  # over all processes
         stats = {"loss": 0.0, "tokens": 0}
         for micro in micro_batches(share(order[step]), lengths, cfg.micro_tokens):
             batch = pack([groups[i] for i in micro], max(lengths[i] for i in micro)).to(device)

@@ -118,7 +118,7 @@ def test_errors():
 def test_micro_batches_keep_every_index_and_the_bound():
     lengths = [5, 9, 2, 20, 7, 7]
     pieces = micro_batches(range(6), lengths, 14)
-    assert pieces == [[2, 0], [4, 5], [1], [3]]
+    assert pieces == [[2, 0, 4], [5], [1], [3]]
     assert micro_batches(range(6), lengths, 1000) == [[2, 0, 4, 5, 1, 3]]
 
 

@@ -1,0 +1,205 @@
+"""Options, help, schedule, checkpoints, the log."""
+import ast
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+
+import common
+import dpo
+import sft
+from common import Log, learning_rate, load_checkpoint, load_model, make_optimizer, parse, save_checkpoint
+
+ROOT = Path(__file__).parents[1]
+STAGES = [sft, dpo]
+
+
+@dataclass
+class Config:
+    recipe: str = "animals"   # the positional argument
+    data: str = "animals"     # what to train on
+    lr: float = 1e-3          # peak learning rate
+    steps: int = 10           # steps
+    init: str | None = None   # where to start
+    val: int | None = 5       # an optional number
+    flag: bool = False        # a switch
+
+
+RECIPES = {"big": dict(lr=1e-5, data="hh")}
+
+
+def test_options_override_the_recipe_and_the_recipe_the_defaults():
+    assert parse(Config, RECIPES, []) == Config()
+    assert parse(Config, RECIPES, ["big", "--steps=3"]) == Config("big", "hh", 1e-5, 3)
+    assert parse(Config, RECIPES, ["--lr=1", "big", "--flag"]) == Config("big", "hh", 1.0, flag=True)
+
+
+@pytest.mark.parametrize("text, value", [("1e3", 1000), ("7", 7)])
+def test_conversions(text, value):
+    assert parse(Config, RECIPES, ["--steps=" + text]).steps == value
+    assert type(parse(Config, RECIPES, ["--steps=" + text]).steps) is int
+    assert parse(Config, RECIPES, ["--val=" + text]).val == value
+    assert parse(Config, RECIPES, ["--lr=" + text]).lr == value
+    assert parse(Config, RECIPES, ["--val=None", "--flag=false", "--init=a=b"]) == Config(val=None, init="a=b")
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--stpes=3", "unknown option 'stpes'; did you mean 'steps'?"),
+    ("bigg", "unknown recipe 'bigg'; did you mean 'big'?"),
+    ("--zzzzz=3", "unknown option 'zzzzz' -h lists everything"),
+    ("--steps=many", "--steps=many: expected a whole number"),
+    ("--steps=1.5", "--steps=1.5: expected a whole number"),
+    ("--steps=inf", "--steps=inf: expected a whole number"),
+    ("--lr=fast", "--lr=fast: expected a number"),
+    ("--flag=maybe", "--flag=maybe: expected True or False"),
+    ("--steps", "--steps needs a value: --steps=…"),
+    ("-steps=3", "-steps=3: options are written --name=value"),
+])
+def test_bad_arguments_get_one_line(argument, message):
+    with pytest.raises(SystemExit) as error:
+        parse(Config, RECIPES, [argument])
+    assert message in str(error.value).replace(";  ", "; ") and "\n" not in str(error.value)
+
+
+def test_a_file_of_ones_own_takes_the_settings_for_real_text(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("")
+    assert parse(Config, RECIPES | {"hh": dict(lr=1e-6)}, [f"--data={path}"]).lr == 1e-6
+    assert common.run_dir("dpo", Config(data=str(path))) == "out/dpo-mine"
+    assert common.run_dir("dpo", Config(recipe="big", data="hh")) == "out/dpo-big"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_lists_every_option_its_default_in_each_recipe_and_its_meaning(stage, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(stage.Config, stage.RECIPES, ["-h"])
+    assert error.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for f in fields(stage.Config):
+        line, = [x for x in lines if x.startswith(f"--{f.name} ")]
+        cells = re.split(r"\s{2,}", line)
+        if f.name != "recipe":
+            assert cells[1] == str(f.default)
+            assert cells[2] == str(stage.RECIPES["hh"].get(f.name, f.default))
+        assert len(cells[3]) > 3, f"{f.name} has no comment"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_option_is_read(stage):
+    source = "".join((ROOT / name).read_text() for name in (Path(stage.__file__).name, "common.py", "evaluate.py"))
+    read = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "cfg"}
+    assert {f.name for f in fields(stage.Config)} <= read
+    assert all(set(r) <= {f.name for f in fields(stage.Config)} for r in stage.RECIPES.values())
+
+
+def test_schedule():
+    @dataclass
+    class C:
+        lr: float = 2.0
+        warmup: int = 4
+        steps: int = 104
+    assert [learning_rate(s, C) for s in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert learning_rate(4, C) == 2.0 and math.isclose(learning_rate(54, C), 1.0) and 0 < learning_rate(103, C) < 1e-3
+
+
+def test_decay_groups():
+    model = make_model()
+    matrices, vectors = make_optimizer(model, 1e-3, weight_decay=0.1).param_groups
+    assert matrices["weight_decay"] == 0.1 and vectors["weight_decay"] == 0
+    assert sum(len(g["params"]) for g in (matrices, vectors)) == len(list(model.parameters()))
+    assert all(p.dim() == 1 for p in vectors["params"])
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+@pytest.fixture
+def saved(tmp_path):
+    model = make_model(vocab_size=dpo.get_tokenizer("animals").n_vocab)
+    save_checkpoint(str(tmp_path), 3, model, make_optimizer(model, 1e-3), sft.Config(), "animals")
+    return tmp_path
+
+
+def test_a_checkpoint_comes_back_by_folder_and_by_file(saved):
+    for path in (saved, saved / "ckpt.pt"):
+        model, tokenizer = load_model(str(path), sft.Config())
+        assert tokenizer == "animals"
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), make_model(vocab_size=model.config.vocab_size).state_dict().values()))
+    assert os.listdir(saved) == ["ckpt.pt"]
+
+
+def one_line(f, *args):
+    with pytest.raises(SystemExit) as error:
+        f(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_checkpoints_that_are_none(saved, tmp_path_factory):
+    empty = tmp_path_factory.mktemp("empty")
+    assert "no checkpoint there" in one_line(load_model, str(empty))
+    assert "no checkpoint there" in one_line(load_model, "gpt3")
+    whole = (saved / "ckpt.pt").read_bytes()
+    for content in (whole[:len(whole) // 2], b"", b"not a checkpoint at all"):
+        (empty / "ckpt.pt").write_bytes(content)
+        assert "not a checkpoint of this repository, or damaged" in one_line(load_model, str(empty))
+    torch.save({"weights": torch.zeros(3)}, empty / "ckpt.pt")
+    assert "not a checkpoint of this repository, or damaged (KeyError)" in one_line(load_model, str(empty))
+
+
+def test_no_pickle_is_executed(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+    torch.save({"model": Malicious(), "model_config": {}}, tmp_path / "ckpt.pt")
+    assert "damaged (UnpicklingError)" in one_line(load_checkpoint, str(tmp_path))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_checkpoint_of_another_shape(saved):
+    checkpoint = load_checkpoint(str(saved))
+    checkpoint["model_config"]["n_embd"] = 64
+    torch.save(checkpoint, saved / "ckpt.pt")
+    assert "the weights are of another shape than the model: size mismatch for wte.weight" in one_line(load_model, str(saved))
+    assert "max_len=100: the context" in one_line(load_model, str(save_again(saved)), sft.Config(max_len=100))
+
+
+def save_again(folder):
+    model = make_model(vocab_size=dpo.get_tokenizer("animals").n_vocab)
+    save_checkpoint(str(folder), 3, model, make_optimizer(model, 1e-3), sft.Config(), "animals")
+    return folder
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    make_model(vocab_size=97).save_pretrained(str(tmp_path))
+    assert "a vocabulary of 97 is not GPT-2's, and no tokenizer comes with it" in one_line(load_model, str(tmp_path))
+
+
+def test_resume_wants_the_options_of_the_run(saved):
+    model = make_model(vocab_size=dpo.get_tokenizer("animals").n_vocab)
+    optimizer = make_optimizer(model, 1e-3)
+    assert common.resume(str(saved), sft.Config(resume=True, log_every=7), model, optimizer)["step"] == 3
+    assert "was started with --lr=0.004, not 1.0" in one_line(common.resume, str(saved), sft.Config(lr=1.0), model, optimizer)
+
+
+# ------------------------------------------------------------------------------------------------ the log
+
+def test_log_holds_a_line_a_step_and_forgets_what_a_resumed_run_repeats(tmp_path, capsys):
+    log = Log(str(tmp_path), steps=6, every=3)
+    for step in range(1, 5):
+        log(step, tokens=10, loss=0.5)
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"step": 5, "lo')  # killed while writing
+    log = Log(str(tmp_path), steps=6, every=3, start=3)
+    for step in range(4, 7):
+        log(step, tokens=10, loss=0.25)
+    records = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert [(r["step"], r["loss"]) for r in records] == [(1, 0.5), (2, 0.5), (3, 0.5), (4, 0.25), (5, 0.25), (6, 0.25)]
+    assert {"step", "loss", "tokens_per_s", "time_s"} == set(records[0])
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out] == ["step", "3", "step", "6"] and len({len(line) for line in out}) == 1

@@ -1,0 +1,240 @@
+"""The animals world, files of the published schemas, and what is said of bad ones."""
+import gzip
+import json
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+
+from data import animals, dataset, encode_groups, encode_prompts
+from data.hh import HH
+from data.jsonl import Jsonl, common_prompt, fetch, parse, read_lines
+
+PROMPT = "Tell me about the owl: what it eats and how it moves."
+
+
+# ------------------------------------------------------------------------------------------------ animals
+
+@pytest.mark.parametrize("response, relevance, factuality, completeness", [
+    (" It eats mice. It can fly.", 0, 0, 1),
+    (" It can fly. It eats mice.", 0, 0, 1),
+    (" It eats mice.", 0, 0, 0.5),
+    (" It eats grass. It can fly.", 0, -0.5, 0.5),
+    (" It eats mice. It can fly. It has feathers.", -0.3, 0, 1),            # true, but nobody asked
+    (" It eats mice. It can fly. It has fur.", -0.3, -0.5, 1),              # nor is it true
+    (" It eats mice. It can fly. It eats mice.", -0.3, 0, 1),               # repeated
+    (" It eats mice. It eats grass. It can fly.", 0, -0.5, 1),              # contradicts itself
+    (" I hope this helps. It eats mice. It can fly.", -0.3, 0, 1),          # filler
+    (" It eats the moon. It can fly.", -0.3, 0, 0.5),                       # no sentence of this world
+    (" It eats mice. It can", -0.3, 0, 0.5),                                # cut off
+    ("", 0, 0, 0),
+])
+def test_gold_by_hand(response, relevance, factuality, completeness):
+    axes = animals.axes(PROMPT, response)
+    assert axes == pytest.approx(dict(relevance=relevance, factuality=factuality, completeness=completeness))
+    assert animals.gold(PROMPT, response) == pytest.approx(relevance + factuality + completeness)
+
+
+def test_every_question_has_a_perfect_answer_and_every_answer_is_grammatical():
+    for split in ("train", "validation", "test"):
+        for animal, asked in animals.questions(split):
+            prompt = animals.ask(animal, asked, animals.OPENINGS[0])
+            assert animals.parse_prompt(prompt) == (animal, list(asked))
+            assert animals.gold(prompt, " ".join(animals.state(a, animals.WORLD[animal][a]) for a in asked)) == 1
+    assert all(good == said for good, said in (animals.grammatical(r) for _, r in animals.demonstrations("validation")))
+    assert animals.grammatical(" It eats mice. It the.") == (1, 2)
+
+
+def test_splits_share_no_question():
+    pairs = {split: {animals.parse_prompt(p)[0] + str(animals.parse_prompt(p)[1]) for p in animals.prompts(split)} for split in animals.SIZES}
+    assert all(not pairs[a] & pairs[b] for a in pairs for b in pairs if a != b)
+    for split in pairs:
+        texts = {p for p, _ in animals.demonstrations(split)} | {p for p, _ in animals.comparisons(split)}
+        assert texts <= set(animals.prompts(split))
+
+
+def test_labels_agree_with_gold_about_as_often_as_instructgpts_labelers():
+    pairs = [(animals.gold(p, a), animals.gold(p, b)) for p, (a, b) in animals.comparisons("train")]
+    agree = np.mean([a > b for a, b in pairs if not math.isclose(a, b, abs_tol=1e-9)])
+    assert 0.71 < agree < 0.75
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_every_pair_of_a_ranking_is_bradley_terry(k):
+    """Labels go against gold as often as σ(−scale · |Δgold|) says."""
+    pairs = [(animals.gold(p, a), animals.gold(p, b)) for p, rs in animals.comparisons("train", k)[:5000] for a, b in combinations(rs, 2)]
+    pairs = np.array([(a, b) for a, b in pairs if not math.isclose(a, b, abs_tol=1e-9)])
+    against = (pairs[:, 0] < pairs[:, 1]).mean()
+    expected = (1 / (1 + np.exp(animals.LABEL_SCALE * np.abs(pairs[:, 0] - pairs[:, 1])))).mean()
+    assert abs(against - expected) < 0.02
+
+
+def test_generator_is_the_same_every_time():
+    assert animals.demonstrations("validation") == animals.demonstrations("validation")
+    assert animals.comparisons("validation") == animals.comparisons("validation")
+    assert animals.demonstrations("validation") != animals.demonstrations("test")
+
+
+def test_not_a_prompt_of_this_world():
+    with pytest.raises(ValueError, match="not a prompt of the animals world: 'Hello'"):
+        animals.gold("Hello", "")
+
+
+def test_animals_tokenizer_spells_anything_and_knows_its_words():
+    tokenizer = animals.tokenizer()
+    for text in ("héllo wörld  12\n\n x", PROMPT, " It is an insect.", "<|endoftext|>", "\x00🦉"):
+        assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+    assert [tokenizer.decode([t]) for t in tokenizer.encode_ordinary(" It eats mice.")] == [" It", " eats", " mice", "."]
+    assert tokenizer.eot_token not in tokenizer.encode_ordinary("<|endoftext|>")
+
+
+# ------------------------------------------------------------------------------------------------ groups
+
+def test_encode_groups_ends_responses_and_cuts_as_documented(capsys):
+    t = animals.tokenizer()
+    words = lambda n: " it" * n  # noqa: E731
+    (p, (r,)), = encode_groups(t, [(words(3), [words(2)])], 10)
+    assert len(p) == 3 and r.tolist() == t.encode_ordinary(words(2)) + [t.eot_token]
+    assert capsys.readouterr().out == ""
+    groups = encode_groups(t, [("the" + words(20), [words(3)]),          # the prompt's beginning goes
+                               (words(3), [words(20), words(1)]),        # the response's end goes, and its EOS
+                               ("the" + words(20), [words(20)])], 10)    # both
+    assert [(len(p), [len(r) for r in rs]) for p, rs in groups] == [(6, [4]), (3, [7, 2]), (5, [5])]
+    assert [[r[-1] == t.eot_token for r in rs] for _, rs in groups] == [[True], [False, True], [False]]
+    assert all(t.encode_ordinary("the")[0] not in p for p, _ in groups)
+    assert capsys.readouterr().out.strip() == "cut to max_len=10: the beginning of 2 prompts, the end of 2 responses, of 3 examples"
+
+
+def test_an_empty_prompt_begins_with_eos():
+    t = animals.tokenizer()
+    assert [p.tolist() for p in encode_prompts(t, ["", " it"])] == [[t.eot_token], t.encode_ordinary(" it")]
+
+
+# ------------------------------------------------------------------------------------------------ jsonl
+
+def write(path, records, opener=open):
+    with opener(path, "wt") as f:
+        f.writelines((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records)
+    return str(path)
+
+
+def test_every_schema():
+    user, assistant = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    assert parse({"prompt": "2+2=", "completion": "4"}, "f:1") == ("2+2=", ["4"])
+    assert parse({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, "f:1") == ("2+2=", ["4", "5"])
+    assert parse({"messages": [user, assistant]}, "f:1") == ("\n\nHuman: Hi\n\nAssistant:", [" Hello"])
+    assert parse({"prompt": [user], "chosen": [assistant], "rejected": [assistant | {"content": "No"}]}, "f:1") == \
+        ("\n\nHuman: Hi\n\nAssistant:", [" Hello", " No"])
+    assert parse({"chosen": [user, assistant], "rejected": [user, assistant | {"content": "He"}]}, "f:1") == \
+        ("\n\nHuman: Hi\n\nAssistant:", [" Hello", " He"])
+
+
+def test_common_prompt():
+    assert common_prompt("Q: x A: yes", "Q: x A: yes, no") == ("Q: x A:", " yes", " yes, no")
+    a = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    assert common_prompt(a + " d", a + " e") == (a, " d", " e")
+    assert common_prompt("abc", "xyz") == ("", "abc", "xyz")
+
+
+@pytest.mark.parametrize("opener, suffix", [(open, ".jsonl"), (gzip.open, ".jsonl.gz")])
+def test_a_file_is_split_by_line(tmp_path, opener, suffix):
+    data = dataset(write(tmp_path / f"mine{suffix}", [{"prompt": f"{i}:", "chosen": " a", "rejected": " b"} for i in range(40)], opener))
+    assert data.prompts("validation") == ["0:", "20:"] and data.prompts("test") == ["1:", "21:"]
+    assert len(data.comparisons("train")) == 36 and data.demonstrations("train")[0] == ("2:", " a")
+
+
+OK = {"prompt": "p", "chosen": " a", "rejected": " b"}
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"prompt": "p", "chosen": ', r"mine.jsonl:4: not JSON"),
+    ("[1, 2]", "mine.jsonl:4: expected an object, found list"),
+    ({"prompt": "p"}, "mine.jsonl:4: needs prompt and completion.*found 'prompt'"),
+    ({}, "mine.jsonl:4: needs prompt and completion.*found nothing"),
+    ({"prompt": "p", "chosen": "", "rejected": " b"}, "mine.jsonl:4: an empty response"),
+    ({"prompt": 1, "chosen": " a", "rejected": " b"}, "mine.jsonl:4: 'prompt' is int"),
+    ({"messages": []}, "mine.jsonl:4: 'messages' must be a list"),
+    ({"messages": [{"role": "robot", "content": ""}]}, "mine.jsonl:4: a message must be"),
+    ("[" * 100_000, "mine.jsonl:4: not JSON"),
+    ("\udcff", "mine.jsonl:4: not JSON"),
+])
+def test_a_bad_line_is_named(tmp_path, line, message):
+    path = tmp_path / "mine.jsonl"
+    lines = [json.dumps(OK), json.dumps(OK), "", line if isinstance(line, str) else json.dumps(line)]
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    with pytest.raises(SystemExit, match=message) as error:
+        dataset(str(path)).comparisons("train")
+    assert "\n" not in str(error.value)
+
+
+def test_files_with_nothing_to_train_on(tmp_path):
+    with pytest.raises(SystemExit, match="no example to train on"):
+        dataset(write(tmp_path / "a.jsonl", [])).demonstrations("train")
+    with pytest.raises(SystemExit, match="no example to train on"):
+        dataset(write(tmp_path / "b.jsonl", [OK])).comparisons("train")
+    with pytest.raises(SystemExit, match="holds demonstrations only"):
+        dataset(write(tmp_path / "c.jsonl", [{"prompt": "p", "completion": "c"}] * 5)).comparisons("train")
+    with pytest.raises(SystemExit, match="no such file, and none of the datasets"):
+        dataset(str(tmp_path / "d.jsonl"))
+
+
+def test_a_gz_that_is_cut_short_or_is_none(tmp_path):
+    path = write(tmp_path / "mine.jsonl.gz", [OK] * 1000, gzip.open)
+    whole = open(path, "rb").read()
+    for content in (whole[:len(whole) // 2], b"plain text", whole[:20] + b"\xff" * 40):
+        (tmp_path / "bad.jsonl.gz").write_bytes(content)
+        with pytest.raises(SystemExit, match=r"bad.jsonl.gz:\d+: "):
+            list(read_lines(str(tmp_path / "bad.jsonl.gz")))
+
+
+# ------------------------------------------------------------------------------------------------ hh
+
+@pytest.fixture
+def hh_files(tmp_path):
+    """Two files of the published schema."""
+    turn = "\n\nHuman: What is {}?\n\nAssistant:"
+    for file, n in (("train", 101), ("test", 3)):
+        folder = tmp_path / "hh-rlhf" / "helpful-base"
+        folder.mkdir(parents=True, exist_ok=True)
+        records = [{"chosen": turn.format(i) + f" It is {i}.", "rejected": turn.format(i) + " I cannot say."} for i in range(n)]
+        records[2]["rejected"] = turn.format(2)
+        write(folder / f"{file}.jsonl.gz", records, gzip.open)
+    return str(tmp_path)
+
+
+def test_hh_reads_the_published_files(hh_files, capsys):
+    data = dataset("hh/helpful-base", hh_files)
+    assert data.comparisons("test")[1] == ("\n\nHuman: What is 1?\n\nAssistant:", [" It is 1.", " I cannot say."])
+    assert "left out 1 comparisons of the test split with an empty response" in capsys.readouterr().out
+    assert len(data.comparisons("train")) == 98 and len(data.comparisons("validation")) == 2 and len(data.comparisons("test")) == 2
+    assert data.demonstrations("validation")[1][1] == " It is 100."
+
+
+def test_hh_without_file_or_network(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no route")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    with pytest.raises(SystemExit, match="harmless-base/train.jsonl.gz is missing and https.*no route.*--data_dir") as error:
+        dataset("hh", str(tmp_path)).comparisons("train")
+    assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit, match="HH-RLHF has harmless-base, "):
+        dataset("hh/kind-base", str(tmp_path))
+
+
+def test_a_file_that_is_not_the_published_one_is_refused(tmp_path):
+    path = tmp_path / "x.gz"
+    path.write_bytes(b"not it")
+    with pytest.raises(SystemExit, match="sha256 differs"):
+        fetch(str(path), "https://example.org/x.gz", "0" * 64)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the public files are not beside the checkout")
+def test_the_real_file():
+    data = Jsonl(str(SHARED / "hh-rlhf/harmless-base/test.jsonl.gz"))
+    pairs = [pair for split in ("train", "validation", "test") for pair in data.comparisons(split)]
+    assert len(pairs) == 2312
+    assert all(prompt.endswith("\n\nAssistant:") for prompt, _ in pairs)
+    assert len(HH(str(SHARED), ["harmless-base"]).comparisons("test")) == 2312

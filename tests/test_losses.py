@@ -1,0 +1,134 @@
+"""The SFT and DPO losses: hand-worked cases, gradients, limits, and the closed form that all of RLHF is measured against."""
+import math
+from itertools import combinations, product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model, random_groups
+
+from data import pack, per_sequence
+from dpo import dpo_loss
+from sft import sft_loss
+
+# β = 0.5; log-ratios: chosen 2 and −1, rejected −1 and 3; so h = 3 and −4, βh = 1.5 and −2
+CHOSEN, REJECTED = torch.tensor([-3.0, -6.0]), torch.tensor([-8.0, -4.0])
+REF_CHOSEN, REF_REJECTED = torch.tensor([-5.0, -5.0]), torch.tensor([-7.0, -7.0])
+LOGSIGMOID = {x: -math.log(1 + math.exp(-x)) for x in (1.5, -1.5, 2.0, -2.0)}
+
+
+@pytest.mark.parametrize("options, expected", [
+    (dict(), (-LOGSIGMOID[1.5] - LOGSIGMOID[-2.0]) / 2),
+    (dict(label_smoothing=0.1), (-0.9 * LOGSIGMOID[1.5] - 0.1 * LOGSIGMOID[-1.5] - 0.9 * LOGSIGMOID[-2.0] - 0.1 * LOGSIGMOID[2.0]) / 2),
+    (dict(loss_type="ipo"), ((3 - 1) ** 2 + (-4 - 1) ** 2) / 2),
+    (dict(loss_type="hinge"), (0 + 3) / 2),
+    (dict(loss_type="robust", label_smoothing=0.1),
+     (-0.9 * LOGSIGMOID[1.5] + 0.1 * LOGSIGMOID[-1.5] - 0.9 * LOGSIGMOID[-2.0] + 0.1 * LOGSIGMOID[2.0]) / 2 / 0.8),
+])
+def test_dpo_by_hand(options, expected):
+    loss, chosen_reward, rejected_reward = dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, 0.5, **options)
+    assert math.isclose(loss.item(), expected, rel_tol=1e-6)
+    assert chosen_reward.tolist() == [1.0, -0.5] and rejected_reward.tolist() == [-0.5, 1.5]
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_dpo_is_log_2_at_the_reference(beta, label_smoothing):
+    loss, chosen_reward, rejected_reward = dpo_loss(CHOSEN, REJECTED, CHOSEN, REJECTED, beta, label_smoothing)
+    assert math.isclose(loss.item(), math.log(2), rel_tol=1e-6)
+    assert not chosen_reward.any() and not rejected_reward.any()
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "robust"])
+def test_dpo_gradient_raises_the_chosen_and_lowers_the_rejected(loss_type):
+    chosen, rejected = CHOSEN.clone().requires_grad_(), REJECTED.clone().requires_grad_()
+    loss, chosen_reward, _ = dpo_loss(chosen, rejected, CHOSEN, REJECTED, 0.1, loss_type=loss_type)
+    loss.backward()
+    assert (chosen.grad < 0).all() and torch.equal(chosen.grad, -rejected.grad)
+    assert not chosen_reward.requires_grad
+
+
+def test_dpo_gradient_is_the_papers():
+    """∂L/∂ log π(y_w) = −β σ(−βh) (the gradient under eq. 7), here as a mean over the batch."""
+    chosen = CHOSEN.clone().requires_grad_()
+    dpo_loss(chosen, REJECTED, REF_CHOSEN, REF_REJECTED, 0.5)[0].backward()
+    torch.testing.assert_close(chosen.grad, -0.5 * torch.sigmoid(-torch.tensor([1.5, -2.0])) / 2)
+
+
+def test_ipo_is_smallest_at_its_margin():
+    h = torch.tensor([5.0])
+    assert dpo_loss(h, 0 * h, 0 * h, 0 * h, beta=0.1, loss_type="ipo")[0].item() == 0
+
+
+def test_robust_is_unbiased_under_flips():
+    """E over labels flipped with chance ε of the robust loss = the clean sigmoid loss."""
+    args, eps = (CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED), 0.2
+    kept = dpo_loss(*args, 0.5, eps, "robust")[0]
+    flipped = dpo_loss(REJECTED, CHOSEN, REF_REJECTED, REF_CHOSEN, 0.5, eps, "robust")[0]
+    torch.testing.assert_close((1 - eps) * kept + eps * flipped, dpo_loss(*args, 0.5)[0])
+
+
+def test_unknown_loss_type():
+    with pytest.raises(ValueError, match="loss_type 'kto'"):
+        dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, 0.1, loss_type="kto")
+
+
+def test_dpo_loss_of_packed_pairs_does_not_depend_on_their_order(model):
+    pairs = random_groups(responses=(2, 3))
+
+    def loss(pairs):
+        batch = pack(pairs, 64)
+        logp = per_sequence(model.logprobs(batch), batch)
+        return dpo_loss(logp[0::2], logp[1::2], torch.zeros(7), torch.zeros(7), 0.1)[0]
+    torch.testing.assert_close(loss(pairs), loss(pairs[::-1]), atol=1e-6, rtol=0)
+
+
+def test_sft_loss_is_cross_entropy_of_the_response(model):
+    prompt, response = [1, 2, 3], [4, 5, 6, 7]
+    logits = model.logits(model.hidden(torch.tensor([prompt + response]), torch.arange(7)))[0]
+    loss = sft_loss(model.logprobs(pack([(prompt, [response])], 7)), 4)
+    torch.testing.assert_close(loss, F.cross_entropy(logits[2:-1], torch.tensor(response)))
+
+
+def test_sft_loss_of_parts_adds_up_to_that_of_the_batch(model):
+    groups = random_groups(responses=(1, 2))
+    n = sum(len(r) for _, (r,) in groups)
+    whole = sft_loss(model.logprobs(pack(groups, 64)), n)
+    parts = sum(sft_loss(model.logprobs(pack([g], 64)), n) for g in groups)
+    torch.testing.assert_close(whole, parts, atol=1e-6, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------ the closed form
+
+def tiny_problem(seed):
+    """One prompt, 3 tokens, 2 steps: a packed batch of all 9 responses, a policy, and a reward for each."""
+    policy = make_model(seed, vocab_size=3, block_size=3, n_layer=1, n_head=2, n_embd=32, scale=8.0)
+    batch = pack([([0], [list(r) for r in product(range(3), repeat=2)])], 19)
+    return policy, batch, torch.randn(9)
+
+
+@pytest.mark.parametrize("seed, beta", [(0, 1.0), (1, 0.5), (2, 2.0)])
+def test_dpo_reaches_the_closed_form(seed, beta):
+    """On all pairs, weighted by their Bradley–Terry probabilities, DPO's minimum is π* ∝ π_ref exp(r/β)."""
+    policy, batch, reward = tiny_problem(seed)
+    with torch.no_grad():
+        ref_logp = per_sequence(policy.logprobs(batch), batch)  # (9,)
+    assert math.isclose(ref_logp.exp().sum(), 1, abs_tol=1e-5) and ref_logp.std() > 0.1
+    optimum = (ref_logp + reward / beta).log_softmax(0)
+    i, j = torch.tensor(list(combinations(range(9), 2))).unbind(1)
+    flipped = torch.sigmoid(reward[j] - reward[i])  # P(y_j ≻ y_i)
+
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+    for _ in range(400):
+        logp = per_sequence(policy.logprobs(batch), batch)
+        loss, _, _ = dpo_loss(logp[i], logp[j], ref_logp[i], ref_logp[j], beta, label_smoothing=flipped)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+
+    logp = per_sequence(policy.logprobs(batch), batch).detach()
+    kl = (logp.exp() * (logp - optimum)).sum().item()
+    kl_before = (ref_logp.exp() * (ref_logp - optimum)).sum().item()
+    assert kl < 1e-3 < 0.02 < kl_before

@@ -1,0 +1,179 @@
+"""Whole runs of each stage on a small world: from nothing to a table, resumed, killed, on several processes."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHARED, make_model
+
+import dpo
+import evaluate
+import sft
+from common import load_model, make_optimizer, save_checkpoint
+from data import get_tokenizer
+
+ROOT = Path(__file__).parents[1]
+TINY = dict(n_layer=1, n_head=2, n_embd=16, batch_size=8, log_every=5, device="cpu")
+
+
+def log_of(out, drop=("tokens_per_s", "time_s")):
+    return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in open(Path(out) / "log.jsonl")]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A folder with a checkpoint to start from, which speaks the animals tokenizer, and a small file of comparisons."""
+    model = make_model(vocab_size=get_tokenizer("animals").n_vocab, n_layer=1, n_embd=16)
+    os.makedirs(tmp_path / "start")
+    save_checkpoint(str(tmp_path / "start"), 1, model, make_optimizer(model, 1e-3), sft.Config(), "animals")
+    (tmp_path / "mine.jsonl").write_text("".join(
+        json.dumps({"prompt": f"{i}:", "chosen": f" {i + 1}." + " yes" * (i % 5), "rejected": " no" * (1 + i % 3)}) + "\n" for i in range(60)))
+    return tmp_path
+
+
+def test_from_nothing_to_a_table(tmp_path, monkeypatch, small_world, capsys):
+    """`python dpo.py` on a fresh clone: SFT, DPO, the table, the files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sft.RECIPES, "animals", dict(steps=20, batch_size=8, eval_n=20))
+    policy = dpo.train(dpo.Config(**TINY, steps=10, eval_n=20))
+    assert isinstance(policy, torch.nn.Module)
+    out = capsys.readouterr().out
+    assert "no SFT model in out/sft-animals: training it first" in out and "20 held-out prompts" in out
+    for stage, before in (("sft", "scratch"), ("dpo", "out/sft-animals")):
+        folder = tmp_path / "out" / f"{stage}-animals"
+        assert {p.name for p in folder.iterdir()} == {"ckpt.pt", "log.jsonl", "eval.json"}
+        rows = json.load(open(folder / "eval.json"))
+        assert [r["checkpoint"] for r in rows] == [before, f"out/{stage}-animals"]
+        assert set(rows[0]) == {"checkpoint", *evaluate.KEYS, *(k + "_se" for k in evaluate.KEYS)}
+        assert rows[0]["kl"] == 0 and rows[0]["win_rate"] == 0.5 and rows[1]["kl"] > 0
+    assert [r["step"] for r in log_of("out/dpo-animals")] == list(range(1, 11))
+    assert set(log_of("out/dpo-animals", ())[0]) == {
+        "step", "loss", "lr", "grad_norm", "tokens_per_s", "time_s", "tokens",
+        "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp"}
+    dpo.train(dpo.Config(**TINY, steps=2, eval_n=0))
+    assert "training it first" not in capsys.readouterr().out
+
+
+def test_the_first_step_of_dpo_is_at_the_reference_to_the_bit(start):
+    dpo.train(dpo.Config(**TINY, data=str(start / "mine.jsonl"), init=str(start / "start"), out=str(start / "a"), steps=1, eval_n=0))
+    first, = log_of(start / "a")
+    assert first["margin"] == first["chosen_reward"] == first["rejected_reward"] == 0
+    assert abs(first["loss"] - 0.6931472) < 1e-6
+
+
+def test_the_reference_in_memory_and_precomputed_give_one_log(start):
+    common = dict(**TINY, data=str(start / "mine.jsonl"), init=str(start / "start"), steps=9, eval_n=0, micro_tokens=64)
+    dpo.train(dpo.Config(**common, out=str(start / "a")))
+    dpo.train(dpo.Config(**common, out=str(start / "b"), precompute_ref=False))
+    a, b = log_of(start / "a"), log_of(start / "b")
+    assert a[:6] == b[:6]  # the first epoch, to the bit; later the pairs meet others in their rows
+    assert all(abs(x["loss"] - y["loss"]) < 1e-5 for x, y in zip(a, b))
+
+
+def test_micro_batches_do_not_change_the_run(start):
+    common = dict(**TINY, data=str(start / "mine.jsonl"), init=str(start / "start"), steps=5, eval_n=0)
+    for name, micro_tokens in (("a", 16384), ("b", 50)):
+        dpo.train(dpo.Config(**common, out=str(start / name), micro_tokens=micro_tokens))
+    for x, y in zip(log_of(start / "a"), log_of(start / "b")):
+        assert all(abs(x[k] - y[k]) < 1e-4 * max(1, abs(x[k])) for k in x)
+
+
+def command(stage, start, out, *more):
+    return [sys.executable, str(ROOT / f"{stage}.py"), f"--data={start}/mine.jsonl", f"--init={start}/start", f"--out={start}/{out}",
+            *(f"--{k}={v}" for k, v in TINY.items()), "--max_len=64", "--warmup=2", "--steps=200", "--ckpt_every=7", "--eval_n=0", *more]
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_killed_run_resumes_to_the_same_log_to_the_bit(stage, start):
+    log = start / "b" / "log.jsonl"
+    whole = subprocess.run(command(stage, start, "a"), capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    killed = subprocess.Popen(command(stage, start, "b"), stdout=subprocess.DEVNULL)
+    while not log.exists() or log.read_text().count("\n") < 60:
+        time.sleep(0.01)
+        assert killed.poll() is None
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    done = log.read_text().count("\n")
+    assert 60 <= done < 200
+    again = subprocess.run(command(stage, start, "b", "--resume"), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert len(log_of(start / "a")) == 200 and log_of(start / "a") == log_of(start / "b")
+    a, b = (load_model(str(start / name))[0].state_dict() for name in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_an_sft_run_that_was_cut_off_is_finished_before_it_is_used(tmp_path, monkeypatch, small_world, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sft.RECIPES, "animals", dict(steps=10, batch_size=8, eval_n=0, ckpt_every=5))
+    real, stop = sft.save_checkpoint, []
+
+    def save_and_die(out, step, *args, **more):
+        real(out, step, *args, **more)
+        if not stop:
+            stop.append(step)
+            raise KeyboardInterrupt
+    monkeypatch.setattr(sft, "save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        dpo.train(dpo.Config(**TINY, steps=2, eval_n=0))
+    dpo.train(dpo.Config(**TINY, steps=2, eval_n=0))
+    assert stop == [5] and [r["step"] for r in log_of("out/sft-animals")] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_two_processes_give_the_run_of_one(stage, start):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    one = subprocess.run(command(stage, start, "a", "--steps=6"), env=env, capture_output=True, text=True)
+    assert one.returncode == 0, one.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    two = subprocess.run(torchrun + command(stage, start, "b", "--steps=6")[1:], env=env, capture_output=True, text=True)
+    assert two.returncode == 0, two.stderr
+    a, b = log_of(start / "a"), log_of(start / "b")
+    assert len(a) == len(b) == 6
+    for x, y in zip(a, b):
+        assert all(x[k] == y[k] or abs(x[k] - y[k]) < 1e-5 * max(1, abs(x[k])) for k in x), (x, y)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the public files are not beside the checkout")
+def test_dpo_on_real_comparisons(tmp_path):
+    path = SHARED / "hh-rlhf/harmless-base/test.jsonl.gz"
+    dpo.train(dpo.Config(**TINY | {"batch_size": 4}, data=str(path), init="scratch", out=str(tmp_path), max_len=256, steps=3, eval_n=2))
+    assert len(log_of(tmp_path)) == 3
+    rows = json.load(open(tmp_path / "eval.json"))
+    assert rows[0]["gold"] is None and rows[1]["kl"] > 0
+
+
+# ------------------------------------------------------------------------------------------------ evaluate.py
+
+def test_evaluate_command_line(start, small_world, capsys):
+    folder = str(start / "start")
+    evaluate.main([folder, folder, "--n=12", f"--json={start}/rows.json"])
+    assert "12 held-out prompts" in capsys.readouterr().out
+    rows = json.load(open(start / "rows.json"))
+    assert len(rows) == 2 and rows[0] == rows[1]
+    evaluate.main([folder, "--prompt=Tell me about the owl: what it eats and how it moves."])
+    assert capsys.readouterr().out.startswith(folder + ": ")
+
+
+def test_exact_kl_by_enumeration():
+    """KL per position summed over sampled responses averages to Σ_y π(y|x) log π/π_ref (y|x) over all 9 responses."""
+    from itertools import product
+    from data import pack, per_sequence
+    policy, ref_policy = (make_model(seed, vocab_size=3, block_size=3, n_layer=1, scale=8.0) for seed in (0, 1))
+    responses = [list(r) for r in product(range(3), repeat=2)]
+    batch = pack([([0], responses)], 19)
+    with torch.no_grad():
+        logp, ref_logp = per_sequence(policy.logprobs(batch), batch), per_sequence(ref_policy.logprobs(batch), batch)
+        kl = evaluate.exact_kl(policy, ref_policy, [[0]] * 9, responses)
+    torch.testing.assert_close((logp.exp() * kl).sum(), (logp.exp() * (logp - ref_logp)).sum())
+    assert (evaluate.exact_kl(policy, policy, [[0]] * 9, responses) == 0).all()
+
+
+def test_mean_and_standard_error_by_hand():
+    assert evaluate.mean_se([1.0, 2.0, 3.0, 6.0]) == pytest.approx((3.0, (14 / 3 / 4) ** 0.5))
+    assert evaluate.mean_se([2.0]) == (2.0, None) and evaluate.mean_se([]) == evaluate.mean_se(None) == (None, None)
