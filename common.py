@@ -3,6 +3,7 @@
 No equation lives here. A stage calls, in this order: parse, setup, load_model, make_optimizer, then in its loop
 learning_rate, sum_over_ranks, Log, save_checkpoint.
 """
+import ctypes
 import difflib
 import inspect
 import json
@@ -106,11 +107,20 @@ def setup(cfg):
     if device == "cuda" and WORLD > 1:
         device = f"cuda:{LOCAL_RANK}"
         torch.cuda.set_device(device)
+    if device == "cpu" and sys.platform == "linux":
+        keep_memory()
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     torch.manual_seed(cfg.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device, torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()
+
+
+def keep_memory():
+    """Tells glibc's malloc to keep freed memory: tensors come and go by the 100 MB, and each would be zeroed by the kernel anew."""
+    libc = ctypes.CDLL(None)
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+        getattr(libc, "mallopt", lambda *_: 0)(option, value)
 
 
 def share(batch):
@@ -134,6 +144,12 @@ def sum_over_ranks(model, stats):
             dist.all_reduce(parameter.grad)
     values = [torch.as_tensor(value, dtype=torch.float64, device=model.device) for value in stats.values()]
     return dict(zip(stats, all_reduce(torch.stack(values)).tolist()))
+
+
+def compile_training(model, cfg):
+    """torch.compile for the passes over packed batches, where cfg.compile says so (None: on CUDA)."""
+    if cfg.compile or cfg.compile is None and model.device.type == "cuda":
+        model.packed_hidden = torch.compile(model.hidden)
 
 
 # ------------------------------------------------------------------------------------------------ models and checkpoints

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (Log, all_reduce, learning_rate, load_model, make_optimizer, parse, require_sft, resume, run_dir,
-                    save_checkpoint, say, setup, share, sum_over_ranks)
+from common import (Log, all_reduce, compile_training, learning_rate, load_model, make_optimizer, parse, require_sft, resume,
+                    run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack, per_sequence
 
 
@@ -36,15 +36,15 @@ class Config:
     data_dir: str = "data/files"    # where published files are looked for before they are fetched
     init: str | None = None         # a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
     out: str | None = None          # the run's folder; None: out/dpo-RECIPE, or out/dpo-FILE
-    beta: float = 0.25              # β of eq. 7: the price of KL
+    beta: float = 0.5               # β of eq. 7: the price of KL
     loss_type: str = "sigmoid"      # sigmoid, ipo (arXiv:2310.12036), hinge (arXiv:2305.10425), robust (arXiv:2403.00409)
     label_smoothing: float = 0.0    # ε, the share of labels taken to be flipped (sigmoid and robust)
     precompute_ref: bool = True     # ask the reference once, before training; False keeps it in memory
-    steps: int = 150                # optimizer steps
+    steps: int = 250                # optimizer steps
     batch_size: int = 64            # pairs a step, over all processes
     micro_tokens: int = 16384       # tokens a forward pass at most; a larger batch is accumulated
     max_len: int = 64               # prompt and response together, in tokens
-    lr: float = 2e-4                # peak learning rate
+    lr: float = 5e-4                # peak learning rate
     warmup: int = 10                # steps of linear warm-up, before the cosine to 0
     weight_decay: float = 0.0       # on matrices
     grad_clip: float = 1.0          # largest norm of the gradient
@@ -134,9 +134,9 @@ def train(cfg):
     say(f"dpo: {len(pairs)} pairs of {cfg.data}, {init} -> {out} on {device}")
 
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
-    if cfg.compile if cfg.compile is not None else device.startswith("cuda"):
-        policy.hidden = torch.compile(policy.hidden)
     ref_policy = None if cfg.precompute_ref else copy.deepcopy(policy).requires_grad_(False)
+    for model in [policy] if cfg.precompute_ref else [policy, ref_policy]:
+        compile_training(model, cfg)
     checkpoint = resume(out, cfg, policy, optimizer) if cfg.resume else {"step": 0}
     if cfg.precompute_ref:  # before the first step, the policy is the reference
         ref_logp = checkpoint["ref_logp"].to(device) if cfg.resume else reference_logp(policy, pairs, lengths, order, cfg, device, amp)

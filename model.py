@@ -22,7 +22,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 PRETRAINED = {  # n_layer, n_head, n_embd
     "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
-CHUNK = 512  # response tokens whose (tokens, vocabulary) logits exist at one time
+compiled_flex_attention = torch.compile(flex_attention)  # on CUDA one fused kernel that skips what the mask rules out
+CHUNK = 1024  # response tokens whose (tokens, vocabulary) logits exist at one time
 
 
 @dataclass
@@ -54,7 +55,7 @@ class KVCache:
 def attention(q, k, v, mask):
     """softmax(q kᵀ/√d) v under `mask`: a flex_attention BlockMask, a boolean (True = may look), or None = causal."""
     if isinstance(mask, BlockMask):
-        return flex_attention(q, k, v, block_mask=mask)
+        return (compiled_flex_attention if q.is_cuda else flex_attention)(q, k, v, block_mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
@@ -114,8 +115,9 @@ class TokenLogprobs(torch.autograd.Function):
         logprobs, logsumexp = [], []
         for s, y in zip(states.split(CHUNK), target.split(CHUNK)):
             logits = TokenLogprobs.logits(s, weight, vocab_size, temperature)
-            logsumexp.append(logits.logsumexp(-1))
-            logprobs.append(logits.gather(1, y[:, None])[:, 0] - logsumexp[-1])
+            chosen, largest = logits.gather(1, y[:, None])[:, 0], logits.amax(-1, keepdim=True)
+            logsumexp.append(logits.sub_(largest).exp_().sum(-1).log_() + largest[:, 0])  # in place
+            logprobs.append(chosen - logsumexp[-1])
         ctx.save_for_backward(states, weight, target, torch.cat(logsumexp))
         ctx.vocab_size, ctx.temperature = vocab_size, temperature
         return torch.cat(logprobs)
@@ -159,9 +161,11 @@ class GPT(nn.Module):
             x = block(x, mask, write and (lambda k, v, i=i: write(i, k, v)))
         return self.ln_f(x)
 
+    packed_hidden = hidden  # what --compile replaces by a compiled one; generation stays as it is
+
     def states(self, batch):
         """(N, C): the state s_t = (x, y_<t) that each response token of the packed batch is predicted from."""
-        hidden = self.hidden(batch.tokens, batch.position, batch.mask())
+        hidden = self.packed_hidden(batch.tokens, batch.position, batch.mask())
         return hidden.flatten(0, 1)[batch.source]
 
     def logits(self, states):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 import evaluate
-from common import (Log, learning_rate, load_model, make_optimizer, parse, resume, run_dir, save_checkpoint,
+from common import (Log, compile_training, learning_rate, load_model, make_optimizer, parse, resume, run_dir, save_checkpoint,
                     say, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
 
@@ -101,8 +101,7 @@ def train(cfg):
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     start = resume(out, cfg, policy, optimizer)["step"] if cfg.resume else 0
     log = Log(out, cfg.steps, cfg.log_every, start)
-    if cfg.compile if cfg.compile is not None else device.startswith("cuda"):
-        policy.hidden = torch.compile(policy.hidden)
+    compile_training(policy, cfg)
 
     for step in range(start, cfg.steps):
         n_tokens = response_tokens([groups[i] for i in order[step]])  # over all processes

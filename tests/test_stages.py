@@ -53,7 +53,7 @@ def test_from_nothing_to_a_table(tmp_path, monkeypatch, small_world, capsys):
         assert rows[0]["kl"] == 0 and rows[0]["win_rate"] == 0.5 and rows[1]["kl"] > 0
     assert [r["step"] for r in log_of("out/dpo-animals")] == list(range(1, 11))
     assert set(log_of("out/dpo-animals", ())[0]) == {
-        "step", "loss", "lr", "grad_norm", "tokens_per_s", "time_s", "tokens",
+        "step", "loss", "lr", "grad_norm", "tokens_per_s", "time_s",
         "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp"}
     dpo.train(dpo.Config(**TINY, steps=2, eval_n=0))
     assert "training it first" not in capsys.readouterr().out
