@@ -56,11 +56,11 @@ def parse(Config, RECIPES, argv=None):
 
 
 def known(kind, name, names):
+    """`name`, if it is one of `names`; else one line with the nearest."""
     if name in names:
         return name
     near = difflib.get_close_matches(name, names, 1, 0.4)
-    raise SystemExit(f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") +
-                     ("" if kind == "option" else f" (there are {', '.join(names)})") + " -h lists everything")
+    raise SystemExit(f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + " (-h lists them all)")
 
 
 def convert(name, value, kind):
@@ -311,19 +311,19 @@ class Log:
         self.file.flush()
         if step % self.every == 0 or step == self.steps:
             left = (now - self.begin) / (step - self.start) * (self.steps - step)
-            self.line({**values, "tokens/s": rate, "left": f"{int(left // 60)}:{int(left % 60):02d}"})
+            self.line({**values, "tokens/s": round(rate), "left": f"{int(left // 60)}:{int(left % 60):02d}"})
             self.tokens, self.since = 0, now
 
     def line(self, values):
-        names = [name for name in values if values[name] is not None]
-        width = {name: max(len(name), 9) for name in names}
         if not self.headed:
-            print("  ".join(name.rjust(width[name]) for name in names))
+            print("  ".join(name.rjust(9) for name in values))
             self.headed = True
-        print("  ".join(show(values[name]).rjust(width[name]) for name in names), flush=True)
+        print("  ".join(show(value).rjust(max(len(name), 9)) for name, value in values.items()), flush=True)
 
 
 def show(value):
+    if value is None:
+        return ""
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
     return str(value)

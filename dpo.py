@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (Log, all_reduce, compile_training, learning_rate, load_model, make_optimizer, parse, require_sft, resume,
-                    run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
+from common import (Log, all_reduce, compile_training, known, learning_rate, load_model, make_optimizer, parse, require_sft,
+                    resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack, per_sequence
 
 
@@ -65,6 +65,9 @@ RECIPES = {
 }
 
 
+LOSS_TYPES = ["sigmoid", "ipo", "hinge", "robust"]
+
+
 def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, beta, label_smoothing=0.0, loss_type="sigmoid"):
     """DPO, arXiv:2305.18290 eq. 7, and its variants. Log-probs (B,), summed over response tokens, in nats.
 
@@ -87,7 +90,7 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
     elif loss_type == "robust":
         loss = (-(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)) / (1 - 2 * label_smoothing)
     else:
-        raise ValueError(f"loss_type {loss_type!r}: there are sigmoid, ipo, hinge, robust")
+        raise ValueError(f"loss_type {loss_type!r}: there are {', '.join(LOSS_TYPES)}")
     return loss.mean(), (beta * chosen_logratio).detach(), (beta * rejected_logratio).detach()
 
 
@@ -121,6 +124,7 @@ def reference_logp(ref_policy, pairs, lengths, order, cfg, device, amp):
 
 def train(cfg):
     """Runs the stage, building its SFT model first where that is missing; returns the trained policy."""
+    known("loss_type", cfg.loss_type, LOSS_TYPES)
     init, out = require_sft(cfg), cfg.out or run_dir("dpo", cfg)
     os.makedirs(out, exist_ok=True)
     device, amp = setup(cfg)

@@ -121,9 +121,15 @@ def samples(models, prompts, texts, k=3):
     width = max(len(name) for name, _ in models)
     lines = []
     for i, prompt in enumerate(prompts[:k]):
-        lines.append("\n" + prompt.strip())
-        lines += [f"  {name.rjust(width)} | {text[i].strip()}" for (name, _), text in zip(models, texts)]
+        lines.append("\n" + printable(prompt))
+        lines += [f"  {name.rjust(width)} | {printable(text[i])}" for (name, _), text in zip(models, texts)]
     return "\n".join(lines)
+
+
+def printable(text, most=400):
+    """On one line, without control characters, its beginning left out where it is long."""
+    text = "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
+    return text if len(text) <= most else "… " + text[-most:]
 
 
 def report(out, cfg, models, data, tokenizer):

@@ -125,7 +125,8 @@ def batch_order(n, batch_size, steps, seed):
     batches of like length, a mean over a batch's tokens would weigh the tokens of short responses more, and teach brevity.
     Depends on its arguments alone: a resumed run finds its place by the number of the step.
     """
-    assert n >= batch_size
+    if n < batch_size:
+        raise SystemExit(f"--batch_size={batch_size}: there are only {n} examples to train on")
     rng, order = np.random.default_rng(seed), []
     while len(order) < steps:
         shuffled = rng.permutation(n)

@@ -6,10 +6,11 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from conftest import SHARED
 
-from data import animals, dataset, encode_groups, encode_prompts
+from data import animals, dataset, encode_groups, encode_prompts, get_tokenizer
 from data.hh import HH
 from data.jsonl import Jsonl, common_prompt, fetch, parse, read_lines
 
@@ -111,6 +112,14 @@ def test_encode_groups_ends_responses_and_cuts_as_documented(capsys):
 def test_an_empty_prompt_begins_with_eos():
     t = animals.tokenizer()
     assert [p.tolist() for p in encode_prompts(t, ["", " it"])] == [[t.eot_token], t.encode_ordinary(" it")]
+
+
+def test_the_gpt2_encoding_without_network(monkeypatch):
+    def refuse(name):
+        raise ConnectionError("no route")
+    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+    with pytest.raises(SystemExit, match="cannot fetch the GPT-2 encoding .ConnectionError.*TIKTOKEN_CACHE_DIR"):
+        get_tokenizer("gpt2")
 
 
 # ------------------------------------------------------------------------------------------------ jsonl

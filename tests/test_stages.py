@@ -75,6 +75,20 @@ def test_the_reference_in_memory_and_precomputed_give_one_log(start):
     assert all(abs(x["loss"] - y["loss"]) < 1e-5 for x, y in zip(a, b))
 
 
+def test_options_that_cannot_be_run_get_one_line(start):
+    settings = dict(**TINY, data=str(start / "mine.jsonl"), init=str(start / "start"), out=str(start / "a"), eval_n=0)
+    for options, message in [
+            (dict(loss_type="igo"), "unknown loss_type 'igo'; did you mean 'ipo'?"),
+            (dict(batch_size=64), "--batch_size=64: there are only 54 examples to train on"),
+            (dict(max_len=100), "--max_len=100: the context of .* is 64 tokens"),
+            (dict(device="cuda:9"), "--device=cuda:9: torch sees no CUDA device here"),
+            (dict(resume=True), "a/ckpt.pt: no checkpoint there"),
+            (dict(init="scratch", n_embd=15), "--n_embd=15 is not a multiple of --n_head=2")]:
+        with pytest.raises(SystemExit, match=message) as error:
+            dpo.train(dpo.Config(**settings | options))
+        assert "\n" not in str(error.value)
+
+
 def test_micro_batches_do_not_change_the_run(start):
     common = dict(**TINY, data=str(start / "mine.jsonl"), init=str(start / "start"), steps=5, eval_n=0)
     for name, micro_tokens in (("a", 16384), ("b", 50)):
