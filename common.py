@@ -18,7 +18,7 @@ from dataclasses import asdict, fields
 import torch
 import torch.distributed as dist
 
-from data import dataset, get_tokenizer
+from data import dataset
 from model import GPT, GPTConfig, PRETRAINED
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -161,15 +161,14 @@ def load_model(init, cfg=None):
     n_layer, n_head, n_embd, max_len and the tokenizer of cfg's data, seeded by cfg.seed.
     """
     if init == "scratch":
-        data = dataset(cfg.data, cfg.data_dir)
-        tokenizer = data.tokenizer()
-        torch.manual_seed(cfg.seed)
         if cfg.n_embd % cfg.n_head:
             raise SystemExit(f"--n_embd={cfg.n_embd} is not a multiple of --n_head={cfg.n_head}")
+        tokenizer = dataset(cfg.data, cfg.data_dir).tokenizer()
+        torch.manual_seed(cfg.seed)
         return GPT(GPTConfig(tokenizer.n_vocab, cfg.max_len, cfg.n_layer, cfg.n_head, cfg.n_embd)), tokenizer.name
     if init in PRETRAINED or os.path.exists(os.path.join(init, "config.json")):
         model, tokenizer = GPT.from_pretrained(init), "gpt2"
-        if model.config.vocab_size != get_tokenizer("gpt2").n_vocab:
+        if model.config.vocab_size != GPTConfig.vocab_size:
             raise SystemExit(f"{init}: a vocabulary of {model.config.vocab_size} is not GPT-2's, and no tokenizer comes with it")
     else:
         checkpoint = load_checkpoint(init)
