@@ -256,6 +256,8 @@ def require_sft(cfg):
         settings |= {k: getattr(cfg, k) for k in ("data", "data_dir", "device", "compile", "max_len", "n_layer", "n_head", "n_embd")}
         sft.train(sft.Config(**settings, resume=os.path.exists(os.path.join(out, "ckpt.pt"))))
         say()
+        if WORLD > 1:  # rank 0 writes the checkpoint, all read it
+            dist.barrier()
     return out
 
 

@@ -75,7 +75,7 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
         sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)                eq. 7 at ε = 0; ε may be (B,), a label's chance of being wrong
         ipo       (h − 1/2β)²                                    arXiv:2310.12036 eq. 17
         hinge     max(0, 1 − βh)                                 SLiC, arXiv:2305.10425
-        robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)     arXiv:2403.00409 eq. 9
+        robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)     arXiv:2403.00409
     Returns the mean loss (scalar) and the implicit rewards β · log-ratio of chosen and rejected, (B,) each, without gradient.
     """
     chosen_logratio = chosen_logp - ref_chosen_logp        # log π/π_ref (y_w|x)

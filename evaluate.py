@@ -146,6 +146,7 @@ def report(out, cfg, models, data, tokenizer):
 
 
 def main(argv=None):
+    """The command line at the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="a run's folder, a ckpt.pt, a Hugging Face folder, or gpt2 …")
     parser.add_argument("--n", type=int, default=500, help="prompts (default 500)")

@@ -25,8 +25,6 @@ from itertools import combinations, permutations
 import numpy as np
 import tiktoken
 
-name = "animals"
-
 ATTRIBUTES = {  # how a prompt asks for it, how an answer states it
     "kind": ("what it is", "It is a {}."),
     "food": ("what it eats", "It eats {}."),

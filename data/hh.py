@@ -16,13 +16,12 @@ SHA256 = {("harmless-base", "test"): "ebfaaed21162a4de120ae85366075b34425e2a6303
 class HH(Jsonl):
     """--data=hh takes the four subsets together, --data=hh/SUBSET one of them."""
 
-    name = "hh"
-
     def __init__(self, data_dir, subsets=SUBSETS):
         super().__init__(data_dir)
         self.subsets = subsets
 
     def records(self, split):
+        """[(prompt, [chosen, rejected]), …]; what has an empty response is left out, and counted."""
         examples, empty = [], 0
         for subset in self.subsets:
             file = "test" if split == "test" else "train"

@@ -114,8 +114,6 @@ def parse(record, where):
 class Jsonl:
     """A dataset module over one file."""
 
-    name, tokenizer_name = "jsonl", "gpt2"
-
     def __init__(self, path):
         self.path = path
         self.records = cache(self.records)

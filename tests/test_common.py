@@ -98,6 +98,15 @@ def test_every_option_is_read(stage):
     assert all(set(r) <= {f.name for f in fields(stage.Config)} for r in stage.RECIPES.values())
 
 
+def test_every_stage_command_of_the_readme_is_understood():
+    commands = re.findall(r"(?:python|torchrun \S+) (sft|dpo)\.py([^\n#]*)", (ROOT / "README.md").read_text())
+    assert len(commands) > 5
+    for stage, options in commands:
+        module = {"sft": sft, "dpo": dpo}[stage]
+        if "-h" not in options.split() and "`" not in options:
+            parse(module.Config, module.RECIPES, options.split())
+
+
 def test_schedule():
     @dataclass
     class C:
