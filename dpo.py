@@ -13,7 +13,7 @@ likelihood of the comparisons (x, y_w ≻ y_l) can be maximised in the policy it
 Chosen and rejected share their prompt, which is computed once (data/packing.py). The reference is asked once for every pair,
 before training, and then leaves memory.
 
-Left out: the SFT term some add to the loss (simpo.py has it), iterated and online variants.
+Left out: the SFT term some add to the loss, iterated and online variants.
 """
 import copy
 import os

@@ -31,14 +31,15 @@ MAX_NEW_TOKENS = 128
 
 
 @torch.no_grad()
-def respond(model, prompts, eos, seed=0, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, batch_size=500):
+def respond(model, prompts, eos, seed=0, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0):
     """prompts: lists of ids -> sampled responses, lists of ids; the caller's random state is left alone."""
-    responses = []
+    config, responses = model.config, []
+    batch_size = max(1, 2**28 // (config.n_layer * config.n_embd * config.block_size))  # a KV cache of 2 GiB at most
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for i in range(0, len(prompts), batch_size):
             part = prompts[i:i + batch_size]
-            room = model.config.block_size - max(map(len, part))
+            room = config.block_size - max(map(len, part))
             responses += model.generate(part, min(max_new_tokens, room), temperature, eos=eos)
     return responses
 

@@ -71,6 +71,7 @@ def sft_loss(logprobs, n_tokens):
 
 
 def response_tokens(groups):
+    """How many tokens the loss is taken over."""
     return sum(len(response) for _, responses in groups for response in responses)
 
 
@@ -116,14 +117,15 @@ def train(cfg):
             stats["tokens"] += sum(lengths[i] for i in micro)
         stats = sum_over_ranks(policy, stats)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip).item()
+        lr = learning_rate(step, cfg)
         for param_group in optimizer.param_groups:
-            param_group["lr"] = learning_rate(step, cfg)
+            param_group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
         val_loss = validation_loss(policy, validation, cfg, device, amp) if done % cfg.val_every == 0 or done == cfg.steps else None
-        log(done, stats["tokens"], loss=stats["loss"], val_loss=val_loss, lr=learning_rate(step, cfg), grad_norm=grad_norm)
+        log(done, stats["tokens"], loss=stats["loss"], val_loss=val_loss, lr=lr, grad_norm=grad_norm)
         if done % cfg.ckpt_every == 0 or done == cfg.steps:
             save_checkpoint(out, done, policy, optimizer, cfg, tokenizer_name)
 
