@@ -166,7 +166,7 @@ class GPT(nn.Module):
     def states(self, batch):
         """(N, C): the state s_t = (x, y_<t) that each response token of the packed batch is predicted from."""
         hidden = self.packed_hidden(batch.tokens, batch.position, batch.mask())
-        return hidden.flatten(0, 1)[batch.source]
+        return hidden.flatten(0, 1).index_select(0, batch.source)  # unlike [], its backward pass adds in one order
 
     def logits(self, states):
         """(…, C) -> (…, vocab_size) float32."""
