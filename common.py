@@ -5,6 +5,7 @@ learning_rate, sum_over_ranks, Log, save_checkpoint.
 """
 import ctypes
 import difflib
+import importlib
 import inspect
 import json
 import math
@@ -244,17 +245,17 @@ def finished(out):
     return checkpoint["step"] == checkpoint["config"]["steps"]
 
 
-def require_sft(cfg):
-    """cfg.init, or the folder of the SFT model on the same data, which is trained first (or finished) where it is missing."""
-    if cfg.init:
-        return cfg.init
-    out = run_dir("sft", cfg)
+def require(stage, cfg, given):
+    """`given`, or where that is None the folder of the stage's run on cfg's data, which is trained first (or finished) if missing."""
+    if given:
+        return given
+    out = run_dir(stage, cfg)
     if not finished(out):
-        import sft
-        say(f"no SFT model in {out}: training it first")
-        settings = {"recipe": cfg.recipe, **sft.RECIPES.get(cfg.recipe, {})}
+        module = importlib.import_module(stage)
+        say(f"no {dict(sft='SFT', reward='reward')[stage]} model in {out}: training it first")
+        settings = {"recipe": cfg.recipe, **module.RECIPES.get(cfg.recipe, {})}
         settings |= {k: getattr(cfg, k) for k in ("data", "data_dir", "device", "compile", "max_len", "n_layer", "n_head", "n_embd")}
-        sft.train(sft.Config(**settings, resume=os.path.exists(os.path.join(out, "ckpt.pt"))))
+        module.train(module.Config(**settings, resume=os.path.exists(os.path.join(out, "ckpt.pt"))))
         say()
         if WORLD > 1:  # rank 0 writes the checkpoint, all read it
             dist.barrier()

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (Log, all_reduce, compile_training, known, learning_rate, load_model, make_optimizer, parse, require_sft,
+from common import (Log, all_reduce, compile_training, known, learning_rate, load_model, make_optimizer, parse, require,
                     resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack, per_sequence
 
@@ -125,7 +125,7 @@ def reference_logp(ref_policy, pairs, lengths, order, cfg, device, amp):
 def train(cfg):
     """Runs the stage, building its SFT model first where that is missing; returns the trained policy."""
     known("loss_type", cfg.loss_type, LOSS_TYPES)
-    init, out = require_sft(cfg), cfg.out or run_dir("dpo", cfg)
+    init, out = require("sft", cfg, cfg.init), cfg.out or run_dir("dpo", cfg)
     os.makedirs(out, exist_ok=True)
     device, amp = setup(cfg)
     data = dataset(cfg.data, cfg.data_dir)

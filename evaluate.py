@@ -53,7 +53,7 @@ def exact_kl(policy, ref_policy, prompts, responses, batch_size=64):
         batch = pack(groups, max(len(p) + len(r) for p, (r,) in groups)).to(policy.device)
         kl = []
         for states, ref_states in zip(policy.states(batch).split(512), ref_policy.states(batch).split(512)):
-            logp, ref_logp = policy.logits(states).log_softmax(-1), ref_policy.logits(ref_states).log_softmax(-1)
+            logp, ref_logp = policy.log_softmax(states), ref_policy.log_softmax(ref_states)
             kl.append((logp.exp() * (logp - ref_logp)).sum(-1))
         result.append(per_sequence(torch.cat(kl), batch))
     return torch.cat(result).cpu()
@@ -107,7 +107,7 @@ def compare(models, data, tokenizer, n):
 
 def table(rows):
     """The rows as aligned text, mean±se, columns without a value left out."""
-    keys = [key for key in KEYS if any(row[key] is not None for row in rows)]
+    keys = [key for key in rows[0] if key + "_se" in rows[0] and any(row[key] is not None for row in rows)]
     cells = [["", *keys]] + [[row["checkpoint"], *(cell(row[key], row[key + "_se"]) for key in keys)] for row in rows]
     width = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, width))) for line in cells)

@@ -1,17 +1,18 @@
 """GPT-2 (Radford et al. 2019), exactly: learned positions, pre-LN, tanh-GELU, biases, tied head. Weights in and out.
 
-Four ways through the same blocks:
+The ways through the same blocks:
 
     model(batch), model.logprobs(batch)     log π(y_t | x, y_<t) of every response token of a packed batch (data/packing.py)
     model.states(batch)                     the hidden states those log-probs are read from, for whoever needs distributions
-    model.logits(states)                    the vocabulary projection
+    model.logits(states)                    the vocabulary projection; model.log_softmax(states) the distributions
+    model.score(batch), model.values(batch) a scalar head, read at each response's end (reward model) or at each state (value model)
     model.generate(prompts, …)              sampling with a static KV cache
 
 Left out: dropout (none is used in preference or policy training), and any architecture but GPT-2's.
 """
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.error import URLError
 
 import torch
@@ -33,6 +34,7 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+    n_scalars: int = 0  # scalar heads: none for a language model, one for a reward or a value model
 
 
 class KVCache:
@@ -111,12 +113,18 @@ class TokenLogprobs(torch.autograd.Function):
         return logits if temperature == 1 else logits.div_(temperature)
 
     @staticmethod
+    def logsumexp(logits):
+        """(n, V) -> (n,); the logits are overwritten."""
+        largest = logits.amax(-1, keepdim=True)
+        return logits.sub_(largest).exp_().sum(-1).log_() + largest[:, 0]
+
+    @staticmethod
     def forward(ctx, states, weight, target, vocab_size, temperature):
         logprobs, logsumexp = [], []
         for s, y in zip(states.split(CHUNK), target.split(CHUNK)):
             logits = TokenLogprobs.logits(s, weight, vocab_size, temperature)
-            chosen, largest = logits.gather(1, y[:, None])[:, 0], logits.amax(-1, keepdim=True)
-            logsumexp.append(logits.sub_(largest).exp_().sum(-1).log_() + largest[:, 0])  # in place
+            chosen = logits.gather(1, y[:, None])[:, 0]
+            logsumexp.append(TokenLogprobs.logsumexp(logits))
             logprobs.append(chosen - logsumexp[-1])
         ctx.save_for_backward(states, weight, target, torch.cat(logsumexp))
         ctx.vocab_size, ctx.temperature = vocab_size, temperature
@@ -149,6 +157,15 @@ class GPT(nn.Module):
             elif parameter.dim() == 2:  # the residual stream sums 2·n_layer projections: their share is scaled down
                 std = 0.02 / (2 * config.n_layer) ** 0.5 if name.endswith("c_proj.weight") else 0.02
                 nn.init.normal_(parameter, std=std)
+        self.set_scalar_heads(config.n_scalars)
+
+    def set_scalar_heads(self, n):
+        """n fresh scalar heads in place of what was there, started as in Stiennon et al. 2020: std 1/√(d+1), bias 0."""
+        self.config, self.scalar_head = replace(self.config, n_scalars=n), None
+        if n:
+            self.scalar_head = nn.Linear(self.config.n_embd, n, device=self.device)
+            nn.init.normal_(self.scalar_head.weight, std=(self.config.n_embd + 1) ** -0.5)
+            nn.init.zeros_(self.scalar_head.bias)
 
     @property
     def device(self):
@@ -163,30 +180,59 @@ class GPT(nn.Module):
 
     packed_hidden = hidden  # what --compile replaces by a compiled one; generation stays as it is
 
-    def states(self, batch):
-        """(N, C): the state s_t = (x, y_<t) that each response token of the packed batch is predicted from."""
+    def states(self, batch, at=None):
+        """(N, C): the state s_t = (x, y_<t) that each response token of the packed batch is predicted from; or those `at`."""
         hidden = self.packed_hidden(batch.tokens, batch.position, batch.mask())
-        return hidden.flatten(0, 1).index_select(0, batch.source)  # unlike [], its backward pass adds in one order
+        return hidden.flatten(0, 1).index_select(0, batch.source if at is None else at)  # unlike [], its backward adds in one order
 
     def logits(self, states):
         """(…, C) -> (…, vocab_size) float32."""
         return (states @ self.wte.weight.t().to(states.dtype))[..., :self.config.vocab_size].float()
 
+    def projection(self, states):
+        """The states and the padded vocabulary matrix, in the precision that their product is to be taken in."""
+        device = self.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+        return states.to(dtype), self.wte.weight.to(dtype)
+
+    def token_logprobs(self, states, target, temperature=1.0):
+        """log π(y_t | s_t) at temperature τ; states (N, C), target (N,) -> (N,) float32, in nats."""
+        states, weight = self.projection(states)
+        with torch.autocast(self.device.type, enabled=False):
+            return TokenLogprobs.apply(states, weight, target, self.config.vocab_size, temperature)
+
+    def log_softmax(self, states, temperature=1.0):
+        """log π(· | s) of at most CHUNK states: (n, vocab_size) float32, the numbers of token_logprobs to the bit."""
+        states, weight = self.projection(states)
+        with torch.autocast(self.device.type, enabled=False):
+            logits = TokenLogprobs.logits(states, weight, self.config.vocab_size, temperature)
+            return (logits - TokenLogprobs.logsumexp(logits.clone())[:, None])[:, :self.config.vocab_size]
+
     def logprobs(self, batch, temperature=1.0):
         """log π(y_t | x, y_<t) at temperature τ for the N response tokens of a packed batch: (N,) float32, in nats."""
-        states, device = self.states(batch), self.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-        with torch.autocast(device, enabled=False):
-            return TokenLogprobs.apply(states.to(dtype), self.wte.weight.to(dtype), batch.target, self.config.vocab_size, temperature)
+        return self.token_logprobs(self.states(batch), batch.target, temperature)
+
+    def scalars(self, states):
+        """(…, C) -> (…, n_scalars) float32."""
+        return self.scalar_head(states).float()
+
+    def score(self, batch):
+        """A reward model's score of each response of a packed batch, read at its last token: (S,)."""
+        return self.scalars(self.states(batch, batch.last))[:, 0]
+
+    def values(self, batch):
+        """A value model's V(s_t) for the N response tokens of a packed batch: (N,)."""
+        return self.scalars(self.states(batch))[:, 0]
 
     forward = logprobs
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, eos=None):
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, eos=None, noise=None):
         """Samples one response a prompt. prompts: B lists of token ids -> B lists of new ids, EOS included where met.
 
         temperature 0 is greedy. Prompts are right-padded and prefilled in one pass; then every row writes its new key
-        and value at its own position. Stops when every row has met `eos`.
+        and value at its own position. Stops when every row has met `eos`. A row's response depends on its prompt and its
+        row of `noise`, (B, max_new_tokens) uniform on [0, 1), drawn here where it is not given.
         Raises ValueError where a prompt is empty or leaves no room for max_new_tokens in the model's context.
         """
         length = [len(prompt) for prompt in prompts]
@@ -196,6 +242,7 @@ class GPT(nn.Module):
             raise ValueError(f"generate: a prompt of {max(length)} tokens and {max_new_tokens} new ones "
                              f"do not fit the model's context of {self.config.block_size}")
         B, P = len(prompts), max(length)
+        noise = (torch.rand(B, max_new_tokens) if noise is None else noise).to(self.device)  # drawn on the CPU: one seed, one response
         tokens = torch.tensor([p + [0] * (P - len(p)) for p in prompts], device=self.device)
         position = torch.tensor(length, device=self.device)  # (B,) where the next token goes
         cache = KVCache(self.config, B, P + max_new_tokens, self.wte.weight)
@@ -209,7 +256,7 @@ class GPT(nn.Module):
         response = torch.zeros(B, max_new_tokens, dtype=torch.long, device=self.device)
         done = torch.zeros(B, dtype=torch.bool, device=self.device)
         for t in range(max_new_tokens):
-            response[:, t] = token = sample(self.logits(state), temperature, top_k)
+            response[:, t] = token = sample(self.logits(state), noise[:, t], temperature, top_k)
             done |= token == (-1 if eos is None else eos)
             if t + 1 == max_new_tokens or t % 4 == 3 and done.all():  # on a GPU, asking makes the host wait
                 break
@@ -245,7 +292,10 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, dir):
-        """Writes config.json and pytorch_model.bin, a folder that transformers' GPT2LMHeadModel.from_pretrained opens."""
+        """Writes config.json and pytorch_model.bin, a folder that transformers' GPT2LMHeadModel.from_pretrained opens.
+
+        Scalar heads are not part of that format and stay behind.
+        """
         os.makedirs(dir, exist_ok=True)
         c = self.config
         config = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size, n_positions=c.block_size,
@@ -254,6 +304,8 @@ class GPT(nn.Module):
                       bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1)
         weights = {}
         for name, w in self.state_dict().items():
+            if name.startswith("scalar_head"):
+                continue
             w = w[:c.vocab_size] if name == "wte.weight" else w.t() if is_conv1d(name) else w
             weights["transformer." + name] = w.detach().float().cpu().contiguous().clone()
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
@@ -262,14 +314,18 @@ class GPT(nn.Module):
             json.dump(config, f, indent=2)
 
 
-def sample(logits, temperature=1.0, top_k=None):
-    """logits (B, V) -> token (B,) ~ softmax(logits/τ), restricted to the top_k largest; temperature 0 takes the largest."""
+def sample(logits, noise, temperature=1.0, top_k=None):
+    """logits (B, V), noise (B,) uniform on [0, 1) -> token (B,) ~ softmax(logits/τ) over the top_k largest, by inverting its CDF.
+
+    Temperature 0 takes the largest.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k is not None:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # the first token whose cdf is above the noise: never one of probability 0
+    return torch.searchsorted(cdf, noise[:, None].double() * cdf[:, -1:], right=True)[:, 0]
 
 
 def is_conv1d(name):

@@ -131,7 +131,9 @@ class Jsonl:
     def demonstrations(self, split):
         return [(prompt, responses[0]) for prompt, responses in self.records(split)]
 
-    def comparisons(self, split):
+    def comparisons(self, split, k=2):
+        if k != 2:
+            raise SystemExit(f"--k={k}: {self.path} holds pairs, K is 2")
         pairs = [(prompt, responses) for prompt, responses in self.records(split) if len(responses) == 2]
         if split == "train" and not pairs:
             raise SystemExit(f"{self.path}: holds demonstrations only; a comparison has 'chosen' and 'rejected'")

@@ -35,6 +35,11 @@ class Batch:
         return self.tokens.flatten()[self.at]
 
     @property
+    def last(self):
+        """(S,) the place, in rows·T, of each response's last token."""
+        return self.at[torch.bincount(self.sequence).cumsum(0) - 1]
+
+    @property
     def n_tokens(self):
         """Tokens that are not padding, a prompt counted once."""
         return int((self.group >= 0).sum())

@@ -10,15 +10,15 @@ from conftest import make_model, random_groups
 
 import model as model_module
 from data import pack
-from model import CHUNK, GPT, TokenLogprobs, sample
+from model import CHUNK, GPT, GPTConfig, TokenLogprobs, sample
 
 
-def uncached(model, prompts, max_new_tokens, temperature=1.0, top_k=None, eos=None):
+def uncached(model, prompts, max_new_tokens, noise, temperature=1.0, top_k=None, eos=None):
     """generate() the slow way: every sequence from its beginning, alone, at every step."""
     rows = [list(p) for p in prompts]
-    for _ in range(max_new_tokens):
+    for t in range(max_new_tokens):
         logits = torch.stack([model.logits(model.hidden(torch.tensor([row]), torch.arange(len(row))))[0, -1] for row in rows])
-        for row, token in zip(rows, sample(logits, temperature, top_k).tolist()):
+        for row, token in zip(rows, sample(logits, noise[:, t], temperature, top_k).tolist()):
             row.append(token)
     responses = [row[len(p):] for row, p in zip(rows, prompts)]
     return [r[:r.index(eos) + 1] if eos in r else r for r in responses]
@@ -28,11 +28,13 @@ def uncached(model, prompts, max_new_tokens, temperature=1.0, top_k=None, eos=No
 @torch.no_grad()
 def test_cached_generation_equals_uncached_token_for_token(model, options):
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12], [4]]
-    torch.manual_seed(1)
-    cached = model.generate(prompts, 20, **options)
-    torch.manual_seed(1)
-    assert cached == uncached(model, prompts, 20, **options)
+    noise = torch.rand(5, 20, generator=torch.Generator().manual_seed(1))
+    cached = model.generate(prompts, 20, noise=noise, **options)
+    assert cached == uncached(model, prompts, 20, noise, **options)
     assert "eos" not in options or {len(r) for r in cached} != {20}
+    assert cached[1:3] == model.generate(prompts[1:3], 20, noise=noise[1:3], **options)  # whoever else is sampled beside it
+    torch.manual_seed(1)
+    assert cached == model.generate(prompts, 20, **options)
 
 
 def test_generation_stops_when_every_row_has_met_eos(model, monkeypatch):
@@ -52,10 +54,48 @@ def test_generate_says_what_does_not_fit(model):
 def test_sample_follows_its_distribution():
     torch.manual_seed(0)
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
-    count = lambda **k: sample(logits.expand(40_000, 4), **k).bincount(minlength=4) / 40_000  # noqa: E731
+    count = lambda **k: sample(logits.expand(40_000, 4), torch.rand(40_000), **k).bincount(minlength=4) / 40_000  # noqa: E731
     torch.testing.assert_close(count(), logits.softmax(0), atol=0.01, rtol=0)
     torch.testing.assert_close(count(temperature=2.0), (logits / 2).softmax(0), atol=0.01, rtol=0)
     assert count(top_k=2)[1:3].tolist() == [0, 0] and count(temperature=0)[3] == 1
+
+
+def test_sample_inverts_the_cdf():
+    logits = torch.tensor([0, 0.25, 0, 0.75, 0]).log().expand(5, 5)
+    noise = torch.tensor([0.0, 0.2499, 0.2501, 0.9, 1 - 2**-24])
+    assert sample(logits, noise).tolist() == [1, 1, 3, 3, 3]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_softmax_holds_the_token_logprobs_to_the_bit(temperature, model):
+    torch.manual_seed(0)
+    states, target = torch.randn(50, 32), torch.randint(100, (50,))
+    logp = model.log_softmax(states, temperature)
+    assert logp.shape == (50, 100)  # the padding of the vocabulary is gone, and had no probability
+    assert torch.equal(logp.gather(1, target[:, None])[:, 0], model.token_logprobs(states, target, temperature))
+    torch.testing.assert_close(logp.exp().sum(-1), torch.ones(50))
+
+
+def test_scalar_heads(model):
+    model.set_scalar_heads(2)
+    groups = random_groups()
+    batch = pack(groups, 64)
+    assert model.config.n_scalars == 2 and model.scalar_head.weight.shape == (2, 32) and not model.scalar_head.bias.any()
+    with torch.no_grad():
+        score, values, states = model.score(batch), model.values(batch), model.states(batch)
+        i = 0
+        for s, (prompt, response) in enumerate((p, r) for p, rs in groups for r in rs):
+            row = torch.tensor([list(prompt) + list(response)])
+            v = model.scalars(model.hidden(row, torch.arange(row.size(1))))[0, :, 0]
+            torch.testing.assert_close(score[s], v[-1], atol=1e-5, rtol=1e-5)  # after the last token
+            torch.testing.assert_close(values[i:i + len(response)], v[len(prompt) - 1:-1], atol=1e-5, rtol=1e-5)  # before each
+            i += len(response)
+    assert i == len(values) and model.scalars(states).shape == (i, 2)
+    torch.manual_seed(0)
+    wide = GPT(GPTConfig(100, 8, 1, 2, 400, n_scalars=50))
+    assert abs(wide.scalar_head.weight.std() * 401 ** 0.5 - 1) < 0.02
+    model.set_scalar_heads(0)
+    assert "scalar_head.weight" not in model.state_dict()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -1,0 +1,213 @@
+"""The reward model: the second stage of InstructGPT (Ouyang et al. 2022, arXiv:2203.02155 §3.5).
+
+A GPT with a scalar head, r_θ(x, y), started from the SFT model and read at the last token of the response. It learns from
+comparisons under Bradley and Terry's model, P(y_w ≻ y_l | x) = σ(r(x, y_w) − r(x, y_l)). K ranked responses to one prompt are all of
+their pairs at once, each response computed once and the prompt once for all of them (data/packing.py):
+
+    L(θ) = − 1/(K choose 2) E log σ( r_θ(x, y_w) − r_θ(x, y_l) )                                                   (eq. 1)
+
+The loss sees differences alone. So at the end the bias is set to where demonstrations score 0 on average, and the spread of their
+scores is kept with the weights, for PPO to normalise by.
+
+    python reward.py                                             the animals world, from nothing, with the SFT that comes first
+    python reward.py hh --init=out/sft-hh                        Anthropic's HH-RLHF, GPT-2
+    python reward.py --data=mine.jsonl --init=gpt2               your own comparisons
+
+Left out: more than one epoch's care about overfitting, labels with a degree of preference, ensembles.
+"""
+import json
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import evaluate
+from common import (RANK, Log, compile_training, learning_rate, load_model, make_optimizer, parse, require, resume, run_dir,
+                    save_checkpoint, say, setup, share, sum_over_ranks)
+from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
+
+
+@dataclass
+class Config:
+    recipe: str = "animals"         # the positional argument
+    data: str = "animals"           # animals, hh, hh/SUBSET, or a .jsonl[.gz] file
+    data_dir: str = "data/files"    # where published files are looked for before they are fetched
+    init: str | None = None         # a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
+    out: str | None = None          # the run's folder; None: out/reward-RECIPE, or out/reward-FILE
+    k: int = 4                      # K, ranked responses to a prompt; files of pairs have 2
+    margin: float = 0.0             # m in log σ(r_w − r_l − m) (Llama 2, arXiv:2307.09288 eq. 2, the same for all pairs)
+    center_coef: float = 0.0        # weight of (r_w + r_l)², which keeps scores near 0 (arXiv:2312.09244)
+    steps: int = 600                # optimizer steps
+    batch_size: int = 64            # prompts a step, each with its K responses, over all processes
+    micro_tokens: int = 16384       # tokens a forward pass at most; a larger batch is accumulated
+    max_len: int = 64               # prompt and response together, in tokens
+    lr: float = 1e-3                # peak learning rate
+    warmup: int = 20                # steps of linear warm-up, before the cosine to 0
+    weight_decay: float = 0.0       # on matrices
+    grad_clip: float = 1.0          # largest norm of the gradient
+    n_layer: int = 2                # with --init=scratch
+    n_head: int = 4                 # with --init=scratch
+    n_embd: int = 128               # with --init=scratch
+    seed: int = 0                   # of the scalar head, data order
+    device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
+    compile: bool | None = None     # torch.compile; None: on CUDA
+    val_every: int = 100            # steps between validation accuracies
+    log_every: int = 20             # steps between lines on the console
+    ckpt_every: int = 100           # steps between checkpoints
+    eval_n: int = 1000              # validation comparisons, and demonstrations that the scores are centred on
+    resume: bool = False            # go on from the run's last checkpoint
+
+
+RECIPES = {
+    "hh": dict(data="hh", k=2, steps=2500, max_len=512, lr=1e-5, warmup=100, val_every=250, log_every=10, ckpt_every=500),
+}
+
+
+def ranked_pairs(group, rank):
+    """group, rank (S,) -> indices of winner and loser (P,) of all pairs of one group that are no ties, and the weight of each.
+
+    A group's pairs weigh 1 together, and all groups that have any weigh 1 together.
+    """
+    winner, loser = ((group[:, None] == group) & (rank[:, None] < rank)).nonzero(as_tuple=True)
+    _, which, pairs = group[winner].unique(return_inverse=True, return_counts=True)
+    return winner, loser, 1 / (pairs[which] * len(pairs))
+
+
+def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
+    """The reward model's loss, arXiv:2203.02155 eq. 1: mean over groups of the mean over that group's pairs.
+
+    scores (S,); group (S,) ids; rank (S,) 0 best, equal = tie, excluded. For each pair
+        −log σ(r_w − r_l − margin) + center_coef · (r_w + r_l)²
+    Returns the loss (scalar, in nats) and the accuracy (scalar): the share of pairs with r_w > r_l, equal scores counting one half.
+    """
+    winner, loser, weight = ranked_pairs(group, rank)
+    r_w, r_l = scores[winner], scores[loser]
+    loss = -F.logsigmoid(r_w - r_l - margin) + center_coef * (r_w + r_l) ** 2
+    accuracy = 0.5 + 0.5 * (r_w - r_l).detach().sign()
+    return (weight * loss).sum(), (weight * accuracy).sum()
+
+
+def ranks(groups, device):
+    """group and rank (S,) of groups whose responses stand best first."""
+    group = torch.tensor([i for i, (_, responses) in enumerate(groups) for _ in responses], device=device)
+    rank = torch.tensor([k for _, responses in groups for k in range(len(responses))], device=device)
+    return group, rank
+
+
+@torch.no_grad()
+def all_scores(reward_model, groups, cfg, amp):
+    """The score of every response of every group, in order: (S,) on the CPU."""
+    lengths, scores = list(map(group_length, groups)), {}
+    for micro in micro_batches(range(len(groups)), lengths, cfg.micro_tokens):
+        batch = pack([groups[i] for i in micro], max(lengths[i] for i in micro)).to(reward_model.device)
+        with amp:
+            score = reward_model.score(batch).cpu()
+        for i, s in zip(micro, score.split([len(groups[i][1]) for i in micro])):
+            scores[i] = s
+    return torch.cat([scores[i] for i in range(len(groups))])
+
+
+def center(reward_model, demonstrations, cfg, amp):
+    """Sets the bias to where the demonstrations score 0 on average; returns the standard deviation of their scores."""
+    scores = all_scores(reward_model, demonstrations, cfg, amp)
+    with torch.no_grad():
+        reward_model.scalar_head.bias -= scores.mean()
+    return scores.std().item()
+
+
+def measure(name, scores, comparisons, data):
+    """One row of the closing table: accuracy on the comparisons; beside it, where the true reward is known, the accuracy that
+    the true reward itself has on these noisy labels (no model can do better), and the correlation of the scores with it."""
+    sizes = [len(responses) for _, responses in comparisons]
+
+    def accuracy(scores):
+        return evaluate.mean_se([ranking_loss(s, torch.zeros(len(s)), torch.arange(len(s)))[1].item() for s in scores.split(sizes)])
+
+    row = {"checkpoint": name}
+    row["accuracy"], row["accuracy_se"] = accuracy(scores)
+    if hasattr(data, "gold"):
+        gold = torch.tensor([data.gold(prompt, r) for prompt, responses in comparisons for r in responses])
+        row["ceiling"], row["ceiling_se"] = accuracy(gold)
+        row["correlation"], row["correlation_se"] = torch.corrcoef(torch.stack([scores, gold]))[0, 1].item(), None
+    return row
+
+
+def samples(scores, comparisons, data, n=3):
+    """The first n comparisons, a line a response, as they were ranked: score, true reward, text."""
+    lines, scores = [], iter(scores.tolist())
+    for prompt, responses in comparisons[:n]:
+        lines.append("\n" + evaluate.printable(prompt))
+        for r in responses:
+            gold = f"   gold {data.gold(prompt, r):5.2f}" if hasattr(data, "gold") else ""
+            lines.append(f"  score {next(scores):6.3f}{gold} | {evaluate.printable(r)}")
+    return "\n".join(lines)
+
+
+def train(cfg):
+    """Runs the stage, building its SFT model first where that is missing; returns the trained reward model."""
+    init, out = require("sft", cfg, cfg.init), cfg.out or run_dir("reward", cfg)
+    os.makedirs(out, exist_ok=True)
+    device, amp = setup(cfg)
+    data = dataset(cfg.data, cfg.data_dir)
+    reward_model, tokenizer_name = load_model(init, cfg)
+    reward_model.set_scalar_heads(1)
+    reward_model, tokenizer = reward_model.to(device), get_tokenizer(tokenizer_name)
+    groups = encode_groups(tokenizer, data.comparisons("train", cfg.k), cfg.max_len)
+    comparisons = data.comparisons("validation", cfg.k)[:cfg.eval_n]
+    validation = encode_groups(tokenizer, comparisons, cfg.max_len)
+    lengths = list(map(group_length, groups))
+    order = batch_order(len(groups), cfg.batch_size, cfg.steps, cfg.seed)
+    say(f"reward: {len(groups)} comparisons of {cfg.data}, {init} -> {out} on {device}")
+
+    scores_before = all_scores(reward_model, validation, cfg, amp) if validation else None
+    optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay)
+    start = resume(out, cfg, reward_model, optimizer)["step"] if cfg.resume else 0
+    log = Log(out, cfg.steps, cfg.log_every, start)
+    compile_training(reward_model, cfg)
+
+    for step in range(start, cfg.steps):
+        stats = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "tokens": 0}
+        for micro in micro_batches(share(order[step]), lengths, cfg.micro_tokens):
+            batch = pack([groups[i] for i in micro], max(lengths[i] for i in micro)).to(device)
+            group, rank = ranks([groups[i] for i in micro], device)
+            with amp:
+                scores = reward_model.score(batch)  # (S,)
+            loss, accuracy = ranking_loss(scores, group, rank, cfg.margin, cfg.center_coef)
+            loss = loss * len(micro) / cfg.batch_size
+            loss.backward()
+
+            winner, loser, weight = ranked_pairs(group, rank)
+            stats["loss"] += loss.detach()
+            stats["accuracy"] += accuracy * len(micro) / cfg.batch_size
+            stats["margin"] += (weight * (scores[winner] - scores[loser]).detach()).sum() * len(micro) / cfg.batch_size
+            stats["tokens"] += sum(lengths[i] for i in micro)
+        stats = sum_over_ranks(reward_model, stats)
+        lr = learning_rate(step, cfg)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
+        grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), cfg.grad_clip).item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        done, val_accuracy = step + 1, None
+        if validation and (done % cfg.val_every == 0 or done == cfg.steps):
+            val_accuracy = ranking_loss(all_scores(reward_model, validation, cfg, amp), *ranks(validation, "cpu"))[1].item()
+        log(done, **stats, val_accuracy=val_accuracy, lr=lr, grad_norm=grad_norm)
+        if done % cfg.ckpt_every == 0 and done < cfg.steps:
+            save_checkpoint(out, done, reward_model, optimizer, cfg, tokenizer_name)
+
+    demonstrations = [(prompt, [response]) for prompt, response in data.demonstrations("train")[:cfg.eval_n]]
+    score_std = center(reward_model, encode_groups(tokenizer, demonstrations, cfg.max_len), cfg, amp)
+    save_checkpoint(out, cfg.steps, reward_model, optimizer, cfg, tokenizer_name, score_std=score_std)
+    if validation and RANK == 0:
+        scores = all_scores(reward_model, validation, cfg, amp)
+        rows = [measure(init, scores_before, comparisons, data), measure(out, scores, comparisons, data)]
+        with open(os.path.join(out, "eval.json"), "w") as f:
+            json.dump(rows, f, indent=2)
+        say(f"\n{len(comparisons)} held-out comparisons; demonstrations score 0 ± {score_std:.3f}\n\n{evaluate.table(rows)}\n{samples(scores, comparisons, data)}")
+    return reward_model
+
+
+if __name__ == "__main__":
+    train(parse(Config, RECIPES))
