@@ -1,0 +1,338 @@
+"""Proximal Policy Optimization from a reward: the third stage of InstructGPT (Ouyang et al. 2022, arXiv:2203.02155 §3.5).
+
+It maximises, with π_ref the SFT model,
+
+    E[ r(x, y) − β log π_θ(y|x)/π_ref(y|x) ]  + γ E_demonstrations[ log π_θ(y|x) ]                                 (eq. 2)
+
+whose optimum, at γ = 0, is π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). Each iteration, in the order of this page:
+
+    rollout            one response a prompt is sampled from the policy
+    score_rollout      log π, log π_ref, V and the exact KL at each token
+    dense_reward       the reward, each token's minus its share of the KL penalty (Ziegler et al. 2019, arXiv:1909.08593 eq. 2)
+    compute_gae        advantages and returns (Schulman et al. 2015, arXiv:1506.02438 eq. 16)
+    policy_loss        epochs over shuffled minibatches, with the clipped ratio (Schulman et al. 2017, arXiv:1707.06347 eq. 7)
+    value_loss         of the value model, clipped alike
+    AdaptiveKL         moves β towards a target KL, where one is set
+
+Every quantity is a (B, R) grid of response tokens: column t speaks of the action y_t taken in the state (x, y_<t). `mask` says
+which tokens there are; the EOS is an action and in it. grid[mask] is the flat array of a packed batch, in the same order.
+
+    python ppo.py                                            the animals world, from nothing, with the SFT and reward models before it
+    python ppo.py --reward=gold                              against the true reward: a programmatic verifier
+    python ppo.py hh --init=out/sft-hh                       Anthropic's HH-RLHF, GPT-2
+
+Or train(cfg, reward_fn), where reward_fn(prompts, responses), two lists of lists of token ids, returns the reward of each response
+token: (B, R) numbers, R the longest response's length, 0 after a response's end.
+
+Left out: several responses a prompt (GRPO, RLOO), an entropy bonus, generation that runs beside training.
+"""
+import copy
+import os
+import re
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import evaluate
+from common import (RANK, WORLD, Log, all_reduce, compile_training, known, learning_rate, load_checkpoint, load_model,
+                    make_optimizer, parse, require, resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
+from data import batch_order, dataset, encode_groups, encode_prompts, get_tokenizer, micro_batches, pack
+from model import CHUNK
+
+
+@dataclass
+class Config:
+    recipe: str = "animals"         # the positional argument
+    data: str = "animals"           # animals, hh, hh/SUBSET, or a .jsonl[.gz] file
+    data_dir: str = "data/files"    # where published files are looked for before they are fetched
+    init: str | None = None         # the policy and its reference: a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
+    out: str | None = None          # the run's folder; None: out/ppo-RECIPE, or out/ppo-FILE
+    reward: str = "rm"              # rm: the reward model; gold: the true reward of the data, where it has one
+    reward_model: str | None = None  # a run's folder of reward.py; None: out/reward-…, trained first if missing
+    normalize_reward: bool = False  # divide scores by their standard deviation on demonstrations
+    reward_clip: float | None = None  # largest absolute reward of a token, before the KL penalty
+    missing_eos_penalty: float = 1.0  # off the last token's reward of a response that did not end by itself
+    value_init: str = "reward"      # what the value model starts from: reward, sft
+    share_value: bool = False       # a value head on the policy in place of a value model
+    kl_coef: float = 0.05           # β: the price of a nat of KL; where kl_target is set, its first value
+    kl_target: float | None = None  # nats a response that the adaptive controller aims for; None: kl_coef is fixed
+    kl_horizon: float = 10000.0     # episodes over which the adaptive controller corrects (arXiv:1909.08593 §2.2)
+    target_kl: float | None = None  # an iteration's epochs end when a minibatch's approx_kl exceeds this
+    temperature: float = 1.0        # τ, of sampling and of every log-prob
+    max_new_tokens: int = 40        # the longest response
+    gamma: float = 1.0              # γ, the discount (arXiv:1506.02438)
+    lam: float = 0.95               # λ of GAE
+    clip: float = 0.2               # ε, of the ratio
+    value_clip: float = 0.2         # of the change of a value
+    vf_coef: float = 0.1            # weight of the value loss, which matters with --share_value=True
+    ptx_coef: float = 0.0           # γ of eq. 2: weight of the language-model loss on demonstrations
+    whiten_rewards: bool = False    # rewards to unit variance, their mean kept
+    whiten_advantages: bool = True  # advantages to mean 0 and unit variance
+    steps: int = 80                 # iterations: a rollout and its epochs
+    batch_size: int = 128           # prompts an iteration, over all processes
+    epochs: int = 4                 # times that an iteration's rollout is gone through
+    minibatches: int = 4            # optimizer steps an epoch
+    micro_tokens: int = 16384       # tokens a forward pass at most; a larger minibatch is accumulated
+    max_len: int = 64               # prompt and response together, in tokens
+    lr: float = 3e-4                # peak learning rate of the policy
+    value_lr: float = 1e-3          # peak learning rate of the value model
+    warmup: int = 0                 # iterations of linear warm-up, before the cosine to 0
+    weight_decay: float = 0.0       # on matrices
+    grad_clip: float = 1.0          # largest norm of the gradient
+    n_layer: int = 2                # with --init=scratch
+    n_head: int = 4                 # with --init=scratch
+    n_embd: int = 128               # with --init=scratch
+    seed: int = 0                   # of weights, prompt order and sampling
+    device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
+    compile: bool | None = None     # torch.compile; None: on CUDA
+    log_every: int = 1              # iterations between lines on the console
+    sample_every: int = 20          # iterations between samples, on the console and in samples.txt
+    ckpt_every: int = 20            # iterations between checkpoints
+    eval_n: int = 500               # prompts in the closing table; 0: no table
+    resume: bool = False            # go on from the run's last checkpoint
+
+
+RECIPES = {
+    "hh": dict(data="hh", normalize_reward=True, kl_coef=0.05, max_new_tokens=128, steps=500, max_len=512, lr=3e-6, value_lr=1e-5,
+               warmup=10, ckpt_every=50, eval_n=64),
+}
+
+
+# ------------------------------------------------------------------------------------------------ rollout
+
+def rollout(policy, prompts, eos, cfg, noise):
+    """Samples a response to each prompt (lists of ids) at temperature τ -> responses, lists of ids, with the EOS where it was met."""
+    if policy.device.type == "cuda":
+        policy = copy.deepcopy(policy).to(torch.bfloat16)
+    return policy.generate(prompts, cfg.max_new_tokens, cfg.temperature, eos=eos, noise=noise)
+
+
+def length_mask(responses):
+    """mask (B, R): True on the tokens of each response, R the longest response's length."""
+    length = torch.tensor(list(map(len, responses)))
+    return torch.arange(length.max()) < length[:, None]
+
+
+def last_token(x, mask):
+    """x (B,), a number a response -> (B, R), all of it on the response's last token."""
+    return torch.zeros(mask.shape).scatter(1, mask.sum(1, keepdim=True) - 1, x[:, None])
+
+
+def forward(policy, value_model, batch, temperature):
+    """log π(y_t|s_t) and V(s_t) of the N response tokens of a packed batch, both (N,) float32. A shared trunk is run once."""
+    states = policy.states(batch)
+    values = policy.scalars(states)[:, 0] if value_model is policy else value_model.values(batch)
+    return policy.token_logprobs(states, batch.target, temperature), values
+
+
+@torch.no_grad()
+def score_batch(policy, ref_policy, value_model, batch, temperature):
+    """For the N response tokens of a packed batch: logprobs, ref_logprobs, values, KL(π(·|s_t) ‖ π_ref(·|s_t)), entropy -> (5, N)"""
+    states, ref_states = policy.states(batch), ref_policy.states(batch)
+    values = policy.scalars(states)[:, 0] if value_model is policy else value_model.values(batch)
+    chunks = []
+    for s, ref_s, v, y in zip(*(x.split(CHUNK) for x in (states, ref_states, values, batch.target[:, None]))):
+        logp, ref_logp = policy.log_softmax(s, temperature), ref_policy.log_softmax(ref_s, temperature)  # (n, V)
+        p = logp.exp()
+        chunks.append(torch.stack([logp.gather(1, y)[:, 0], ref_logp.gather(1, y)[:, 0], v,
+                                   (p * (logp - ref_logp)).sum(-1), -(p * logp).sum(-1)]))
+    return torch.cat(chunks, 1)
+
+
+def score_rollout(models, groups, mask, micros, cfg, device, amp):
+    """score_batch of a whole rollout -> logprobs, ref_logprobs, values, kl, entropy, (B, R) each on the CPU, 0 outside the mask.
+
+    Runs in `micros`, the micro-batches of the first epoch, so that there the ratio π/π_old is 1 to the bit until the first step.
+    """
+    grids = torch.zeros(5, *mask.shape)
+    for micro in micros:
+        batch = pack_rows(groups, micro).to(device)
+        with amp:
+            flat = score_batch(*models, batch, cfg.temperature).cpu()
+        rows = mask[micro]
+        grids[:, micro] = torch.zeros(5, *rows.shape).masked_scatter(rows, flat)
+    return all_reduce(grids.to(device)).cpu().unbind(0)
+
+
+def pack_rows(groups, rows):
+    return pack([groups[i] for i in rows], max(len(groups[i][0]) + len(groups[i][1][0]) for i in rows))
+
+
+# ------------------------------------------------------------------------------------------------ reward
+
+def check_reward(rewards, responses, tokenizer):
+    """The answer of a reward function as a (B, R) float32 tensor; ValueError where it is of another shape or no number."""
+    rewards = torch.as_tensor(rewards, dtype=torch.float32, device="cpu")
+    mask = length_mask(responses)
+    if rewards.shape != mask.shape:
+        raise ValueError(f"reward_fn returned the shape {tuple(rewards.shape)}, expected {tuple(mask.shape)}: a number for each token of "
+                         f"{mask.size(0)} responses, the longest of {mask.size(1)} tokens")
+    for wrong, what in ((~rewards.isfinite(), "gave"), ((rewards != 0) & ~mask, "rewarded, after its end,")):
+        if wrong.any():
+            i, t = wrong.nonzero()[0].tolist()
+            raise ValueError(f"reward_fn {what} response {i} {rewards[i, t].item()} at token {t}: {evaluate.printable(tokenizer.decode(responses[i]))!r}")
+    return rewards
+
+
+def holistic_reward(reward_model, cfg, amp):
+    """A reward_fn: the reward model's score of a response, on its last token."""
+    def reward_fn(prompts, responses):
+        return last_token(evaluate.score(reward_model, prompts, responses, cfg.micro_tokens, amp), length_mask(responses))
+    return reward_fn
+
+
+def gold_reward(data, tokenizer):
+    """A reward_fn: the true reward of a response, on its last token. A verifier is nothing else."""
+    def reward_fn(prompts, responses):
+        texts = [tokenizer.decode([t for t in r if t != tokenizer.eot_token]) for r in responses]
+        gold = [data.gold(tokenizer.decode(p), t) for p, t in zip(prompts, texts)]
+        return last_token(torch.tensor(gold), length_mask(responses))
+    return reward_fn
+
+
+def dense_reward(rewards, logprobs, ref_logprobs, ended, mask, kl_coef, clip=None, missing_eos_penalty=0.0):
+    """The reward that PPO sees: r_t − β (log π − log π_ref)(y_t|s_t), arXiv:1909.08593 eq. 2 with the k1 estimator. All (B, R).
+
+    rewards are clipped to ±clip, and a response that has not `ended` (B,) pays missing_eos_penalty at its last token.
+    """
+    if clip is not None:
+        rewards = rewards.clamp(-clip, clip)
+    rewards = rewards - last_token(missing_eos_penalty * (~ended).float(), mask)
+    return (rewards - kl_coef * (logprobs - ref_logprobs)) * mask
+
+
+def k1_k3(logprobs, ref_logprobs, mask):
+    """Two unbiased estimates of KL(π‖π_ref) from samples of π, nats a response: k1 = log π/π_ref and, never negative and of
+    smaller variance, k3 = π_ref/π − 1 + log π/π_ref (Schulman 2020, http://joschu.net/blog/kl-approx.html). Scalars."""
+    logratio = (logprobs - ref_logprobs) * mask
+    return logratio.sum(1).mean(), ((torch.exp(-logratio) - 1 + logratio) * mask).sum(1).mean()
+
+
+# ------------------------------------------------------------------------------------------------ advantages
+
+def masked_mean(x, mask):
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(x, mask, shift=True):
+    """To unit variance over the mask, and to mean 0, or with shift=False keeping the mean. (B, R) -> (B, R), 0 outside the mask."""
+    mean = masked_mean(x, mask)
+    white = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
+    return (white if shift else white + mean) * mask
+
+
+def compute_gae(rewards, values, mask, gamma, lam):
+    """Generalized advantage estimation, arXiv:1506.02438 eq. 16: Â_t = Σ_l (γλ)^l δ_{t+l}. All (B, R); mask True, then False.
+
+    What follows a response's last token is worth 0. Returns advantages and returns = advantages + values, 0 outside the mask.
+    """
+    values = values * mask
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.size(1))):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]                          # δ_t
+        advantages[:, t] = (delta + gamma * lam * next_advantage) * mask[:, t]              # Â_t = δ_t + γλ Â_{t+1}
+        next_value, next_advantage = values[:, t], advantages[:, t]
+    return advantages, advantages + values
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
+    """The clipped surrogate, arXiv:1707.06347 eq. 7: −E min(ρ Â, clip(ρ, 1−ε, 1+ε) Â), with ρ = π/π_old. All (B, R).
+
+    Returns the loss, the share of tokens where the clip binds (ρ on the far side of it in Â's direction), and approx_kl, the k3
+    estimate of KL(π_old‖π) a token, without gradient: scalars, means over the mask.
+    """
+    logratio = (logprobs - old_logprobs) * mask
+    ratio = logratio.exp()
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    loss = masked_mean(-torch.min(unclipped, clipped), mask)
+    with torch.no_grad():
+        return loss, masked_mean((clipped < unclipped).float(), mask), masked_mean(ratio - 1 - logratio, mask)
+
+
+def value_loss(values, old_values, returns, mask, clip):
+    """½ E max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²), as in the code of arXiv:1707.06347. All (B, R) -> scalar, mean over the mask."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
+
+
+class AdaptiveKL:
+    """Ziegler's controller, arXiv:1909.08593 §2.2: β follows the KL, in nats a response, towards its target.
+
+    e = clip(KL / target − 1, ±0.2);  β ← β (1 + e n / horizon) for n episodes. target None: β is fixed.
+    """
+
+    def __init__(self, coef, target, horizon):
+        self.coef, self.target, self.horizon = coef, target, horizon
+
+    def update(self, kl, n):
+        if self.target is not None:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.coef *= 1 + error * n / self.horizon
+
+
+# ------------------------------------------------------------------------------------------------ the update
+
+def loss_of(policy, value_model, groups, rows, grids, n_tokens, cfg, device, amp):
+    """The losses of some rows of a minibatch of n_tokens response tokens, scaled so that those of all its rows add up to means.
+
+    grids: mask, old_logprobs, old_values, advantages, returns, (B, R) each. -> loss, and a dict of its parts, without gradient.
+    """
+    batch = pack_rows(groups, rows).to(device)
+    mask, old_logprobs, old_values, advantages, returns = (grid[rows].to(device) for grid in grids)
+    with amp:
+        flat = forward(policy, value_model, batch, cfg.temperature)
+    logprobs, values = (torch.zeros(mask.shape, device=device).masked_scatter(mask, x) for x in flat)  # (N,) -> (rows, R)
+    pg_loss, clip_frac, approx_kl = policy_loss(logprobs, old_logprobs, advantages, mask, cfg.clip)
+    vf_loss = value_loss(values, old_values, returns, mask, cfg.value_clip)
+    weight = mask.sum() / n_tokens
+    parts = {"policy_loss": pg_loss, "value_loss": vf_loss, "clip_frac": clip_frac, "approx_kl": approx_kl}
+    return (pg_loss + cfg.vf_coef * vf_loss) * weight, {k: x.detach() * weight for k, x in parts.items()}
+
+
+def ptx_loss(policy, demonstrations, rows, n_tokens, cfg, device, amp):
+    """The second term of arXiv:2203.02155 eq. 2: −Σ log π(y_t | x, y_<t) of some demonstrations over n_tokens."""
+    with amp:
+        return -policy.logprobs(pack_rows(demonstrations, rows).to(device), cfg.temperature).sum() / n_tokens
+
+
+def update(policy, value_model, optimizers, groups, grids, epochs, ptx, cfg, device, amp):
+    """An iteration's optimizer steps. epochs: a list of lists of minibatches, lists of rows; ptx: demonstrations and an iterator
+    over the rows of them that each step takes, or None. -> a dict of means over the steps taken, and how many those were."""
+    lengths = [len(p) + len(r) for p, (r,) in groups]
+    totals, steps = {}, 0
+    for minibatch in (minibatch for minibatches in epochs for minibatch in minibatches):
+        n_tokens = grids[0][minibatch].sum().to(device)
+        stats = dict.fromkeys(["policy_loss", "value_loss", "clip_frac", "approx_kl", "ptx_loss"], 0.0)
+        for micro in micro_batches(share(minibatch), lengths, cfg.micro_tokens):
+            loss, parts = loss_of(policy, value_model, groups, micro, grids, n_tokens, cfg, device, amp)
+            loss.backward()
+            for key, value in parts.items():
+                stats[key] += value
+        if ptx:
+            demonstrations, order = ptx
+            rows, demo_lengths = next(order), [len(p) + len(r) for p, (r,) in demonstrations]
+            demo_tokens = sum(len(demonstrations[i][1][0]) for i in rows)
+            for micro in micro_batches(share(rows), demo_lengths, cfg.micro_tokens):
+                loss = ptx_loss(policy, demonstrations, micro, demo_tokens, cfg, device, amp)
+                (cfg.ptx_coef * loss).backward()  # on top of PPO's gradient
+                stats["ptx_loss"] += loss.detach()
+        stats = sum_over_ranks(policy, stats)
+        for model in {policy, value_model} - {policy}:
+            sum_over_ranks(model, {"": 0.0})
+        stop = cfg.target_kl is not None and stats["approx_kl"] > cfg.target_kl
+        for model, optimizer in optimizers:
+            stats["value_grad_norm" if model is not policy else "grad_norm"] = torch.nn.utils.clip_grad_norm_(
+                model.parameters(), cfg.grad_clip).item()
+            if not stop:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if stop:
+            break
+        steps += 1
+        totals = {key: totals.get(key, 0.0) + value for key, value in stats.items()}
+    return {key: value / steps for key, value in totals.items()}, steps
