@@ -19,7 +19,7 @@ from dataclasses import asdict, fields
 import torch
 import torch.distributed as dist
 
-from data import dataset
+from data import dataset, group_length, micro_batches, pack
 from model import GPT, GPTConfig, PRETRAINED
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -180,6 +180,18 @@ def load_model(init, cfg=None):
     return model, tokenizer
 
 
+@torch.no_grad()
+def score_groups(reward_model, groups, micro_tokens=16384, amp=nullcontext()):
+    """The reward model's score of every response of every group, in order: (S,) on the CPU."""
+    lengths, scores = list(map(group_length, groups)), {}
+    for micro in micro_batches(range(len(groups)), lengths, micro_tokens):
+        batch = pack([groups[i] for i in micro], max(lengths[i] for i in micro)).to(reward_model.device)
+        with amp:
+            score = reward_model.score(batch).cpu()
+        scores |= zip(micro, score.split([len(groups[i][1]) for i in micro]))
+    return torch.cat([scores[i] for i in range(len(groups))])
+
+
 def fit(model, weights, where):
     """load_state_dict, with one line where the shapes differ."""
     try:
@@ -285,7 +297,9 @@ def learning_rate(step, cfg):
 class Log:
     """OUT/log.jsonl, a JSON object a step, and every `every` steps an aligned line on the console."""
 
-    def __init__(self, out, steps, every, start=0):
+    def __init__(self, out, steps, every, start=0, console=None):
+        """console: the keys that the console shows; None: all."""
+        self.console = console
         self.steps, self.every, self.start, self.begin = steps, every, start, time.time()
         self.tokens, self.since, self.headed = 0, self.begin, False
         if RANK != 0:
@@ -313,7 +327,8 @@ class Log:
         self.file.flush()
         if step % self.every == 0 or step == self.steps:
             left = (now - self.begin) / (step - self.start) * (self.steps - step)
-            self.line({**values, "tokens/s": round(rate), "left": f"{int(left // 60)}:{int(left % 60):02d}"})
+            shown = {k: values.get(k) for k in ["step", *self.console]} if self.console else values
+            self.line({**shown, "tokens/s": round(rate), "left": f"{int(left // 60)}:{int(left % 60):02d}"})
             self.tokens, self.since = 0, now
 
     def line(self, values):

@@ -22,7 +22,7 @@ import os
 
 import torch
 
-from common import load_checkpoint, load_model, say, RANK
+from common import RANK, load_checkpoint, load_model, say, score_groups
 from data import dataset, encode_prompts, get_tokenizer, pack, per_sequence
 from model import PRETRAINED
 
@@ -59,13 +59,15 @@ def exact_kl(policy, ref_policy, prompts, responses, batch_size=64):
     return torch.cat(result).cpu()
 
 
-def measure(name, policy, ref_policy, prompts, data, tokenizer, ref_gold=None):
+def measure(name, policy, ref_policy, prompts, data, tokenizer, ref_gold=None, reward_model=None):
     """One row of the table, the responses as text, and the gold of each (None without a gold reward)."""
     ids = fit_prompts(prompts, policy, tokenizer)
     responses = respond(policy, ids, tokenizer.eot_token)
     ended = [r[-1] == tokenizer.eot_token for r in responses]
     texts = [tokenizer.decode(r[:-1] if end else r) for r, end in zip(responses, ended)]
     columns = {"kl": exact_kl(policy, ref_policy, ids, responses).tolist(), "length": list(map(len, responses)), "eos_rate": ended}
+    if reward_model:
+        columns["score"] = score_groups(reward_model, [(p, [r]) for p, r in zip(ids, responses)]).tolist()
     gold = None
     if hasattr(data, "gold"):
         axes = [data.axes(p, t) for p, t in zip(prompts, texts)]
@@ -93,12 +95,12 @@ def mean_se(x):
     return x.mean().item(), (x.std().item() / math.sqrt(len(x)) if len(x) > 1 else None)
 
 
-def compare(models, data, tokenizer, n):
+def compare(models, data, tokenizer, n, reward_model=None):
     """models: [(name, GPT), …], the first the reference -> the rows of the table, the prompts, the texts of each model."""
     prompts = data.prompts("test")[:n]
     rows, texts, ref_gold = [], [], None
     for name, model in models:
-        row, text, gold = measure(name, model, models[0][1], prompts, data, tokenizer, ref_gold)
+        row, text, gold = measure(name, model, models[0][1], prompts, data, tokenizer, ref_gold, reward_model)
         ref_gold = ref_gold or gold
         rows.append(row)
         texts.append(text)
@@ -133,12 +135,12 @@ def printable(text, most=400):
     return text if len(text) <= most else "… " + text[-most:]
 
 
-def report(out, cfg, models, data, tokenizer):
+def report(out, cfg, models, data, tokenizer, reward_model=None):
     """What every stage ends with: before and after, in OUT/eval.json and on the console, with three samples."""
     if RANK != 0 or not cfg.eval_n:
         return
     models = [(name, model.to(models[-1][1].device)) for name, model in models]
-    rows, prompts, texts = compare(models, data, tokenizer, cfg.eval_n)
+    rows, prompts, texts = compare(models, data, tokenizer, cfg.eval_n, reward_model)
     if not prompts:
         return say("no held-out prompts: nothing to evaluate")
     with open(os.path.join(out, "eval.json"), "w") as f:
@@ -153,6 +155,7 @@ def main(argv=None):
     parser.add_argument("--n", type=int, default=500, help="prompts (default 500)")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--prompt", metavar="TEXT", help="print each model's answer to TEXT, and nothing else")
+    parser.add_argument("--reward_model", metavar="RUN", help="for the column score; default: the one that a checkpoint here was trained against")
     parser.add_argument("--data", help="default: what the first checkpoint was trained on")
     parser.add_argument("--data_dir", help="likewise")
     args = parser.parse_args(argv)
@@ -162,8 +165,12 @@ def main(argv=None):
         model, tokenizer = load_model(name)
         models.append((name, model.to("cuda" if torch.cuda.is_available() else "cpu")))
         tokenizers.append(tokenizer)
-        if not config and name not in PRETRAINED and not os.path.exists(os.path.join(name, "config.json")):
-            config = load_checkpoint(name)["config"]
+        if name not in PRETRAINED and not os.path.exists(os.path.join(name, "config.json")):
+            checkpoint = load_checkpoint(name)
+            if "score_std" in checkpoint:
+                raise SystemExit(f"{name}: a reward model writes no text; name it as --reward_model")
+            config = config or checkpoint["config"]
+            args.reward_model = args.reward_model or checkpoint["config"].get("reward_model")
     if len(set(tokenizers)) > 1:
         raise SystemExit("these models speak different tokenizers: " + ", ".join(f"{n} {t}" for n, t in zip(args.checkpoints, tokenizers)))
     tokenizer = get_tokenizer(tokenizers[0])
@@ -173,8 +180,14 @@ def main(argv=None):
             response, = respond(model, [ids], tokenizer.eot_token, seed=torch.seed() % 2**32)
             print(f"{name}: {tokenizer.decode([t for t in response if t != tokenizer.eot_token]).strip()}")
         return
+    reward_model = None
+    if args.reward_model:
+        reward_model, its_tokenizer = load_model(args.reward_model)
+        if its_tokenizer != tokenizers[0] or reward_model.config.n_scalars != 1:
+            raise SystemExit(f"{args.reward_model}: not a reward model for the tokenizer {tokenizers[0]}")
+        reward_model.to(models[0][1].device)
     data = dataset(args.data or config.get("data", "animals"), args.data_dir or config.get("data_dir", "data/files"))
-    rows, prompts, texts = compare(models, data, tokenizer, args.n)
+    rows, prompts, texts = compare(models, data, tokenizer, args.n, reward_model)
     print(f"{len(prompts)} held-out prompts, mean±standard error\n\n{table(rows)}\n{samples(models, prompts, texts)}")
     if args.json:
         with open(args.json, "w") as f:

@@ -29,15 +29,16 @@ Left out: several responses a prompt (GRPO, RLOO), an entropy bonus, generation 
 import copy
 import os
 import re
+import time
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 import evaluate
 from common import (RANK, WORLD, Log, all_reduce, compile_training, known, learning_rate, load_checkpoint, load_model,
-                    make_optimizer, parse, require, resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
+                    make_optimizer, parse, require, resume, run_dir, save_checkpoint, say, score_groups, setup, share,
+                    sum_over_ranks)
 from data import batch_order, dataset, encode_groups, encode_prompts, get_tokenizer, micro_batches, pack
 from model import CHUNK
 
@@ -98,6 +99,11 @@ RECIPES = {
     "hh": dict(data="hh", normalize_reward=True, kl_coef=0.05, max_new_tokens=128, steps=500, max_len=512, lr=3e-6, value_lr=1e-5,
                warmup=10, ckpt_every=50, eval_n=64),
 }
+
+
+CONSOLE = ["score", "gold", "kl", "kl_coef", "entropy", "clip_frac", "approx_kl", "policy_loss", "value_loss", "explained_variance",
+           "response_len"]  # what of the log the console shows
+RUNAWAY = 1.0  # nats a token: the policy has left its reference
 
 
 # ------------------------------------------------------------------------------------------------ rollout
@@ -179,7 +185,7 @@ def check_reward(rewards, responses, tokenizer):
 def holistic_reward(reward_model, cfg, amp):
     """A reward_fn: the reward model's score of a response, on its last token."""
     def reward_fn(prompts, responses):
-        return last_token(evaluate.score(reward_model, prompts, responses, cfg.micro_tokens, amp), length_mask(responses))
+        return last_token(score_groups(reward_model, [(p, [r]) for p, r in zip(prompts, responses)], cfg.micro_tokens, amp), length_mask(responses))
     return reward_fn
 
 
@@ -190,6 +196,11 @@ def gold_reward(data, tokenizer):
         gold = [data.gold(tokenizer.decode(p), t) for p, t in zip(prompts, texts)]
         return last_token(torch.tensor(gold), length_mask(responses))
     return reward_fn
+
+
+def gold_of(data, prompts, responses, tokenizer):
+    """The mean true reward, where the data has one."""
+    return gold_reward(data, tokenizer)(prompts, responses).sum(1).mean() if hasattr(data, "gold") else None
 
 
 def dense_reward(rewards, logprobs, ref_logprobs, ended, mask, kl_coef, clip=None, missing_eos_penalty=0.0):
@@ -216,10 +227,14 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum()
 
 
+def masked_var(x, mask):
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
 def whiten(x, mask, shift=True):
     """To unit variance over the mask, and to mean 0, or with shift=False keeping the mean. (B, R) -> (B, R), 0 outside the mask."""
     mean = masked_mean(x, mask)
-    white = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
+    white = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
     return (white if shift else white + mean) * mask
 
 
@@ -302,7 +317,7 @@ def ptx_loss(policy, demonstrations, rows, n_tokens, cfg, device, amp):
 
 def update(policy, value_model, optimizers, groups, grids, epochs, ptx, cfg, device, amp):
     """An iteration's optimizer steps. epochs: a list of lists of minibatches, lists of rows; ptx: demonstrations and an iterator
-    over the rows of them that each step takes, or None. -> a dict of means over the steps taken, and how many those were."""
+    over the rows of them that each step takes, or None. -> a dict of means over the steps taken, and their number."""
     lengths = [len(p) + len(r) for p, (r,) in groups]
     totals, steps = {}, 0
     for minibatch in (minibatch for minibatches in epochs for minibatch in minibatches):
@@ -335,4 +350,184 @@ def update(policy, value_model, optimizers, groups, grids, epochs, ptx, cfg, dev
             break
         steps += 1
         totals = {key: totals.get(key, 0.0) + value for key, value in stats.items()}
-    return {key: value / steps for key, value in totals.items()}, steps
+    means = {key: value / max(steps, 1) for key, value in totals.items()}
+    if steps:
+        means["loss"] = means["policy_loss"] + cfg.vf_coef * means["value_loss"] + cfg.ptx_coef * means["ptx_loss"]
+    return means | {"optimizer_steps": steps}
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+def load_models(cfg, init, reward_fn):
+    """-> policy, ref_policy, value_model (the policy itself with --share_value=True), reward_model or None, the tokenizer's name."""
+    policy, tokenizer = load_model(init, cfg)
+    policy.set_scalar_heads(0)
+    ref_policy = copy.deepcopy(policy).requires_grad_(False)
+    value_model, reward_model = copy.deepcopy(policy), None
+    value_model.set_scalar_heads(1)
+    if reward_fn is None and cfg.reward == "rm":
+        reward_model, its_tokenizer = load_model(cfg.reward_model, cfg)
+        if reward_model.config.n_scalars != 1:
+            raise SystemExit(f"{cfg.reward_model}: not a reward model (reward.py makes one)")
+        if its_tokenizer != tokenizer:
+            raise SystemExit(f"{cfg.reward_model}: this reward model reads the tokenizer {its_tokenizer}, the policy {init} writes {tokenizer}")
+        if cfg.normalize_reward:  # the mean on demonstrations is 0 already
+            score_std = load_checkpoint(cfg.reward_model)["score_std"]
+            with torch.no_grad():
+                reward_model.scalar_head.weight /= score_std
+                reward_model.scalar_head.bias /= score_std
+        reward_model.requires_grad_(False)
+        if cfg.value_init == "reward":
+            value_model = copy.deepcopy(reward_model).requires_grad_(True)
+    if cfg.share_value:
+        policy.set_scalar_heads(1)
+        value_model = policy
+    return policy, ref_policy, value_model, reward_model, tokenizer
+
+
+def check(cfg, data, reward_fn):
+    """One line for settings that cannot be run."""
+    known("reward", cfg.reward, ["rm", "gold"])
+    known("value_init", cfg.value_init, ["reward", "sft"])
+    if cfg.batch_size % cfg.minibatches:
+        raise SystemExit(f"--batch_size={cfg.batch_size} is not a multiple of --minibatches={cfg.minibatches}")
+    if cfg.max_new_tokens >= cfg.max_len:
+        raise SystemExit(f"--max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in --max_len={cfg.max_len}")
+    if reward_fn is None and cfg.reward == "gold" and not hasattr(data, "gold"):
+        raise SystemExit(f"--reward=gold: nobody knows the true reward of --data={cfg.data}")
+
+
+def gather(local):
+    """The whole list of which each process holds its `share`."""
+    if WORLD == 1:
+        return local
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, local)
+    return [parts[i % WORLD][i // WORLD] for i in range(len(local) * WORLD)]
+
+
+def experience(models, prompts, reward_fn, tokenizer, cfg):
+    """Rollout and reward of a global batch of prompts -> responses, their dense rewards (B, R), seconds it took."""
+    begin, noise = time.time(), torch.rand(len(prompts), cfg.max_new_tokens)  # every process draws all of it, and uses its share
+    mine = share(prompts)
+    responses = rollout(models[0], mine, tokenizer.eot_token, cfg, noise[RANK::WORLD])
+    rewards = check_reward(reward_fn(mine, responses), responses, tokenizer)
+    both = gather([(response, r[:len(response)]) for response, r in zip(responses, rewards)])
+    responses = [response for response, _ in both]
+    rewards = torch.nn.utils.rnn.pad_sequence([r for _, r in both], batch_first=True)
+    return responses, rewards, time.time() - begin
+
+
+def show_samples(out, step, prompts, responses, score, kl, tokenizer, n=3):
+    """The first n episodes of an iteration, on the console and at the end of OUT/samples.txt."""
+    lines = [f"step {step}"]
+    for i in range(min(n, len(prompts))):
+        lines.append(f"  {evaluate.printable(tokenizer.decode(prompts[i]))}\n    score {score[i]:7.3f}  kl {kl[i]:7.3f} | "
+                     + evaluate.printable(tokenizer.decode(responses[i])))
+    say("\n" + "\n".join(lines) + "\n")
+    if RANK == 0:
+        with open(os.path.join(out, "samples.txt"), "a") as f:
+            f.write("\n".join(lines) + "\n")
+
+
+def cut_samples(out, start):
+    """Drops from samples.txt what a resumed run writes again."""
+    path = os.path.join(out, "samples.txt")
+    if RANK == 0 and os.path.exists(path):
+        with open(path) as f:
+            blocks = re.split(r"^(?=step \d)", f.read(), flags=re.M)
+        with open(path, "w") as f:
+            f.writelines(b for b in blocks if b and int(b.split()[1]) <= start)
+
+
+def train(cfg, reward_fn=None):
+    """Runs the stage, building its SFT and reward models first where they are missing; returns the trained policy.
+
+    reward_fn(prompts, responses) -> (B, R), if given, is the reward in place of cfg.reward.
+    """
+    data = dataset(cfg.data, cfg.data_dir)
+    check(cfg, data, reward_fn)
+    init, out = require("sft", cfg, cfg.init), cfg.out or run_dir("ppo", cfg)
+    if reward_fn is None and cfg.reward == "rm":
+        cfg = replace(cfg, reward_model=require("reward", cfg, cfg.reward_model))
+    os.makedirs(out, exist_ok=True)
+    device, amp = setup(cfg)
+    *models, tokenizer_name = load_models(cfg, init, reward_fn)
+    policy, ref_policy, value_model, reward_model = models = [model and model.to(device) for model in models]
+    tokenizer = get_tokenizer(tokenizer_name)
+    reward_fn = reward_fn or (holistic_reward(reward_model, cfg, amp) if reward_model else gold_reward(data, tokenizer))
+    room = cfg.max_len - cfg.max_new_tokens
+    prompts = [ids.tolist() for ids in encode_prompts(tokenizer, data.prompts("train"))]
+    long = sum(len(ids) > room for ids in prompts)
+    prompts = [ids[-room:] for ids in prompts]
+    say(f"ppo: {len(prompts)} prompts of {cfg.data}, {init} -> {out} on {device}"
+        + (f"; {long} prompts lost their beginning to leave room for {cfg.max_new_tokens} new tokens" if long else ""))
+    order = batch_order(len(prompts), cfg.batch_size, cfg.steps, cfg.seed)
+    if cfg.ptx_coef:
+        demonstrations = encode_groups(tokenizer, [(p, [r]) for p, r in data.demonstrations("train")], cfg.max_len)
+        ptx_order = batch_order(len(demonstrations), cfg.batch_size // cfg.minibatches, cfg.steps * cfg.epochs * cfg.minibatches, cfg.seed + 1)
+
+    optimizers = [(policy, make_optimizer(policy, cfg.lr, cfg.weight_decay))]
+    if not cfg.share_value:
+        optimizers.append((value_model, make_optimizer(value_model, cfg.value_lr, cfg.weight_decay)))
+    controller, start, warned = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon), 0, False
+    if cfg.resume:
+        checkpoint = resume(out, cfg, *optimizers[0])
+        start, controller.coef = checkpoint["step"], checkpoint["kl_coef"]
+        if not cfg.share_value:
+            value_model.load_state_dict(checkpoint["value_model"])
+            optimizers[1][1].load_state_dict(checkpoint["value_optimizer"])
+    cut_samples(out, start)
+    log = Log(out, cfg.steps, cfg.log_every, start, console=CONSOLE)
+    for model in filter(None, models):
+        compile_training(model, cfg)
+
+    for step in range(start, cfg.steps):
+        batch_prompts = [prompts[i] for i in order[step]]
+        responses, rewards, rollout_s = experience(models, batch_prompts, reward_fn, tokenizer, cfg)
+        begin = time.time()
+        groups, mask = [(p, [r]) for p, r in zip(batch_prompts, responses)], length_mask(responses)
+        lengths = [len(p) + len(r) for p, (r,) in groups]
+        ended = torch.tensor([r[-1] == tokenizer.eot_token for r in responses])
+        epochs = [[rows.tolist() for rows in torch.randperm(cfg.batch_size).chunk(cfg.minibatches)] for _ in range(cfg.epochs)]
+        first = [micro for minibatch in epochs[0] for micro in micro_batches(share(minibatch), lengths, cfg.micro_tokens)]
+        logprobs, ref_logprobs, values, kl, entropy = score_rollout((policy, ref_policy, value_model), groups, mask, first, cfg, device, amp)
+
+        total = dense_reward(rewards, logprobs, ref_logprobs, ended, mask, controller.coef, cfg.reward_clip, cfg.missing_eos_penalty)
+        advantages, returns = compute_gae(whiten(total, mask, shift=False) if cfg.whiten_rewards else total, values, mask, cfg.gamma, cfg.lam)
+        grids = (mask, logprobs, values, whiten(advantages, mask) if cfg.whiten_advantages else advantages, returns)
+        stats, k1_k3_kl = {}, k1_k3(logprobs, ref_logprobs, mask)
+        stats |= {"score": rewards.sum(1).mean(), "gold": gold_of(data, batch_prompts, responses, tokenizer), "kl": kl.sum(1).mean(),
+                  "kl_coef": controller.coef, "reward": total.sum(1).mean(), "entropy": masked_mean(entropy, mask),
+                  "explained_variance": 1 - masked_var(returns - values, mask) / masked_var(returns, mask),
+                  "response_len": mask.sum() / len(mask), "eos_rate": ended.float().mean(), "kl_k1": k1_k3_kl[0], "kl_k3": k1_k3_kl[1]}
+        stats = {key: value.item() if torch.is_tensor(value) else value for key, value in stats.items()}
+
+        learn = time.time()
+        for (_, optimizer), peak in zip(optimizers, (cfg.lr, cfg.value_lr)):
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = learning_rate(step, cfg) * peak / cfg.lr
+        at = step * cfg.epochs * cfg.minibatches
+        ptx = (demonstrations, iter(ptx_order[at:])) if cfg.ptx_coef else None
+        losses = update(policy, value_model, optimizers, groups, grids, epochs, ptx, cfg, device, amp)
+        controller.update(stats["kl"], cfg.batch_size)
+
+        done = step + 1
+        stats |= losses | {"lr": learning_rate(step, cfg), "rollout_s": rollout_s, "score_s": learn - begin, "update_s": time.time() - learn}
+        log(done, sum(lengths), **stats)
+        if stats["kl"] > RUNAWAY * stats["response_len"] and not warned:
+            warned = True
+            say(f"warning: the KL to the reference runs away ({stats['kl']:.1f} nats a response of {stats['response_len']:.0f} tokens): "
+                f"lower --lr (now {cfg.lr}) or --epochs, or raise --kl_coef (now {controller.coef:.3g})")
+        if done % cfg.sample_every == 0 or done == 1:
+            show_samples(out, done, batch_prompts, responses, rewards.sum(1).tolist(), kl.sum(1).tolist(), tokenizer)
+        if done % cfg.ckpt_every == 0 or done == cfg.steps:
+            value = {} if cfg.share_value else dict(value_model=value_model.state_dict(), value_optimizer=optimizers[1][1].state_dict())
+            save_checkpoint(out, done, policy, optimizers[0][1], cfg, tokenizer_name, kl_coef=controller.coef, **value)
+
+    evaluate.report(out, cfg, [(init, ref_policy), (out, policy)], data, tokenizer, reward_model)
+    return policy
+
+
+if __name__ == "__main__":
+    train(parse(Config, RECIPES))

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import evaluate
 from common import (RANK, Log, compile_training, learning_rate, load_model, make_optimizer, parse, require, resume, run_dir,
-                    save_checkpoint, say, setup, share, sum_over_ranks)
+                    save_checkpoint, say, score_groups, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
 
 
@@ -95,22 +95,9 @@ def ranks(groups, device):
     return group, rank
 
 
-@torch.no_grad()
-def all_scores(reward_model, groups, cfg, amp):
-    """The score of every response of every group, in order: (S,) on the CPU."""
-    lengths, scores = list(map(group_length, groups)), {}
-    for micro in micro_batches(range(len(groups)), lengths, cfg.micro_tokens):
-        batch = pack([groups[i] for i in micro], max(lengths[i] for i in micro)).to(reward_model.device)
-        with amp:
-            score = reward_model.score(batch).cpu()
-        for i, s in zip(micro, score.split([len(groups[i][1]) for i in micro])):
-            scores[i] = s
-    return torch.cat([scores[i] for i in range(len(groups))])
-
-
 def center(reward_model, demonstrations, cfg, amp):
     """Sets the bias to where the demonstrations score 0 on average; returns the standard deviation of their scores."""
-    scores = all_scores(reward_model, demonstrations, cfg, amp)
+    scores = score_groups(reward_model, demonstrations, cfg.micro_tokens, amp)
     with torch.no_grad():
         reward_model.scalar_head.bias -= scores.mean()
     return scores.std().item()
@@ -160,7 +147,7 @@ def train(cfg):
     order = batch_order(len(groups), cfg.batch_size, cfg.steps, cfg.seed)
     say(f"reward: {len(groups)} comparisons of {cfg.data}, {init} -> {out} on {device}")
 
-    scores_before = all_scores(reward_model, validation, cfg, amp) if validation else None
+    scores_before = score_groups(reward_model, validation, cfg.micro_tokens, amp) if validation else None
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay)
     start = resume(out, cfg, reward_model, optimizer)["step"] if cfg.resume else 0
     log = Log(out, cfg.steps, cfg.log_every, start)
@@ -192,7 +179,7 @@ def train(cfg):
 
         done, val_accuracy = step + 1, None
         if validation and (done % cfg.val_every == 0 or done == cfg.steps):
-            val_accuracy = ranking_loss(all_scores(reward_model, validation, cfg, amp), *ranks(validation, "cpu"))[1].item()
+            val_accuracy = ranking_loss(score_groups(reward_model, validation, cfg.micro_tokens, amp), *ranks(validation, "cpu"))[1].item()
         log(done, **stats, val_accuracy=val_accuracy, lr=lr, grad_norm=grad_norm)
         if done % cfg.ckpt_every == 0 and done < cfg.steps:
             save_checkpoint(out, done, reward_model, optimizer, cfg, tokenizer_name)
@@ -201,7 +188,7 @@ def train(cfg):
     score_std = center(reward_model, encode_groups(tokenizer, demonstrations, cfg.max_len), cfg, amp)
     save_checkpoint(out, cfg.steps, reward_model, optimizer, cfg, tokenizer_name, score_std=score_std)
     if validation and RANK == 0:
-        scores = all_scores(reward_model, validation, cfg, amp)
+        scores = score_groups(reward_model, validation, cfg.micro_tokens, amp)
         rows = [measure(init, scores_before, comparisons, data), measure(out, scores, comparisons, data)]
         with open(os.path.join(out, "eval.json"), "w") as f:
             json.dump(rows, f, indent=2)
