@@ -1,0 +1,291 @@
+"""PPO's arithmetic by hand on ragged grids, its invariances, and the closed form."""
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_model
+
+import ppo
+from data import pack, per_sequence
+from ppo import AdaptiveKL, compute_gae, dense_reward, k1_k3, last_token, length_mask, policy_loss, value_loss, whiten
+
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+
+
+def grid(seed=0):
+    return torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_length_mask_and_last_token():
+    mask = length_mask([[7, 7, 7, 7], [7, 7], [7]])
+    assert torch.equal(mask, MASK)
+    assert last_token(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[0, 0, 0, 1], [0, 2, 0, 0], [3, 0, 0, 0]]
+
+
+# ------------------------------------------------------------------------------------------------ advantages
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (1.0, 0.0)])
+def test_gae_is_the_direct_sum(gamma, lam):
+    rewards, values = grid(0) * MASK, grid(1)
+    advantages, returns = compute_gae(rewards, values, MASK, gamma, lam)
+    for b, T in enumerate(MASK.sum(1).tolist()):
+        value = [*values[b, :T].tolist(), 0.0]
+        delta = [rewards[b, t].item() + gamma * value[t + 1] - value[t] for t in range(T)]
+        for t in range(T):
+            direct = sum((gamma * lam) ** i * delta[t + i] for i in range(T - t))
+            assert advantages[b, t].item() == pytest.approx(direct, abs=1e-6)
+            assert returns[b, t].item() == pytest.approx(direct + value[t], abs=1e-6)
+        assert not advantages[b, T:].any() and not returns[b, T:].any()
+
+
+def test_gae_by_hand():
+    """γ = 1, λ = ½; rewards 0, 1; values ½, ¼: δ = (0 + ¼ − ½, 1 − ¼), Â = (−¼ + ½·¾, ¾)."""
+    advantages, returns = compute_gae(torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([[0.5, 0.25, 7.0]]), torch.tensor([[True, True, False]]), 1.0, 0.5)
+    assert advantages.tolist() == [[0.125, 0.75, 0]] and returns.tolist() == [[0.625, 1.0, 0]]
+
+
+def test_with_lambda_1_the_return_is_the_sum_of_the_rewards_to_come():
+    rewards = grid() * MASK
+    _, returns = compute_gae(rewards, grid(1), MASK, 1.0, 1.0)
+    torch.testing.assert_close(returns, rewards.flip(1).cumsum(1).flip(1) * MASK)
+
+
+def test_a_reward_on_any_token_reaches_exactly_the_advantages_up_to_it():
+    rewards, values = grid(0) * MASK, grid(1)
+    before, _ = compute_gae(rewards, values, MASK, 0.9, 0.8)
+    for b, t in MASK.nonzero().tolist():
+        changed = rewards.clone()
+        changed[b, t] += 1
+        difference = compute_gae(changed, values, MASK, 0.9, 0.8)[0] - before
+        reached = torch.zeros_like(MASK)
+        reached[b, :t + 1] = True
+        assert torch.equal(difference != 0, reached)
+        assert difference[b, 0].item() == pytest.approx(0.72 ** t, abs=1e-5)
+
+
+def test_whitening_by_hand():
+    """Values 1, 2, 3, 6 under the mask: mean 3, variance 3.5. What lies outside is not read."""
+    x = torch.tensor([[1.0, 2.0, 99.0], [3.0, 6.0, -99.0]])
+    mask = torch.tensor([[True, True, False], [True, True, False]])
+    expected = torch.tensor([[-2.0, -1.0, 0.0], [0.0, 3.0, 0.0]]) / 3.5 ** 0.5
+    torch.testing.assert_close(whiten(x, mask), expected)
+    torch.testing.assert_close(whiten(x, mask, shift=False), (expected + 3) * mask)
+
+
+# ------------------------------------------------------------------------------------------------ reward and KL
+
+def test_dense_reward_by_hand():
+    """β = 0.1; the second response did not end and pays 1; the third's reward of −9 is clipped to −5."""
+    rewards = last_token(torch.tensor([2.0, 1.0, -9.0]), MASK)
+    logprobs, ref_logprobs = torch.full((3, 4), -1.0), torch.full((3, 4), -2.0)
+    total = dense_reward(rewards, logprobs, ref_logprobs, torch.tensor([True, False, True]), MASK, 0.1, clip=5.0, missing_eos_penalty=1.0)
+    torch.testing.assert_close(total, torch.tensor([[-0.1, -0.1, -0.1, 1.9], [-0.1, -0.1, 0, 0], [-5.1, 0, 0, 0]]))
+
+
+def test_k1_and_k3_by_hand():
+    logprobs, ref_logprobs = torch.tensor([[-1.0, -1.0], [-2.0, 5.0]]), torch.tensor([[-1.5, -1.0], [-1.0, -5.0]])
+    k1, k3 = k1_k3(logprobs, ref_logprobs, torch.tensor([[True, True], [True, False]]))
+    assert k1.item() == pytest.approx((0.5 - 1.0) / 2)
+    assert k3.item() == pytest.approx((math.exp(-0.5) - 1 + 0.5 + math.e - 1 - 1) / 2)
+
+
+def test_the_adaptive_controller_follows_a_worked_sequence():
+    controller = AdaptiveKL(0.1, target=2.0, horizon=1000)
+    controller.update(2.2, 100)      # error 0.1: a factor of 1.01
+    assert controller.coef == pytest.approx(0.101)
+    controller.update(40.0, 100)     # clipped to 0.2
+    assert controller.coef == pytest.approx(0.101 * 1.02)
+    controller.update(-1.0, 100)     # clipped to -0.2
+    assert controller.coef == pytest.approx(0.101 * 1.02 * 0.98)
+    controller.update(2.0, 100)      # on target
+    assert controller.coef == pytest.approx(0.101 * 1.02 * 0.98)
+    fixed = AdaptiveKL(0.1, None, 1000)
+    fixed.update(1e9, 100)
+    assert fixed.coef == 0.1
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+def test_policy_loss_by_hand():
+    """ε = 0.2; ratios 1.5, 1.5, 0.5, 0.5 with advantages 1, −1, 1, −1: min(ρÂ, clip(ρ)Â) = 1.2, −1.5, 0.5, −0.8."""
+    ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5, 9.0]])
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0]])
+    mask = torch.tensor([[True] * 4 + [False]])
+    loss, clip_frac, approx_kl = policy_loss(ratio.log(), torch.zeros(1, 5), advantages, mask, 0.2)
+    assert loss.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8) / 4)
+    assert clip_frac.item() == 0.5
+    assert approx_kl.item() == pytest.approx((0.5 - math.log(1.5)) / 2 + (-0.5 - math.log(0.5)) / 2)
+
+
+def test_policy_loss_gradient_is_the_policy_gradient_where_the_clip_does_not_bind():
+    logprobs, old = torch.zeros(1, 3).requires_grad_(), torch.tensor([[0.0, -1.0, 1.0]])
+    loss, _, _ = policy_loss(logprobs, old, torch.tensor([[2.0, 1.0, 1.0]]), torch.ones(1, 3).bool(), 0.2)
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, -torch.tensor([[2.0, 0.0, math.exp(-1)]]) / 3)  # ρ = e is clipped, ρ = 1/e is not
+
+
+def test_value_loss_by_hand():
+    """ε = 0.2, V_old = 0, return 1. V = 0.5: unclipped (0.5)², clipped to 0.2 (0.8)². V = −1: 2² beats (1.2)². V = 0.1: 0.9² both."""
+    values, mask = torch.tensor([[0.5, -1.0, 0.1, 9.0]]), torch.tensor([[True, True, True, False]])
+    loss = value_loss(values, torch.zeros(1, 4), torch.ones(1, 4) * mask, mask, 0.2)
+    assert loss.item() == pytest.approx(0.5 * (0.64 + 4 + 0.81) / 3)
+
+
+def test_what_lies_outside_the_mask_changes_no_loss():
+    a, b = grid(2), torch.where(MASK, grid(2), torch.tensor(5.0))
+    for one, other in zip(policy_loss(a, grid(3), grid(4), MASK, 0.2), policy_loss(b, grid(3), grid(4), MASK, 0.2)):
+        assert torch.equal(one, other)
+    assert torch.equal(value_loss(a, grid(3), grid(4), MASK, 0.2), value_loss(b, grid(3), grid(4), MASK, 0.2))
+
+
+# ------------------------------------------------------------------------------------------------ scoring and update
+
+def episodes(policy, n=12, seed=0):
+    torch.manual_seed(seed)
+    prompts = [torch.randint(90, (int(k),)).tolist() for k in torch.randint(1, 9, (n,))]
+    return [(p, [r]) for p, r in zip(prompts, policy.generate(prompts, 10, eos=3))]
+
+
+def score(models, groups, micros, cfg):
+    mask = length_mask([r for _, (r,) in groups])
+    return mask, ppo.score_rollout(models, groups, mask, micros, cfg, "cpu", nullcontext())
+
+
+def test_scores_are_the_models_numbers_and_kl_is_exact():
+    from evaluate import exact_kl
+    policy, ref_policy, value_model = make_model(0), make_model(1), make_model(2)
+    value_model.set_scalar_heads(1)
+    groups, cfg = episodes(policy), ppo.Config(temperature=1.0)
+    mask, (logprobs, ref_logprobs, values, kl, entropy) = score((policy, ref_policy, value_model), groups, [[3, 0, 1], [2, *range(4, 12)]], cfg)
+    batch = pack(groups, 20)
+    with torch.no_grad():
+        for got, expected in ((logprobs, policy.logprobs(batch)), (ref_logprobs, ref_policy.logprobs(batch)), (values, value_model.values(batch))):
+            torch.testing.assert_close(got[mask], expected, atol=1e-5, rtol=1e-5)
+            assert not got[~mask].any()
+        torch.testing.assert_close(kl.sum(1), exact_kl(policy, ref_policy, [p for p, _ in groups], [r for _, (r,) in groups]), atol=1e-5, rtol=1e-5)
+        logp = policy.log_softmax(policy.states(batch))
+        torch.testing.assert_close(entropy[mask], -(logp.exp() * logp).sum(-1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("share_value, temperature", [(False, 1.0), (True, 0.7)])
+def test_at_the_first_minibatch_the_ratio_is_1_to_the_bit(share_value, temperature, monkeypatch):
+    policy, ref_policy, value_model = make_model(0), make_model(1), make_model(2)
+    value_model.set_scalar_heads(1)
+    if share_value:
+        policy.set_scalar_heads(1)
+        value_model = policy
+    cfg = ppo.Config(temperature=temperature, micro_tokens=40)
+    groups = episodes(policy)
+    lengths = [len(p) + len(r) for p, (r,) in groups]
+    first = [[5, 2, 9, 0, 11, 7], [1, 3, 4, 6, 8, 10]]
+    mask, (logprobs, _, values, _, _) = score((policy, ref_policy, value_model), groups,
+                                              [m for rows in first for m in ppo.micro_batches(rows, lengths, 40)], cfg)
+    seen, real = [], ppo.policy_loss
+    monkeypatch.setattr(ppo, "policy_loss", lambda new, old, *rest: (seen.append((new.detach(), old, rest[1])), real(new, old, *rest))[1])
+    optimizers = [(m, torch.optim.SGD(m.parameters(), lr=0.1)) for m in ([policy] if share_value else [policy, value_model])]
+    stats = ppo.update(policy, value_model, optimizers, groups, (mask, logprobs, values, grid_like(mask), grid_like(mask)), [first[:1]], None,
+                       cfg, "cpu", nullcontext())
+    assert len(seen) > 1 and all(torch.equal(new[m], old[m]) for new, old, m in seen)
+    assert stats["approx_kl"] == 0 and stats["clip_frac"] == 0 and stats["optimizer_steps"] == 1
+
+
+def grid_like(mask, seed=5):
+    return torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed)) * mask
+
+
+def gradient(policy, groups, cfg, ptx, micro_tokens=16384):
+    """The policy's gradient of one whole-batch step, taken from what SGD with lr 1 does to its weights."""
+    value_model = make_model(2)
+    value_model.set_scalar_heads(1)
+    mask, (logprobs, _, values, _, _) = score((policy, policy, value_model), groups, [list(range(len(groups)))], cfg)
+    before = [p.detach().clone() for p in policy.parameters()]
+    ppo.update(policy, value_model, [(policy, torch.optim.SGD(policy.parameters(), lr=1.0))], groups,
+               (mask, logprobs, values, grid_like(mask), grid_like(mask, 6)), [[list(range(len(groups)))]], ptx,
+               replace(cfg, grad_clip=1e9, micro_tokens=micro_tokens), "cpu", nullcontext())
+    result = [b - p.detach() for b, p in zip(before, policy.parameters())]
+    with torch.no_grad():
+        for p, b in zip(policy.parameters(), before):
+            p.copy_(b)
+    return result
+
+
+def test_the_ptx_gradient_is_the_sum_of_the_two():
+    policy, cfg = make_model(0), ppo.Config(ptx_coef=0.5)
+    groups, demonstrations = episodes(policy), episodes(make_model(1), n=4, seed=1)
+    both = gradient(policy, groups, cfg, (demonstrations, iter([[0, 1, 2, 3]])))
+    alone = gradient(policy, groups, cfg, None)
+    loss = -policy.logprobs(pack(demonstrations, 20)).mean()
+    language_model = torch.autograd.grad(loss, list(policy.parameters()))
+    for g, a, b in zip(both, alone, language_model):
+        torch.testing.assert_close(g, a + 0.5 * b, atol=1e-5, rtol=1e-4)
+
+
+def test_micro_batches_add_up_to_the_minibatch():
+    policy, cfg = make_model(0), ppo.Config()
+    groups = episodes(policy)
+    for a, b in zip(gradient(policy, groups, cfg, None), gradient(policy, groups, cfg, None, micro_tokens=30)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_target_kl_ends_the_epochs():
+    policy = make_model(0)
+    value_model = make_model(2)
+    value_model.set_scalar_heads(1)
+    groups, cfg = episodes(policy), ppo.Config(target_kl=1e-3)
+    rows = [list(range(12))]
+    mask, (logprobs, _, values, _, _) = score((policy, policy, value_model), groups, rows, cfg)
+    stats = ppo.update(policy, value_model, [(policy, torch.optim.SGD(policy.parameters(), lr=10.0))], groups,
+                       (mask, logprobs, values, grid_like(mask), grid_like(mask)), [rows] * 5, None, cfg, "cpu", nullcontext())
+    assert stats["optimizer_steps"] == 1  # the first step is at approx_kl 0, the second sees what it did
+
+
+# ------------------------------------------------------------------------------------------------ reward functions
+
+@pytest.mark.parametrize("rewards, message", [
+    (torch.zeros(2, 3), r"returned the shape \(2, 3\), expected \(2, 2\)"),
+    ([[0.0, math.nan], [0.0, 0.0]], "gave response 0 nan at token 1: 'It eats'"),
+    ([[0.0, 0.0], [-math.inf, 0.0]], "gave response 1 -inf at token 0"),
+    ([[0.0, 0.0], [0.0, 1.0]], "rewarded, after its end, response 1 1.0 at token 1"),
+])
+def test_a_reward_function_that_answers_wrongly_is_named(rewards, message):
+    from data import get_tokenizer
+    tokenizer = get_tokenizer("animals")
+    with pytest.raises(ValueError, match=message) as error:
+        ppo.check_reward(rewards, [tokenizer.encode("It eats"), tokenizer.encode("It")], tokenizer)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ the closed form
+
+@pytest.mark.parametrize("seed, beta", [(0, 1.0), (1, 0.5)])
+def test_ppo_reaches_the_closed_form(seed, beta):
+    """Sampled rollouts of two tokens of three: KL(π‖π*) falls below 0.02, π* ∝ π_ref exp(r/β)."""
+    from itertools import product
+    policy = make_model(seed, vocab_size=3, block_size=3, n_layer=1, n_head=2, n_embd=32, scale=8.0)
+    every = pack([([0], [list(r) for r in product(range(3), repeat=2)])], 19)
+    reward = torch.randn(9)
+    ref_policy, value_model = ppo.copy.deepcopy(policy), ppo.copy.deepcopy(policy)
+    value_model.set_scalar_heads(1)
+    with torch.no_grad():
+        ref_logp = per_sequence(policy.logprobs(every), every)
+    optimum = (ref_logp + reward / beta).log_softmax(0)
+    cfg, models = ppo.Config(max_new_tokens=2, kl_coef=beta, clip=0.2), (policy, ref_policy, value_model)
+    optimizers = [(m, torch.optim.Adam(m.parameters(), lr=3e-3)) for m in (policy, value_model)]
+    B, steps = 256, 100
+    for step in range(steps):
+        for _, optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
+        responses = ppo.rollout(policy, [[0]] * B, None, cfg, torch.rand(B, 2))
+        groups, mask = [([0], [r]) for r in responses], length_mask(responses)
+        rewards = last_token(reward[torch.tensor([3 * a + b for a, b in responses])], mask)
+        epochs = [[rows.tolist() for rows in torch.randperm(B).chunk(2)] for _ in range(2)]
+        logprobs, ref_logprobs, values, _, _ = ppo.score_rollout(models, groups, mask, epochs[0], cfg, "cpu", nullcontext())
+        total = dense_reward(rewards, logprobs, ref_logprobs, torch.ones(B).bool(), mask, beta)
+        advantages, returns = compute_gae(total, values, mask, 1.0, 0.95)
+        ppo.update(policy, value_model, optimizers, groups, (mask, logprobs, values, whiten(advantages, mask), returns), epochs, None, cfg, "cpu",
+                   nullcontext())
+    logp = per_sequence(policy.logprobs(every), every).detach()
+    kl = (logp.exp() * (logp - optimum)).sum().item()
+    assert kl < 0.02 < (ref_logp.exp() * (ref_logp - optimum)).sum().item(), kl
