@@ -13,10 +13,10 @@ from data import animals  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 
-def make_model(seed=0, vocab_size=100, block_size=64, n_layer=2, n_head=2, n_embd=32, scale=3.0):
+def make_model(seed=0, vocab_size=100, block_size=64, n_layer=2, n_head=2, n_embd=32, scale=3.0, n_scalars=0):
     """A small random GPT whose distributions are far from uniform."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd))
+    model = GPT(GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd, n_scalars))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02).mul_(scale if parameter.dim() > 1 else 1)

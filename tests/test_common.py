@@ -13,11 +13,13 @@ from conftest import make_model
 
 import common
 import dpo
+import ppo
+import reward
 import sft
 from common import Log, learning_rate, load_checkpoint, load_model, make_optimizer, parse, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
-STAGES = [sft, dpo]
+STAGES = [sft, reward, ppo, dpo]
 
 
 @dataclass
@@ -99,10 +101,10 @@ def test_every_option_is_read(stage):
 
 
 def test_every_stage_command_of_the_readme_is_understood():
-    commands = re.findall(r"(?:python|torchrun \S+) (sft|dpo)\.py([^\n#]*)", (ROOT / "README.md").read_text())
+    commands = re.findall(r"(?:python|torchrun \S+) (sft|reward|ppo|dpo)\.py([^\n#]*)", (ROOT / "README.md").read_text())
     assert len(commands) > 5
     for stage, options in commands:
-        module = {"sft": sft, "dpo": dpo}[stage]
+        module = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo}[stage]
         if "-h" not in options.split() and "`" not in options:
             parse(module.Config, module.RECIPES, options.split())
 

@@ -1,5 +1,6 @@
 """Whole runs of each stage on a small world: from nothing to a table, resumed, killed, on several processes."""
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,15 +14,17 @@ from conftest import SHARED, make_model
 
 import dpo
 import evaluate
+import ppo
+import reward
 import sft
-from common import load_model, make_optimizer, save_checkpoint
+from common import load_checkpoint, load_model, make_optimizer, save_checkpoint
 from data import get_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(n_layer=1, n_head=2, n_embd=16, batch_size=8, log_every=5, device="cpu")
 
 
-def log_of(out, drop=("tokens_per_s", "time_s")):
+def log_of(out, drop=("tokens_per_s", "time_s", "rollout_s", "score_s", "update_s")):
     return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in open(Path(out) / "log.jsonl")]
 
 
@@ -31,6 +34,9 @@ def start(tmp_path):
     model = make_model(vocab_size=get_tokenizer("animals").n_vocab, n_layer=1, n_embd=16)
     os.makedirs(tmp_path / "start")
     save_checkpoint(str(tmp_path / "start"), 1, model, make_optimizer(model, 1e-3), sft.Config(), "animals")
+    model.set_scalar_heads(1)
+    os.makedirs(tmp_path / "reward")
+    save_checkpoint(str(tmp_path / "reward"), 1, model, make_optimizer(model, 1e-3), reward.Config(), "animals", score_std=2.0)
     (tmp_path / "mine.jsonl").write_text("".join(
         json.dumps({"prompt": f"{i}:", "chosen": f" {i + 1}." + " yes" * (i % 5), "rejected": " no" * (1 + i % 3)}) + "\n" for i in range(60)))
     return tmp_path
@@ -57,6 +63,87 @@ def test_from_nothing_to_a_table(tmp_path, monkeypatch, small_world, capsys):
         "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp"}
     dpo.train(dpo.Config(**TINY, steps=2, eval_n=0))
     assert "training it first" not in capsys.readouterr().out
+
+
+def test_ppo_from_nothing_to_a_table(tmp_path, monkeypatch, small_world, capsys):
+    """`python ppo.py` on a fresh clone: SFT, the reward model, PPO, the table with the reward model's score, the files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sft.RECIPES, "animals", dict(steps=20, batch_size=8, eval_n=20))
+    monkeypatch.setitem(reward.RECIPES, "animals", dict(steps=5, batch_size=8, eval_n=20))
+    ppo.train(ppo.Config(**TINY, steps=3, minibatches=2, eval_n=20, sample_every=2))
+    out = capsys.readouterr().out
+    assert "no SFT model in out/sft-animals" in out and "no reward model in out/reward-animals" in out
+    row, = [r for r in json.load(open("out/reward-animals/eval.json")) if r["checkpoint"] == "out/reward-animals"]
+    assert 0 < row["accuracy"] < 1 and 0.5 < row["ceiling"] < 1 and -1 <= row["correlation"] <= 1
+    assert {p.name for p in (tmp_path / "out/ppo-animals").iterdir()} == {"ckpt.pt", "log.jsonl", "eval.json", "samples.txt"}
+    before, after = json.load(open("out/ppo-animals/eval.json"))
+    assert before["kl"] == 0 and after["kl"] > 0 and None not in (before["score"], after["score"], after["score_se"])
+    log = log_of("out/ppo-animals", ())
+    assert {"step", "loss", "lr", "grad_norm", "tokens_per_s", "time_s", "score", "gold", "kl", "kl_coef", "reward", "entropy", "clip_frac",
+            "approx_kl", "policy_loss", "value_loss", "explained_variance", "response_len", "rollout_s", "update_s"} <= set(log[0])
+    assert log[0]["kl"] == log[0]["kl_k1"] == log[0]["kl_k3"] == 0 and log[2]["kl"] > 0 and log[2]["kl_k3"] > 0
+    evaluate.main(["out/sft-animals", "out/ppo-animals", "--n=10"])
+    assert "score" in capsys.readouterr().out  # by the reward model that the run was trained against
+    with pytest.raises(SystemExit, match="out/reward-animals: a reward model writes no text"):
+        evaluate.main(["out/reward-animals"])
+
+
+def ppo_settings(start, **options):
+    return ppo.Config(**TINY | dict(init=str(start / "start"), reward_model=str(start / "reward"), out=str(start / "a"), steps=2, minibatches=2,
+                                    eval_n=0) | options)
+
+
+@pytest.mark.parametrize("options", [dict(share_value=True), dict(value_init="sft"), dict(reward="gold"), dict(whiten_rewards=True, reward_clip=1.0),
+                                     dict(normalize_reward=True), dict(ptx_coef=1.0), dict(target_kl=0.0), dict(temperature=0.7)])
+def test_the_options_of_ppo_run(start, small_world, options):
+    ppo.train(ppo_settings(start, **options))
+    log = log_of(start / "a")
+    assert len(log) == 2 and all(math.isfinite(v) for record in log for v in record.values())
+
+
+def test_any_callable_is_a_reward(start, small_world):
+    """Paying for each token that is the EOS's neighbour makes no sense, and is what is paid."""
+    seen = []
+
+    def reward_fn(prompts, responses):
+        seen.append((len(prompts), len(responses)))
+        R = max(map(len, responses))
+        return [[0.5] * len(r) + [0.0] * (R - len(r)) for r in responses]
+    ppo.train(ppo_settings(start, missing_eos_penalty=0.0), reward_fn)
+    log = log_of(start / "a")
+    assert seen == [(8, 8)] * 2
+    assert all(record["score"] == pytest.approx(0.5 * record["response_len"]) for record in log)
+    assert log[0]["reward"] == log[0]["score"]  # no KL yet
+    with pytest.raises(ValueError, match="reward_fn returned the shape"):
+        ppo.train(ppo_settings(start), lambda prompts, responses: [0.0] * len(responses))
+
+
+def test_a_kl_that_runs_away_is_said_once(start, small_world, capsys):
+    ppo.train(ppo_settings(start, lr=0.1, kl_coef=0.0, steps=4))
+    assert capsys.readouterr().out.count("warning: the KL to the reference runs away") == 1
+
+
+def test_settings_that_ppo_cannot_run_get_one_line(start, small_world):
+    model = make_model(vocab_size=get_tokenizer("animals").n_vocab, n_layer=1, n_embd=16, block_size=32)
+    model.set_scalar_heads(1)
+    for name, tokenizer in (("short", "animals"), ("foreign", "gpt2")):
+        os.makedirs(start / name)
+        save_checkpoint(str(start / name), 1, model if name == "short" else make_model(n_scalars=1), make_optimizer(model, 1e-3),
+                        reward.Config(), tokenizer, score_std=1.0)
+    for options, message in [
+            (dict(reward="god"), "unknown reward 'god'; did you mean 'gold'"),
+            (dict(value_init="rm"), "unknown value_init 'rm'"),
+            (dict(minibatches=3), "--batch_size=8 is not a multiple of --minibatches=3"),
+            (dict(max_new_tokens=64), "--max_new_tokens=64 leaves no room for a prompt in --max_len=64"),
+            (dict(reward="gold", data=str(start / "mine.jsonl")), "--reward=gold: nobody knows the true reward of --data="),
+            (dict(reward_model=str(start / "short")), "--max_len=64: the context of .*short is 32 tokens"),
+            (dict(reward_model=str(start / "foreign")), "reads the tokenizer gpt2, the policy .* writes animals"),
+            (dict(reward_model=str(start / "start")), "start: not a reward model")]:
+        with pytest.raises(SystemExit, match=message) as error:
+            ppo.train(ppo_settings(start, **options))
+        assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit, match="--k=4: .* holds pairs, K is 2"):
+        reward.train(reward.Config(**TINY, data=str(start / "mine.jsonl"), init=str(start / "start"), out=str(start / "r")))
 
 
 def test_the_first_step_of_dpo_is_at_the_reference_to_the_bit(start):
@@ -97,12 +184,17 @@ def test_micro_batches_do_not_change_the_run(start):
         assert all(abs(x[k] - y[k]) < 1e-4 * max(1, abs(x[k])) for k in x)
 
 
+OPTIONS = {"reward": ["--eval_n=20", "--k=2"], "ppo": ["--epochs=2", "--minibatches=2", "--max_new_tokens=8", "--kl_target=1", "--ptx_coef=0.1",
+                                              "--target_kl=0.05", "--sample_every=30"]}
+
+
 def command(stage, start, out, *more):
     return [sys.executable, str(ROOT / f"{stage}.py"), f"--data={start}/mine.jsonl", f"--init={start}/start", f"--out={start}/{out}",
-            *(f"--{k}={v}" for k, v in TINY.items()), "--max_len=64", "--warmup=2", "--steps=200", "--ckpt_every=7", "--eval_n=0", *more]
+            *(f"--{k}={v}" for k, v in TINY.items()), "--max_len=64", "--warmup=2", "--steps=200", "--ckpt_every=7", "--eval_n=0", *OPTIONS.get(stage, []),
+            *([f"--reward_model={start}/reward"] if stage == "ppo" else []), *more]
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
 def test_a_killed_run_resumes_to_the_same_log_to_the_bit(stage, start):
     log = start / "b" / "log.jsonl"
     whole = subprocess.run(command(stage, start, "a"), capture_output=True, text=True)
@@ -120,6 +212,12 @@ def test_a_killed_run_resumes_to_the_same_log_to_the_bit(stage, start):
     assert len(log_of(start / "a")) == 200 and log_of(start / "a") == log_of(start / "b")
     a, b = (load_model(str(start / name))[0].state_dict() for name in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
+    if stage == "ppo":
+        a, b = (load_checkpoint(str(start / name)) for name in "ab")
+        assert all(torch.equal(a["value_model"][k], b["value_model"][k]) for k in a["value_model"])
+        assert a["kl_coef"] == b["kl_coef"] != 0.05
+        samples = [(start / name / "samples.txt").read_text() for name in "ab"]
+        assert samples[0] == samples[1] and samples[0].count("step ") == 7
 
 
 def test_an_sft_run_that_was_cut_off_is_finished_before_it_is_used(tmp_path, monkeypatch, small_world, capsys):
@@ -139,7 +237,7 @@ def test_an_sft_run_that_was_cut_off_is_finished_before_it_is_used(tmp_path, mon
     assert stop == [5] and [r["step"] for r in log_of("out/sft-animals")] == list(range(1, 11))
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
 def test_two_processes_give_the_run_of_one(stage, start):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     one = subprocess.run(command(stage, start, "a", "--steps=6"), env=env, capture_output=True, text=True)

@@ -1,0 +1,104 @@
+"""The reward model's loss by hand, its invariances, and the centring of its scores."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model, random_groups
+
+import reward
+from common import score_groups
+from data import pack
+from reward import ranked_pairs, ranking_loss, ranks
+
+
+def nll(x):
+    return math.log(1 + math.exp(-x))
+
+
+def test_two_responses_are_bradley_terry():
+    scores, group, rank = torch.tensor([1.0, 3.0, 0.5, 0.0]), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    loss, accuracy = ranking_loss(scores, group, rank)
+    assert loss.item() == pytest.approx((nll(-2) + nll(0.5)) / 2) and accuracy.item() == 0.5
+
+
+def test_ragged_groups_and_ties_by_hand():
+    """Group 7: three pairs. Group 3: ranks 0, 0, 1: the tie of the first two is left out. Group 5 is all ties: no pair, no weight."""
+    scores = torch.tensor([2.0, 1.0, 0.0, 1.0, 0.0, 0.5, 4.0, 5.0])
+    group, rank = torch.tensor([7, 7, 7, 3, 3, 3, 5, 5]), torch.tensor([0, 1, 2, 0, 0, 1, 0, 0])
+    loss, accuracy = ranking_loss(scores, group, rank)
+    assert loss.item() == pytest.approx(((nll(1) + nll(2) + nll(1)) / 3 + (nll(0.5) + nll(-0.5)) / 2) / 2)
+    assert accuracy.item() == pytest.approx((1 + 0.5) / 2)
+
+
+def test_margin_and_centring_by_hand():
+    args = torch.tensor([1.5, 0.5]), torch.zeros(2), torch.tensor([0, 1])
+    assert ranking_loss(*args, margin=0.25)[0].item() == pytest.approx(nll(0.75))
+    assert ranking_loss(*args, center_coef=0.1)[0].item() == pytest.approx(nll(1) + 0.1 * 4)
+
+
+def test_limits():
+    group, rank = torch.zeros(4), torch.arange(4)
+    loss, accuracy = ranking_loss(torch.zeros(4), group, rank)
+    assert loss.item() == pytest.approx(math.log(2)) and accuracy.item() == 0.5  # equal scores count one half
+    loss, _ = ranking_loss(torch.zeros(4, requires_grad=True), group, torch.zeros(4))
+    loss.backward()  # ties alone: nothing to learn
+    assert loss.item() == 0
+
+
+def test_gradient_raises_winners_and_a_shift_changes_nothing():
+    scores = torch.randn(6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    group, rank = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 2, 2, 0, 1])
+    loss, _ = ranking_loss(scores, group, rank)
+    loss.backward()
+    assert scores.grad[0] < 0 < scores.grad[2] and scores.grad[4] < 0 < scores.grad[3]
+    assert abs(scores.grad.view(2, 3).sum(1)).max() < 1e-6
+    torch.testing.assert_close(ranking_loss(scores + torch.tensor([5.0] * 3 + [-2.0] * 3), group, rank)[0], loss)
+
+
+def test_order_of_responses_and_groups_changes_nothing():
+    g = torch.Generator().manual_seed(0)
+    scores, group, rank = torch.randn(12, generator=g), torch.arange(12) // 4, torch.randint(3, (12,), generator=g)
+    order = torch.randperm(12, generator=g)
+    for a, b in zip(ranking_loss(scores, group, rank), ranking_loss(scores[order], group[order], rank[order])):
+        torch.testing.assert_close(a, b)
+
+
+def test_all_pairs_of_a_group_weigh_one():
+    group, rank = torch.tensor([0] * 5 + [1] * 2), torch.tensor([0, 1, 2, 3, 4, 1, 0])
+    winner, loser, weight = ranked_pairs(group, rank)
+    assert len(winner) == 11 and (rank[winner] < rank[loser]).all() and (group[winner] == group[loser]).all()
+    assert weight[group[winner] == 0].sum().item() == pytest.approx(0.5) == weight[group[winner] == 1].sum().item()
+
+
+def test_loss_of_a_packed_group_is_that_of_its_pairs_one_by_one():
+    """All at once, sharing the prompt = every pair alone, one response a row; siblings and padding do not matter."""
+    model = make_model()
+    model.set_scalar_heads(1)
+    groups = random_groups(responses=(3, 5))
+    group, rank = ranks(groups, "cpu")
+    together, _ = ranking_loss(model.score(pack(groups, 64)), group, rank)
+
+    def alone(prompt, response):
+        return model.score(pack([(prompt, [response])], 64))[0]
+    pairs = [torch.stack([-F.logsigmoid(alone(p, rs[i]) - alone(p, rs[j])) for i in range(len(rs)) for j in range(i + 1, len(rs))]).mean()
+             for p, rs in groups]
+    torch.testing.assert_close(together, torch.stack(pairs).mean(), atol=1e-5, rtol=0)
+
+
+def test_centring_sets_the_mean_of_the_demonstrations_to_0():
+    model = make_model()
+    model.set_scalar_heads(1)
+    groups = random_groups()
+    before = score_groups(model, groups)
+    std = reward.center(model, groups, reward.Config(micro_tokens=40), reward.torch.autocast("cpu", enabled=False))
+    after = score_groups(model, groups)
+    assert abs(after.mean()) < 1e-5 and std == pytest.approx(before.std().item(), abs=1e-5)
+    torch.testing.assert_close(after, before - before.mean(), atol=1e-5, rtol=0)
+
+
+def test_scores_come_in_the_order_of_the_groups():
+    model = make_model()
+    model.set_scalar_heads(1)
+    groups = random_groups()
+    torch.testing.assert_close(score_groups(model, groups, micro_tokens=30), model.score(pack(groups, 64)).detach(), atol=1e-5, rtol=0)
