@@ -170,7 +170,10 @@ def pack_rows(groups, rows):
 
 def check_reward(rewards, responses, tokenizer):
     """The answer of a reward function as a (B, R) float32 tensor; ValueError where it is of another shape or no number."""
-    rewards = torch.as_tensor(rewards, dtype=torch.float32, device="cpu")
+    try:
+        rewards = torch.as_tensor(rewards, dtype=torch.float32, device="cpu")
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"reward_fn must return a (B, R) array of numbers, 0 after a response's end ({error})")
     mask = length_mask(responses)
     if rewards.shape != mask.shape:
         raise ValueError(f"reward_fn returned the shape {tuple(rewards.shape)}, expected {tuple(mask.shape)}: a number for each token of "

@@ -13,7 +13,7 @@ scores is kept with the weights, for PPO to normalise by.
     python reward.py hh --init=out/sft-hh                        Anthropic's HH-RLHF, GPT-2
     python reward.py --data=mine.jsonl --init=gpt2               your own comparisons
 
-Left out: more than one epoch's care about overfitting, labels with a degree of preference, ensembles.
+Left out: labels with a degree of preference, ensembles, models that read a whole conversation turn by turn.
 """
 import json
 import os

@@ -1,7 +1,7 @@
 """Datasets, tokenizers and the packed batch. What a dataset gives:
 
     demonstrations(split)   -> list of (prompt, response)
-    comparisons(split)      -> list of (prompt, [response, …] best first)
+    comparisons(split, k=2) -> list of (prompt, [response, …] best first), k responses where the data has as many
     prompts(split)          -> list of prompt
     gold(prompt, response)  -> the true reward, where one can be computed
     tokenizer()             -> a tiktoken.Encoding

@@ -245,6 +245,8 @@ def test_target_kl_ends_the_epochs():
 
 @pytest.mark.parametrize("rewards, message", [
     (torch.zeros(2, 3), r"returned the shape \(2, 3\), expected \(2, 2\)"),
+    ([[0.0, 0.0], [0.0]], "reward_fn must return a .B, R. array of numbers"),
+    (None, "reward_fn must return a .B, R. array of numbers"),
     ([[0.0, math.nan], [0.0, 0.0]], "gave response 0 nan at token 1: 'It eats'"),
     ([[0.0, 0.0], [-math.inf, 0.0]], "gave response 1 -inf at token 0"),
     ([[0.0, 0.0], [0.0, 1.0]], "rewarded, after its end, response 1 1.0 at token 1"),
