@@ -35,11 +35,11 @@ class Config:
     data_dir: str = "data/files"    # where published files are looked for before they are fetched
     init: str | None = None         # a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
     out: str | None = None          # the run's folder; None: out/reward-RECIPE, or out/reward-FILE
-    k: int = 4                      # K, ranked responses to a prompt; files of pairs have 2
+    k: int = 8                      # K, ranked responses to a prompt (InstructGPT: 4 to 9); files of pairs have 2
     margin: float = 0.0             # m in log σ(r_w − r_l − m) (Llama 2, arXiv:2307.09288 eq. 2, the same for all pairs)
     center_coef: float = 0.0        # weight of (r_w + r_l)², which keeps scores near 0 (arXiv:2312.09244)
-    steps: int = 600                # optimizer steps
-    batch_size: int = 64            # prompts a step, each with its K responses, over all processes
+    steps: int = 1700               # optimizer steps
+    batch_size: int = 16            # prompts a step, each with its K responses, over all processes
     micro_tokens: int = 16384       # tokens a forward pass at most; a larger batch is accumulated
     max_len: int = 64               # prompt and response together, in tokens
     lr: float = 1e-3                # peak learning rate
@@ -52,15 +52,15 @@ class Config:
     seed: int = 0                   # of the scalar head, data order
     device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
     compile: bool | None = None     # torch.compile; None: on CUDA
-    val_every: int = 100            # steps between validation accuracies
-    log_every: int = 20             # steps between lines on the console
+    val_every: int = 200            # steps between validation accuracies
+    log_every: int = 50             # steps between lines on the console
     ckpt_every: int = 100           # steps between checkpoints
     eval_n: int = 1000              # validation comparisons, and demonstrations that the scores are centred on
     resume: bool = False            # go on from the run's last checkpoint
 
 
 RECIPES = {
-    "hh": dict(data="hh", k=2, steps=2500, max_len=512, lr=1e-5, warmup=100, val_every=250, log_every=10, ckpt_every=500),
+    "hh": dict(data="hh", k=2, steps=2500, batch_size=64, max_len=512, lr=1e-5, warmup=100, val_every=250, log_every=10, ckpt_every=500),
 }
 
 
@@ -148,7 +148,7 @@ def train(cfg):
     say(f"reward: {len(groups)} comparisons of {cfg.data}, {init} -> {out} on {device}")
 
     scores_before = score_groups(reward_model, validation, cfg.micro_tokens, amp) if validation else None
-    optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay)
+    optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, (0.9, 0.99))
     start = resume(out, cfg, reward_model, optimizer)["step"] if cfg.resume else 0
     log = Log(out, cfg.steps, cfg.log_every, start)
     compile_training(reward_model, cfg)
