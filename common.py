@@ -3,6 +3,7 @@
 No equation lives here. A stage calls, in this order: parse, setup, load_model, make_optimizer, then in its loop
 learning_rate, sum_over_ranks, Log, save_checkpoint.
 """
+import atexit
 import ctypes
 import difflib
 import importlib
@@ -112,6 +113,7 @@ def setup(cfg):
         keep_memory()
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        atexit.register(dist.destroy_process_group)  # its threads end before the interpreter does
     torch.manual_seed(cfg.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device, torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()

@@ -12,8 +12,8 @@ The true reward is the sum of three axes, those of Wu et al. 2023 (arXiv:2306.01
     factuality     −0.5 for each sentence that states a wrong value
     completeness   the share of the asked attributes that are answered truly
 
-so a perfect answer scores 1. Comparisons carry the noise of Bradley–Terry labels: P(a ≻ b) = σ(LABEL_SCALE · (gold_a − gold_b)),
-which agrees with the true order about as often as the labelers of InstructGPT agreed with each other (73%).
+so a perfect answer scores 1. Comparisons carry the noise of Bradley–Terry labels: P(a ≻ b) = σ(LABEL_SCALE · (gold_a − gold_b)).
+Two labelers of this world agree with each other as often as those of InstructGPT did (73%), and each with the true order in 79%.
 
 The three splits never share an (animal, set of asked attributes) pair.
 """
@@ -64,7 +64,7 @@ VALUES = {a: sorted({facts[a] for facts in WORLD.values()}) for a in ATTRIBUTES}
 OPENINGS = ["Tell me about the {}: {}.", "Describe the {}: {}.", "I want to know about the {}: {}."]
 FILLERS = ["It is a nice animal.", "Many people like it.", "I hope this helps."]
 
-LABEL_SCALE = 1.25
+LABEL_SCALE = 2.25
 SIZES = {"train": 20_000, "validation": 1_000, "test": 1_000}
 
 

@@ -143,7 +143,7 @@ def test_settings_that_ppo_cannot_run_get_one_line(start, small_world):
             ppo.train(ppo_settings(start, **options))
         assert "\n" not in str(error.value)
     with pytest.raises(SystemExit, match="--k=4: .* holds pairs, K is 2"):
-        reward.train(reward.Config(**TINY, data=str(start / "mine.jsonl"), init=str(start / "start"), out=str(start / "r")))
+        reward.train(reward.Config(**TINY, k=4, data=str(start / "mine.jsonl"), init=str(start / "start"), out=str(start / "r")))
 
 
 def test_the_first_step_of_dpo_is_at_the_reference_to_the_bit(start):
