@@ -37,7 +37,7 @@ class Config:
     out: str | None = None          # the run's folder; None: out/reward-RECIPE, or out/reward-FILE
     k: int = 8                      # K, ranked responses to a prompt (InstructGPT: 4 to 9); files of pairs have 2
     margin: float = 0.0             # m in log σ(r_w − r_l − m) (Llama 2, arXiv:2307.09288 eq. 2, the same for all pairs)
-    center_coef: float = 0.0        # weight of (r_w + r_l)², which keeps scores near 0 (arXiv:2312.09244)
+    center_coef: float = 0.02       # weight of (r_w + r_l)², which keeps the scores of every prompt near 0 (arXiv:2312.09244)
     steps: int = 1700               # optimizer steps
     batch_size: int = 16            # prompts a step, each with its K responses, over all processes
     micro_tokens: int = 16384       # tokens a forward pass at most; a larger batch is accumulated
