@@ -213,7 +213,7 @@ def load_checkpoint(path):
         raise SystemExit(f"{path}: no checkpoint there (a run's folder, a ckpt.pt, scratch, or {', '.join(PRETRAINED)})")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["model_config"], checkpoint["model"]
+        checkpoint["model_config"], checkpoint["model"], checkpoint["tokenizer"]
     except Exception as error:  # torch.load raises half a dozen kinds for a file that is cut short, flipped or foreign
         raise SystemExit(f"{path}: not a checkpoint of this repository, or damaged ({type(error).__name__})")
     return checkpoint

@@ -2,6 +2,8 @@
 
     python evaluate.py out/sft-animals out/dpo-animals
     python evaluate.py out/dpo-animals --prompt="Tell me about the owl: what it eats and how it moves."
+    python evaluate.py out/sft-animals out/dpo-animals out/ppo-animals --frontier --plot=frontier.png
+    python evaluate.py out/ppo-animals --overoptimization --plot=overoptimization.png
 
 Every model answers the same prompts at temperature 1. Columns, each a mean over prompts with its standard error:
 
@@ -14,6 +16,15 @@ Every model answers the same prompts at temperature 1. Columns, each a mean over
     score          a reward model's score, where there is a reward model
 
 gold, win_rate and grammar are left empty for data whose true reward nobody knows.
+
+--frontier: max E[r] − β KL(π‖π_ref) has the optimum π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β), so the most reward that any method can reach
+at each KL follows from samples of the first checkpoint, π_ref. Three numbers more:
+
+    gap            reward of π* at the checkpoint's KL, less the checkpoint's: β KL(π‖π*), at the β where the two KLs are equal
+    beta           the price of KL whose optimum a row of the frontier is
+    ess            effective sample size of that row: of n samples, as many as count. Rows below MIN_ESS are cut off
+
+--overoptimization: reward-model score and true reward along a run of ppo.py against √KL (Gao et al. 2022, arXiv:2210.10760).
 """
 import argparse
 import json
@@ -28,6 +39,7 @@ from model import PRETRAINED
 
 KEYS = ["gold", "relevance", "factuality", "completeness", "kl", "win_rate", "length", "eos_rate", "grammar", "score"]
 MAX_NEW_TOKENS = 128
+MIN_ESS = 8  # below, log E exp(r/β) from samples falls short of the true one by more than about 1/(2 · 8)
 
 
 @torch.no_grad()
@@ -60,7 +72,7 @@ def exact_kl(policy, ref_policy, prompts, responses, batch_size=64):
 
 
 def measure(name, policy, ref_policy, prompts, data, tokenizer, ref_gold=None, reward_model=None):
-    """One row of the table, the responses as text, and the gold of each (None without a gold reward)."""
+    """One row of the table, the responses as text, and the row's columns: a list of numbers, one a prompt, under each key."""
     ids = fit_prompts(prompts, policy, tokenizer)
     responses = respond(policy, ids, tokenizer.eot_token)
     ended = [r[-1] == tokenizer.eot_token for r in responses]
@@ -68,7 +80,6 @@ def measure(name, policy, ref_policy, prompts, data, tokenizer, ref_gold=None, r
     columns = {"kl": exact_kl(policy, ref_policy, ids, responses).tolist(), "length": list(map(len, responses)), "eos_rate": ended}
     if reward_model:
         columns["score"] = score_groups(reward_model, [(p, [r]) for p, r in zip(ids, responses)]).tolist()
-    gold = None
     if hasattr(data, "gold"):
         axes = [data.axes(p, t) for p, t in zip(prompts, texts)]
         columns |= {axis: [a[axis] for a in axes] for axis in axes[0]}
@@ -79,7 +90,7 @@ def measure(name, policy, ref_policy, prompts, data, tokenizer, ref_gold=None, r
     row = {"checkpoint": name}
     for key in KEYS:
         row[key], row[key + "_se"] = mean_se(columns.get(key))
-    return row, texts, gold
+    return row, texts, columns
 
 
 def fit_prompts(prompts, model, tokenizer):
@@ -96,15 +107,14 @@ def mean_se(x):
 
 
 def compare(models, data, tokenizer, n, reward_model=None):
-    """models: [(name, GPT), …], the first the reference -> the rows of the table, the prompts, the texts of each model."""
+    """models: [(name, GPT), …], the first the reference -> the rows of the table, the prompts, the texts and columns of each model."""
     prompts = data.prompts("test")[:n]
-    rows, texts, ref_gold = [], [], None
+    rows, texts, columns = [], [], []
     for name, model in models:
-        row, text, gold = measure(name, model, models[0][1], prompts, data, tokenizer, ref_gold, reward_model)
-        ref_gold = ref_gold or gold
-        rows.append(row)
-        texts.append(text)
-    return rows, prompts, texts
+        ref_gold = columns[0].get("gold") if columns else None
+        for what, new in zip((rows, texts, columns), measure(name, model, models[0][1], prompts, data, tokenizer, ref_gold, reward_model)):
+            what.append(new)
+    return rows, prompts, texts, columns
 
 
 def table(rows):
@@ -140,12 +150,193 @@ def report(out, cfg, models, data, tokenizer, reward_model=None):
     if RANK != 0 or not cfg.eval_n:
         return
     models = [(name, model.to(models[-1][1].device)) for name, model in models]
-    rows, prompts, texts = compare(models, data, tokenizer, cfg.eval_n, reward_model)
+    rows, prompts, texts, _ = compare(models, data, tokenizer, cfg.eval_n, reward_model)
     if not prompts:
         return say("no held-out prompts: nothing to evaluate")
     with open(os.path.join(out, "eval.json"), "w") as f:
         json.dump(rows, f, indent=2)
     say(f"\n{len(prompts)} held-out prompts, mean±standard error\n\n{table(rows)}\n{samples(models, prompts, texts)}")
+
+
+# ------------------------------------------------------------------------------------------------ the frontier
+
+def tilt(rewards, beta):
+    """The optimum π* ∝ π_ref exp(r/β) from n samples of π_ref a prompt, self-normalised: weights w ∝ exp(r/β). rewards (P, n).
+
+    -> E_π*[r], KL(π*‖π_ref) = E_π*[r]/β − log Z in nats, β log Z = β log E_ref[exp(r/β)], effective sample size 1/Σw²: (P,) each.
+    """
+    w = (rewards / beta).softmax(1)
+    reward, log_z = (w * rewards).sum(1), (rewards / beta).logsumexp(1) - math.log(rewards.size(1))
+    return reward, reward / beta - log_z, beta * log_z, 1 / (w**2).sum(1)
+
+
+def best_of(rewards, k):
+    """E[the largest of k samples], over all choices of k among n: (P, n) -> (P,). Its KL is log k − (k−1)/k, where no two tie."""
+    n = rewards.size(1)
+    smaller = torch.arange(n, dtype=rewards.dtype)  # how many of the others lie below, in order
+    log_choose = torch.lgamma(smaller + 1) - torch.lgamma((smaller - k + 2).clamp(min=1)) - math.lgamma(k)  # log (i−1 choose k−1)
+    weight = torch.where(smaller >= k - 1, log_choose, -torch.inf).softmax(0)
+    return rewards.sort(1).values @ weight
+
+
+def frontier(rewards, key):
+    """rewards (P, n) of samples of π_ref -> the rows of the optimum, from small KL to large, and those of best-of-n; the dual.
+
+    The dual, {β: β log Z (P,)}, bounds every policy at every β: E[r] ≤ β log Z + β KL(π‖π_ref).
+    """
+    optimum, dual = [], {}
+    for beta in torch.logspace(1, -2, 46, dtype=torch.float64).mul(rewards.std().item()).tolist():
+        reward, kl, beta_log_z, ess = tilt(rewards, beta)
+        ess = 1 / (1 / ess).mean().item()  # the mean that the error goes with
+        if ess < MIN_ESS:
+            break
+        dual[beta] = beta_log_z
+        optimum.append(frontier_row(f"optimum, beta {beta:.3g}", key, reward, kl.tolist(), beta, ess))
+    ks = [2**i for i in range(int(math.log2(rewards.size(1))) + 1)]
+    best = [frontier_row(f"best of {k}", key, best_of(rewards, k), math.log(k) - (k - 1) / k) for k in ks]
+    return optimum, best, dual
+
+
+def frontier_row(name, key, reward, kl, beta=None, ess=None):
+    row = {"checkpoint": name, "beta": beta, "beta_se": None, "ess": ess, "ess_se": None}
+    row[key], row[key + "_se"] = mean_se(reward.tolist())
+    row["kl"], row["kl_se"] = mean_se(kl) if isinstance(kl, list) else (kl, None)
+    return row
+
+
+def gap(dual, reward, kl):
+    """How much more reward than this policy's π* reaches at the same KL, from columns of numbers a prompt: mean, standard error.
+
+    min over β of β log Z + β KL(π‖π_ref) − E[r] = β KL(π‖π*), 0 for the optimum and negative for no policy.
+    """
+    reward, kl = torch.tensor(reward), torch.tensor(kl)
+    return mean_se(min((beta_log_z + beta * kl - reward for beta, beta_log_z in dual.items()), key=torch.mean).tolist())
+
+
+def reference_rewards(ref_policy, prompts, data, tokenizer, n, reward_model):
+    """The reward of n responses of the reference to each prompt, (P, n): gold, or the reward model's score where there is none."""
+    ids = fit_prompts(prompts, ref_policy, tokenizer)
+    ids = [p for p in ids for _ in range(n)]
+    responses = respond(ref_policy, ids, tokenizer.eot_token, seed=1)  # not those that the reference's own row is made of
+    if hasattr(data, "gold"):
+        texts = [tokenizer.decode([t for t in r if t != tokenizer.eot_token]) for r in responses]
+        rewards = torch.tensor([data.gold(prompts[i // n], text) for i, text in enumerate(texts)])
+    else:
+        rewards = score_groups(reward_model, [(p, [r]) for p, r in zip(ids, responses)])
+    return rewards.view(len(prompts), n).double()
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+def plot_frontier(path, key, rows, optimum, best):
+    """Reward against exact KL: the optimum, best-of-n, and each checkpoint with its standard errors."""
+    plt = pyplot()
+    figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    x, y, se = (torch.tensor([row[k] for row in optimum]) for k in ("kl", key, key + "_se"))
+    ax.plot(x, y, color="black", label="optimum  π* ∝ π_ref exp(r/β)")
+    ax.fill_between(x, y - se, y + se, color="black", alpha=0.15, lw=0)
+    ax.plot([row["kl"] for row in best], [row[key] for row in best], ".--", color="gray", label="best of 1, 2, 4, …")
+    stages = sorted({stage_of(row["checkpoint"]) for row in rows})
+    for row in rows:
+        color = f"C{stages.index(stage_of(row['checkpoint']))}"
+        ax.errorbar(row["kl"], row[key], row[key + "_se"], row["kl_se"], "o", color=color, capsize=2, ms=4)
+        ax.annotate(row["checkpoint"].removeprefix("out/"), (row["kl"], row[key]), xytext=(6, -10), textcoords="offset points", color=color, fontsize=8)
+    ax.set(xlabel="KL(π‖π_ref), exact, nats a response", ylabel={"gold": "true reward"}.get(key, "reward model's score"))
+    ax.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def stage_of(name):
+    return os.path.basename(name.rstrip("/")).split("-")[0]
+
+
+def plot_overoptimization(path, run):
+    """Reward-model score and gold of each iteration of a PPO run against √KL, and their mean over 10 iterations."""
+    try:
+        with open(os.path.join(run, "log.jsonl")) as f:
+            log = [json.loads(line) for line in f]
+        log = [[record["kl"] ** 0.5, record["score"], record["gold"]] for record in log if record["gold"] is not None]
+    except (OSError, KeyError):
+        log = []
+    if len(log) < 2:
+        raise SystemExit(f"{run}: --overoptimization reads the log of a run of ppo.py on data whose true reward is known")
+    log, width = torch.tensor(log), min(10, len(log))
+    plt = pyplot()
+    figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    means = log.unfold(0, width, 1).mean(-1)
+    for i, label in ((1, "reward model's score"), (2, "true reward")):
+        ax.plot(log[:, 0], log[:, i], ".", color=f"C{i}", alpha=0.3)
+        ax.plot(means[:, 0], means[:, i], color=f"C{i}", label=label)
+    ax.set(xlabel="√KL(π‖π_ref), nats", ylabel="reward", title=run)
+    ax.legend()
+    figure.savefig(path, dpi=120)
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+def load_models(args):
+    """-> [(name, GPT), …], the tokenizer, the data, the reward model or None, of the command line's checkpoints."""
+    models, tokenizers, trained_on, configs = [], [], {}, []
+    for name in args.checkpoints:
+        model, tokenizer = load_model(name)
+        models.append((name, model.to("cuda" if torch.cuda.is_available() else "cpu")))
+        tokenizers.append(tokenizer)
+        if name not in PRETRAINED and not os.path.exists(os.path.join(name, "config.json")):
+            checkpoint = load_checkpoint(name)
+            if "score_std" in checkpoint:
+                raise SystemExit(f"{name}: a reward model writes no text; name it as --reward_model")
+            configs.append(checkpoint["config"])
+            trained_on.setdefault(checkpoint["config"]["data"], name)
+    if len(set(tokenizers)) > 1:
+        raise SystemExit("these models speak different tokenizers: " + ", ".join(f"{n} {t}" for n, t in zip(args.checkpoints, tokenizers)))
+    if len(trained_on) > 1 and not args.data and args.prompt is None:
+        raise SystemExit("these models were trained on different data (" + ", ".join(f"{n}: {d}" for d, n in trained_on.items())
+                         + "): say which to compare them on with --data")
+    path = args.reward_model or next((c["reward_model"] for c in configs if c.get("reward_model")), None)
+    reward_model = None
+    if path and args.prompt is None:
+        reward_model, its_tokenizer = load_model(path)
+        if its_tokenizer != tokenizers[0] or reward_model.config.n_scalars != 1:
+            raise SystemExit(f"{path}: not a reward model for the tokenizer {tokenizers[0]}")
+        reward_model.to(models[0][1].device)
+    config = configs[0] if configs else {"data": "animals", "data_dir": "data/files"}
+    data = dataset(args.data or config["data"], args.data_dir or config["data_dir"])
+    return models, get_tokenizer(tokenizers[0]), data, reward_model
+
+
+def answer(models, prompt, tokenizer):
+    """Each model's answer to one prompt, a line a model."""
+    for name, model in models:
+        ids, = fit_prompts([prompt], model, tokenizer)
+        response, = respond(model, [ids], tokenizer.eot_token, seed=torch.seed() % 2**32)
+        print(f"{name}: {tokenizer.decode([t for t in response if t != tokenizer.eot_token]).strip()}")
+
+
+def show_frontier(args, models, rows, columns, prompts, data, tokenizer, reward_model):
+    """Prints the frontier and each checkpoint's gap to it, draws it where asked; returns its rows."""
+    key = "gold" if hasattr(data, "gold") else "score"
+    if key == "score":
+        print("nobody knows the true reward of this data: the reward model's score is taken for it")
+    rewards = reference_rewards(models[0][1], prompts, data, tokenizer, args.samples, reward_model)
+    optimum, best, dual = frontier(rewards, key)
+    for row, column in zip(rows, columns):
+        row["gap"], row["gap_se"] = gap(dual, column[key], column["kl"])
+    print(f"\nthe most {key} that any policy reaches at each KL, from {args.samples} samples a prompt of {models[0][0]}\n")
+    print(table(optimum[::5] + best))
+    print(f"\nhow far below it each checkpoint is, at its own KL\n\n{table([{k: row[k] for k in ('checkpoint', key, key + '_se', 'kl', 'kl_se', 'gap', 'gap_se')} for row in rows])}")
+    if args.plot:
+        plot_frontier(args.plot, key, rows, optimum, best)
+    return optimum + best
 
 
 def main(argv=None):
@@ -155,40 +346,35 @@ def main(argv=None):
     parser.add_argument("--n", type=int, default=500, help="prompts (default 500)")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--prompt", metavar="TEXT", help="print each model's answer to TEXT, and nothing else")
+    parser.add_argument("--frontier", action="store_true", help="the most reward that any policy can reach at each KL, and each checkpoint's gap to it")
+    parser.add_argument("--samples", type=int, default=64, help="samples of the reference a prompt, for --frontier (default 64)")
+    parser.add_argument("--overoptimization", action="store_true", help="with --plot: score and gold along the one PPO run named, against √KL")
+    parser.add_argument("--plot", metavar="FILE", help="draw --frontier or --overoptimization there (needs matplotlib)")
     parser.add_argument("--reward_model", metavar="RUN", help="for the column score; default: the one that a checkpoint here was trained against")
-    parser.add_argument("--data", help="default: what the first checkpoint was trained on")
+    parser.add_argument("--data", help="default: what the checkpoints were trained on")
     parser.add_argument("--data_dir", help="likewise")
     args = parser.parse_args(argv)
-
-    models, tokenizers, config = [], [], {}
-    for name in args.checkpoints:
-        model, tokenizer = load_model(name)
-        models.append((name, model.to("cuda" if torch.cuda.is_available() else "cpu")))
-        tokenizers.append(tokenizer)
-        if name not in PRETRAINED and not os.path.exists(os.path.join(name, "config.json")):
-            checkpoint = load_checkpoint(name)
-            if "score_std" in checkpoint:
-                raise SystemExit(f"{name}: a reward model writes no text; name it as --reward_model")
-            config = config or checkpoint["config"]
-            args.reward_model = args.reward_model or checkpoint["config"].get("reward_model")
-    if len(set(tokenizers)) > 1:
-        raise SystemExit("these models speak different tokenizers: " + ", ".join(f"{n} {t}" for n, t in zip(args.checkpoints, tokenizers)))
-    tokenizer = get_tokenizer(tokenizers[0])
+    if args.plot and not (args.frontier or args.overoptimization):
+        raise SystemExit("--plot draws --frontier or --overoptimization: say which")
+    if args.plot:
+        pyplot()  # missing, it is said before the work is done
+    if args.overoptimization:
+        if not args.plot or len(args.checkpoints) != 1:
+            raise SystemExit("--overoptimization takes one run of ppo.py and --plot=FILE")
+        return plot_overoptimization(args.plot, args.checkpoints[0])
+    models, tokenizer, data, reward_model = load_models(args)
     if args.prompt is not None:
-        for name, model in models:
-            ids, = fit_prompts([args.prompt], model, tokenizer)
-            response, = respond(model, [ids], tokenizer.eot_token, seed=torch.seed() % 2**32)
-            print(f"{name}: {tokenizer.decode([t for t in response if t != tokenizer.eot_token]).strip()}")
-        return
-    reward_model = None
-    if args.reward_model:
-        reward_model, its_tokenizer = load_model(args.reward_model)
-        if its_tokenizer != tokenizers[0] or reward_model.config.n_scalars != 1:
-            raise SystemExit(f"{args.reward_model}: not a reward model for the tokenizer {tokenizers[0]}")
-        reward_model.to(models[0][1].device)
-    data = dataset(args.data or config.get("data", "animals"), args.data_dir or config.get("data_dir", "data/files"))
-    rows, prompts, texts = compare(models, data, tokenizer, args.n, reward_model)
+        return answer(models, args.prompt, tokenizer)
+    if args.frontier and (min(args.n, len(data.prompts("test"))) < 2 or args.samples < 2 * MIN_ESS):
+        raise SystemExit(f"--frontier needs at least two prompts (--n) and {2 * MIN_ESS} --samples of each")
+    if args.frontier and not hasattr(data, "gold") and not reward_model:
+        raise SystemExit("--frontier: nobody knows the true reward of this data; name a --reward_model")
+    rows, prompts, texts, columns = compare(models, data, tokenizer, args.n, reward_model)
     print(f"{len(prompts)} held-out prompts, mean±standard error\n\n{table(rows)}\n{samples(models, prompts, texts)}")
+    if args.frontier:
+        rows += show_frontier(args, models, rows, columns, prompts, data, tokenizer, reward_model)
+        keys = list(dict.fromkeys(key for row in rows for key in row))
+        rows = [{key: row.get(key) for key in keys} for row in rows]
     if args.json:
         with open(args.json, "w") as f:
             json.dump(rows, f, indent=2)

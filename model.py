@@ -73,7 +73,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
         if write is not None:
             k, v = write(k, v)
-        return self.c_proj(attention(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
+        return attention(q, k, v, mask).transpose(1, 2).reshape(B, T, C)  # c_proj is the block's to apply
 
 
 class MLP(nn.Module):
@@ -94,8 +94,12 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, write=None):
-        x = x + self.attn(self.ln_1(x), mask, write)
+    def forward(self, x, mask=None, write=None, at=None):
+        """(B, T, C) -> (B, T, C); or, of the places `at` in B·T alone, (N, C)."""
+        y = self.attn(self.ln_1(x), mask, write)
+        if at is not None:
+            x, y = (z.flatten(0, 1).index_select(0, at) for z in (x, y))  # unlike [], its backward adds in one order
+        x = x + self.attn.c_proj(y)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -171,19 +175,21 @@ class GPT(nn.Module):
     def device(self):
         return self.wte.weight.device
 
-    def hidden(self, tokens, position, mask=None, write=None):
-        """tokens, position (B, T) -> (B, T, C) after the last LayerNorm. write(layer, k, v) -> the k, v to attend to."""
+    def hidden(self, tokens, position, mask=None, write=None, at=None):
+        """tokens, position (B, T) -> (B, T, C) after the last LayerNorm. write(layer, k, v) -> the k, v to attend to.
+
+        With `at`, places in B·T: (N, C), and the last block's projection and MLP run on these alone.
+        """
         x = self.wte(tokens) + self.wpe(position)
         for i, block in enumerate(self.h):
-            x = block(x, mask, write and (lambda k, v, i=i: write(i, k, v)))
+            x = block(x, mask, write and (lambda k, v, i=i: write(i, k, v)), at if i == len(self.h) - 1 else None)
         return self.ln_f(x)
 
     packed_hidden = hidden  # what --compile replaces by a compiled one; generation stays as it is
 
     def states(self, batch, at=None):
         """(N, C): the state s_t = (x, y_<t) that each response token of the packed batch is predicted from; or those `at`."""
-        hidden = self.packed_hidden(batch.tokens, batch.position, batch.mask())
-        return hidden.flatten(0, 1).index_select(0, batch.source if at is None else at)  # unlike [], its backward adds in one order
+        return self.packed_hidden(batch.tokens, batch.position, batch.mask(), at=batch.source if at is None else at)
 
     def logits(self, states):
         """(…, C) -> (…, vocab_size) float32."""

@@ -82,9 +82,9 @@ class Config:
     warmup: int = 0                 # iterations of linear warm-up, before the cosine to 0
     weight_decay: float = 0.0       # on matrices
     grad_clip: float = 1.0          # largest norm of the gradient
-    n_layer: int = 2                # with --init=scratch
+    n_layer: int = 4                # with --init=scratch
     n_head: int = 4                 # with --init=scratch
-    n_embd: int = 128               # with --init=scratch
+    n_embd: int = 64                # with --init=scratch
     seed: int = 0                   # of weights, prompt order and sampling
     device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
     compile: bool | None = None     # torch.compile; None: on CUDA

@@ -37,22 +37,22 @@ class Config:
     out: str | None = None          # the run's folder; None: out/reward-RECIPE, or out/reward-FILE
     k: int = 8                      # K, ranked responses to a prompt (InstructGPT: 4 to 9); files of pairs have 2
     margin: float = 0.0             # m in log σ(r_w − r_l − m) (Llama 2, arXiv:2307.09288 eq. 2, the same for all pairs)
-    center_coef: float = 0.02       # weight of (r_w + r_l)², which keeps the scores of every prompt near 0 (arXiv:2312.09244)
-    steps: int = 1700               # optimizer steps
+    center_coef: float = 0.05       # weight of (r_w + r_l)², which keeps the scores of every prompt near 0 (arXiv:2312.09244)
+    steps: int = 1800               # optimizer steps
     batch_size: int = 16            # prompts a step, each with its K responses, over all processes
-    micro_tokens: int = 16384       # tokens a forward pass at most; a larger batch is accumulated
+    micro_tokens: int = 1024        # tokens a forward pass at most; a larger batch is accumulated, groups of like length together
     max_len: int = 64               # prompt and response together, in tokens
-    lr: float = 1e-3                # peak learning rate
+    lr: float = 2e-3                # peak learning rate
     warmup: int = 20                # steps of linear warm-up, before the cosine to 0
     weight_decay: float = 0.0       # on matrices
     grad_clip: float = 1.0          # largest norm of the gradient
-    n_layer: int = 2                # with --init=scratch
+    n_layer: int = 4                # with --init=scratch
     n_head: int = 4                 # with --init=scratch
-    n_embd: int = 128               # with --init=scratch
+    n_embd: int = 64                # with --init=scratch
     seed: int = 0                   # of the scalar head, data order
     device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
     compile: bool | None = None     # torch.compile; None: on CUDA
-    val_every: int = 200            # steps between validation accuracies
+    val_every: int = 450            # steps between validation accuracies
     log_every: int = 50             # steps between lines on the console
     ckpt_every: int = 100           # steps between checkpoints
     eval_n: int = 1000              # validation comparisons, and demonstrations that the scores are centred on
@@ -60,7 +60,7 @@ class Config:
 
 
 RECIPES = {
-    "hh": dict(data="hh", k=2, steps=2500, batch_size=64, max_len=512, lr=1e-5, warmup=100, val_every=250, log_every=10, ckpt_every=500),
+    "hh": dict(data="hh", k=2, steps=2500, batch_size=64, micro_tokens=16384, max_len=512, lr=1e-5, warmup=100, val_every=250, log_every=10, ckpt_every=500),
 }
 
 

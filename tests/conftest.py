@@ -1,4 +1,5 @@
 """Fixtures of more than one test file. Public data and the GPT-2 encoding are used where they lie beside the checkout."""
+import json
 import os
 from pathlib import Path
 
@@ -9,7 +10,10 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 if (SHARED / "tiktoken").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
 
-from data import animals  # noqa: E402
+import reward  # noqa: E402
+import sft  # noqa: E402
+from common import make_optimizer, save_checkpoint  # noqa: E402
+from data import animals, get_tokenizer  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 
@@ -32,6 +36,20 @@ def model():
 def small_world(monkeypatch):
     """The animals world with few examples, for runs that only need to run."""
     monkeypatch.setattr(animals, "SIZES", {"train": 200, "validation": 40, "test": 40})
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A folder with a checkpoint to start from, which speaks the animals tokenizer, and a small file of comparisons."""
+    model = make_model(vocab_size=get_tokenizer("animals").n_vocab, n_layer=1, n_embd=16)
+    os.makedirs(tmp_path / "start")
+    save_checkpoint(str(tmp_path / "start"), 1, model, make_optimizer(model, 1e-3), sft.Config(), "animals")
+    model.set_scalar_heads(1)
+    os.makedirs(tmp_path / "reward")
+    save_checkpoint(str(tmp_path / "reward"), 1, model, make_optimizer(model, 1e-3), reward.Config(), "animals", score_std=2.0)
+    (tmp_path / "mine.jsonl").write_text("".join(
+        json.dumps({"prompt": f"{i}:", "chosen": f" {i + 1}." + " yes" * (i % 5), "rejected": " no" * (1 + i % 3)}) + "\n" for i in range(60)))
+    return tmp_path
 
 
 def random_groups(seed=0, n=7, vocab_size=100, responses=(1, 4)):

@@ -109,12 +109,10 @@ def test_the_order_of_groups_changes_nothing(model):
 def test_the_gradient_of_a_shared_state_is_added_in_one_order():
     """Responses share the state that predicts their first token; whichever thread comes first, the sum is the same to the bit."""
     torch.manual_seed(0)
-    model, batch = make_model(n_embd=128), pack([([1], [[2]] * 2000)], 2001)
-    hidden, gradient = torch.randn(1, 2001, 128, requires_grad=True), torch.randn(2000, 128)
-    model.packed_hidden = lambda *args: hidden
-    results = [torch.autograd.grad(model.states(batch), hidden, gradient)[0] for _ in range(50)]
-    assert all(torch.equal(result, results[0]) for result in results)
-    torch.testing.assert_close(results[0][0, 0], gradient.sum(0), atol=1e-3, rtol=1e-4)
+    block, source = make_model(n_embd=128).h[-1], pack([([1], [[2]] * 500)], 501).source
+    x, gradient = torch.randn(1, 501, 128, requires_grad=True), torch.randn(500, 128)
+    results = [torch.autograd.grad(block(x, at=source), x, gradient)[0] for _ in range(50)]
+    assert len(set(source.tolist())) == 1 and all(torch.equal(result, results[0]) for result in results)
 
 
 def test_errors():

@@ -28,20 +28,6 @@ def log_of(out, drop=("tokens_per_s", "time_s", "rollout_s", "score_s", "update_
     return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in open(Path(out) / "log.jsonl")]
 
 
-@pytest.fixture
-def start(tmp_path):
-    """A folder with a checkpoint to start from, which speaks the animals tokenizer, and a small file of comparisons."""
-    model = make_model(vocab_size=get_tokenizer("animals").n_vocab, n_layer=1, n_embd=16)
-    os.makedirs(tmp_path / "start")
-    save_checkpoint(str(tmp_path / "start"), 1, model, make_optimizer(model, 1e-3), sft.Config(), "animals")
-    model.set_scalar_heads(1)
-    os.makedirs(tmp_path / "reward")
-    save_checkpoint(str(tmp_path / "reward"), 1, model, make_optimizer(model, 1e-3), reward.Config(), "animals", score_std=2.0)
-    (tmp_path / "mine.jsonl").write_text("".join(
-        json.dumps({"prompt": f"{i}:", "chosen": f" {i + 1}." + " yes" * (i % 5), "rejected": " no" * (1 + i % 3)}) + "\n" for i in range(60)))
-    return tmp_path
-
-
 def test_from_nothing_to_a_table(tmp_path, monkeypatch, small_world, capsys):
     """`python dpo.py` on a fresh clone: SFT, DPO, the table, the files."""
     monkeypatch.chdir(tmp_path)
@@ -184,7 +170,7 @@ def test_micro_batches_do_not_change_the_run(start):
         assert all(abs(x[k] - y[k]) < 1e-4 * max(1, abs(x[k])) for k in x)
 
 
-OPTIONS = {"reward": ["--eval_n=20", "--k=2"], "ppo": ["--epochs=2", "--minibatches=2", "--max_new_tokens=8", "--kl_target=1", "--ptx_coef=0.1",
+OPTIONS = {"reward": ["--eval_n=20", "--k=2"], "simpo": ["--sft_weight=0.5", "--gamma_beta_ratio=0.3", "--sample_every=10", "--sample_n=2"], "ppo": ["--epochs=2", "--minibatches=2", "--max_new_tokens=8", "--kl_target=1", "--ptx_coef=0.1",
                                               "--target_kl=0.05", "--sample_every=30"]}
 
 
@@ -194,7 +180,7 @@ def command(stage, start, out, *more):
             *([f"--reward_model={start}/reward"] if stage == "ppo" else []), *more]
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo", "simpo"])
 def test_a_killed_run_resumes_to_the_same_log_to_the_bit(stage, start):
     log = start / "b" / "log.jsonl"
     whole = subprocess.run(command(stage, start, "a"), capture_output=True, text=True)
@@ -237,7 +223,7 @@ def test_an_sft_run_that_was_cut_off_is_finished_before_it_is_used(tmp_path, mon
     assert stop == [5] and [r["step"] for r in log_of("out/sft-animals")] == list(range(1, 11))
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo", "simpo"])
 def test_two_processes_give_the_run_of_one(stage, start):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     one = subprocess.run(command(stage, start, "a", "--steps=6"), env=env, capture_output=True, text=True)

@@ -1,0 +1,166 @@
+"""The frontier of evaluate.py: the tilted reference by hand, best-of-n, and both against the exact optimum of an enumerable problem."""
+import json
+import math
+import sys
+from itertools import product
+
+import pytest
+import torch
+from conftest import make_model
+
+import evaluate
+from data import pack, per_sequence
+from evaluate import best_of, frontier, gap, tilt
+
+
+def test_tilt_by_hand():
+    """Two samples, rewards 0 and β log 3: weights ¼ and ¾, Z = 2."""
+    reward, kl, beta_log_z, ess = tilt(torch.tensor([[0.0, 0.5 * math.log(3)]]), 0.5)
+    assert reward.item() == pytest.approx(0.75 * 0.5 * math.log(3))
+    assert beta_log_z.item() == pytest.approx(0.5 * math.log(2))
+    assert kl.item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    assert ess.item() == pytest.approx(1 / (0.25**2 + 0.75**2))
+
+
+def test_tilt_at_its_limits():
+    rewards = torch.tensor([[3.0, 1.0, 2.0, 2.0]])
+    reward, kl, _, ess = tilt(rewards, 1e6)  # nothing is worth its KL: the reference
+    assert reward.item() == pytest.approx(2) and abs(kl.item()) < 1e-6 and ess.item() == pytest.approx(4)
+    reward, kl, beta_log_z, ess = tilt(rewards.double(), 1e-3)  # KL is free: the best sample
+    assert reward.item() == pytest.approx(3) and kl.item() == pytest.approx(math.log(4)) and ess.item() == pytest.approx(1)
+    assert beta_log_z.item() == pytest.approx(3, abs=2e-3)
+
+
+def test_best_of_by_hand():
+    """Of 1, 2, 4: the largest of each pair is 2, 4, 4. The order of the samples does not matter."""
+    rewards = torch.tensor([[4.0, 1.0, 2.0], [1.0, 2.0, 4.0]])
+    for k, expected in ((1, 7 / 3), (2, 10 / 3), (3, 4)):
+        assert best_of(rewards, k).tolist() == pytest.approx([expected] * 2, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """Nine responses of two tokens: log π_ref and the reward of each, and the rewards of 100 × 512 samples of π_ref."""
+    policy = make_model(0, vocab_size=3, block_size=3, n_layer=1, n_head=2, n_embd=32, scale=8.0)
+    every = pack([([0], [list(r) for r in product(range(3), repeat=2)])], 19)
+    with torch.no_grad():
+        logp = per_sequence(policy.logprobs(every), every).double()
+    torch.manual_seed(3)
+    reward = torch.randn(9, dtype=torch.float64)
+    responses = policy.generate([[0]] * 51_200, 2)
+    return logp, reward, reward[torch.tensor([3 * a + b for a, b in responses])].view(100, 512)
+
+
+def exact(logp, reward, beta):
+    """π*, its reward and its KL, by enumeration."""
+    optimum = (logp + reward / beta).log_softmax(0)
+    return optimum, (optimum.exp() * reward).sum().item(), (optimum.exp() * (optimum - logp)).sum().item()
+
+
+def test_the_optimum_agrees_with_the_exact_one(problem):
+    logp, reward, samples = problem
+    optimum, _, _ = frontier(samples, "gold")
+    assert len(optimum) > 20 and optimum[-1]["kl"] > 0.5
+    for row in optimum:
+        _, r, kl = exact(logp, reward, row["beta"])
+        assert abs(row["gold"] - r) < 3 * row["gold_se"] + 1e-3 and abs(row["kl"] - kl) < 3 * row["kl_se"] + 1e-3
+        assert row["ess"] >= evaluate.MIN_ESS
+    assert all(a["kl"] < b["kl"] and a["gold"] < b["gold"] for a, b in zip(optimum, optimum[1:]))
+
+
+def columns(logp, reward, policy):
+    """Reward and KL of a policy, exact, for each of 100 prompts."""
+    return [(policy.exp() * reward).sum().item()] * 100, [(policy.exp() * (policy - logp)).sum().item()] * 100
+
+
+def test_the_optimum_has_no_gap_and_no_policy_has_a_negative_one(problem):
+    logp, reward, samples = problem
+    _, _, dual = frontier(samples, "gold")
+    for beta in (2.0, 1.0, 0.5):
+        mean, se = gap(dual, *columns(logp, reward, exact(logp, reward, beta)[0]))
+        assert abs(mean) < 2 * se + 1e-3
+    g = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        mean, se = gap(dual, *columns(logp, reward, (logp + torch.randn(9, generator=g, dtype=torch.float64)).log_softmax(0)))
+        assert mean > -2 * se
+    assert gap(dual, *columns(logp, reward, (logp - reward).log_softmax(0)))[0] > 0.5  # tilted the wrong way
+
+
+def test_the_gap_is_beta_times_the_kl_to_the_optimum(problem):
+    """β KL(π‖π*) = β log Z + β KL(π‖π_ref) − E[r], at the β where π* has the policy's KL."""
+    logp, reward, _ = problem
+    policy = (logp + 0.7 * torch.randn(9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).log_softmax(0)
+    kl = (policy.exp() * (policy - logp)).sum().item()
+    betas = torch.logspace(-1, 1.5, 2000, dtype=torch.float64).tolist()
+    dual = {b: b * (logp + reward / b).logsumexp(0)[None].expand(2) for b in betas}
+    beta = min(betas, key=lambda b: abs(exact(logp, reward, b)[2] - kl))
+    optimum = exact(logp, reward, beta)[0]
+    mean, _ = gap(dual, [(policy.exp() * reward).sum().item()] * 2, [kl] * 2)
+    assert mean == pytest.approx(beta * (policy.exp() * (policy - optimum)).sum().item(), rel=1e-3)
+
+
+def test_best_of_n_lies_below_the_optimum(problem):
+    _, _, samples = problem
+    optimum, best, dual = frontier(samples, "gold")
+    assert [row["checkpoint"] for row in best] == [f"best of {2**i}" for i in range(10)] and best[0]["kl"] == 0
+    for row in best[:5]:
+        bound = min(beta * row["kl"] + z.mean().item() for beta, z in dual.items())
+        assert row["gold"] < bound + 2 * row["gold_se"]
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+def test_frontier_command(start, small_world, capsys):
+    folder = str(start / "start")
+    evaluate.main([folder, folder, "--n=12", "--frontier", "--samples=32", f"--json={start}/rows.json"])
+    out = capsys.readouterr().out
+    assert "from 32 samples a prompt" in out and "gap" in out and "best of 32" in out
+    rows = json.load(open(start / "rows.json"))
+    assert len({tuple(row) for row in rows}) == 1 and {"gap", "gap_se", "beta", "ess", "gold", "kl_se"} <= set(rows[0])
+    assert rows[0]["kl"] == 0 and rows[0]["gap"] > -2 * rows[0]["gap_se"] and rows[2]["beta"] > rows[3]["beta"]
+
+
+def test_frontier_by_the_reward_model_where_nobody_knows_gold(start, capsys):
+    evaluate.main([str(start / "start"), "--n=2", "--frontier", "--samples=16", f"--data={start}/mine.jsonl", f"--reward_model={start}/reward"])
+    out = capsys.readouterr().out
+    assert "the reward model's score is taken for it" in out and "the most score that any policy" in out
+
+
+def test_pictures(start, small_world, capsys):
+    pytest.importorskip("matplotlib")
+    folder, run = str(start / "start"), start / "ppo-run"
+    evaluate.main([folder, "--n=5", "--frontier", "--samples=16", f"--plot={start}/frontier.png"])
+    run.mkdir()
+    (run / "log.jsonl").write_text("".join(json.dumps({"kl": k / 10, "score": k / 5, "gold": 1 - k / 9}) + "\n" for k in range(12)))
+    evaluate.main([str(run), "--overoptimization", f"--plot={start}/over.png"])
+    assert all((start / name).read_bytes().startswith(b"\x89PNG") for name in ("frontier.png", "over.png"))
+
+
+def test_what_cannot_be_drawn_gets_one_line(start, small_world, monkeypatch):
+    folder = str(start / "start")
+    checkpoint = torch.load(start / "start/ckpt.pt", weights_only=True)
+    for name, change in (("nameless", lambda c: c.pop("tokenizer")), ("other", lambda c: c["config"].update(data="hh"))):
+        (start / name).mkdir()
+        changed = checkpoint | {"config": dict(checkpoint["config"])}
+        change(changed)
+        torch.save(changed, start / name / "ckpt.pt")
+    for argv, message in [
+            ([folder, "--frontier", "--n=1"], "--frontier needs at least two prompts .--n. and 16 --samples of each"),
+            ([folder, "--frontier", "--samples=4"], "--frontier needs at least two prompts .--n. and 16 --samples of each"),
+            ([folder, "--plot=x.png"], "--plot draws --frontier or --overoptimization"),
+            ([folder, "--overoptimization"], "takes one run of ppo.py and --plot=FILE"),
+            ([folder, str(start / "nameless")], "nameless/ckpt.pt: not a checkpoint of this repository, or damaged"),
+            ([folder, str(start / "other")], "trained on different data .*start: animals, .*other: hh.: say which to compare them on with --data"),
+            ([folder, f"--data={start}/mine.jsonl", "--frontier", "--n=2"], "nobody knows the true reward of this data; name a --reward_model")]:
+        with pytest.raises(SystemExit, match=message) as error:
+            evaluate.main(argv)
+        assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="--plot needs matplotlib: pip install matplotlib"):
+        evaluate.main([folder, "--frontier", f"--plot={start}/x.png"])
+
+
+def test_overoptimization_needs_a_run_of_ppo(start):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit, match="start: --overoptimization reads the log of a run of ppo.py"):
+        evaluate.main([str(start / "start"), "--overoptimization", "--plot=x.png"])
