@@ -36,7 +36,7 @@ class Config:
     data_dir: str = "data/files"    # where published files are looked for before they are fetched
     init: str | None = None         # a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
     out: str | None = None          # the run's folder; None: out/dpo-RECIPE, or out/dpo-FILE
-    beta: float = 0.5               # β of eq. 7: the price of KL
+    beta: float = 1.0               # β of eq. 7: the price of KL
     loss_type: str = "sigmoid"      # sigmoid, ipo (arXiv:2310.12036), hinge (arXiv:2305.10425), robust (arXiv:2403.00409)
     label_smoothing: float = 0.0    # ε, the share of labels taken to be flipped (sigmoid and robust)
     precompute_ref: bool = True     # ask the reference once, before training; False keeps it in memory
@@ -44,7 +44,7 @@ class Config:
     batch_size: int = 64            # pairs a step, over all processes
     micro_tokens: int = 16384       # tokens a forward pass at most; a larger batch is accumulated
     max_len: int = 64               # prompt and response together, in tokens
-    lr: float = 5e-4                # peak learning rate
+    lr: float = 1e-3                # peak learning rate
     warmup: int = 10                # steps of linear warm-up, before the cosine to 0
     weight_decay: float = 0.0       # on matrices
     grad_clip: float = 1.0          # largest norm of the gradient

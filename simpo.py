@@ -7,7 +7,9 @@ SimPO takes for the reward what generation follows, the mean log-prob of a token
     L(θ) = − E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                                        (eq. 6)
 
 One model is in memory, no reference anywhere; so nothing holds the policy near to where it started but a small learning rate. The
-length |y| counts the EOS. Its known failure is a collapse of the length, so that is sampled and logged on the way.
+length |y| counts the EOS. Its known failure is a collapse of the length, so that is sampled and logged on the way: a token of a short
+response, its EOS above all, weighs 1/|y| in the loss, more than the next word of a long one. The SFT term, sft_weight times the mean
+of −log π of the chosen's tokens, weighs all tokens alike and holds against it.
 
     python simpo.py                                              the animals world, from nothing, with the SFT that comes first
     python simpo.py hh --init=out/sft-hh                         Anthropic's HH-RLHF, GPT-2
@@ -35,16 +37,16 @@ class Config:
     data_dir: str = "data/files"    # where published files are looked for before they are fetched
     init: str | None = None         # a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
     out: str | None = None          # the run's folder; None: out/simpo-RECIPE, or out/simpo-FILE
-    beta: float = 10.0              # β of eq. 6: the scale of the mean log-prob
-    gamma: float = 3.0              # γ of eq. 6: the margin that the chosen is to win by
+    beta: float = 2.0               # β of eq. 6: the scale of the mean log-prob
+    gamma: float = 1.0              # γ of eq. 6: the margin that the chosen is to win by
     gamma_beta_ratio: float | None = None  # γ/β, as the authors' scripts write it; sets gamma
-    sft_weight: float = 0.0         # weight of the SFT term, −log π of the chosen, a mean over tokens
+    sft_weight: float = 0.5         # weight of the SFT term, −log π of the chosen, a mean over tokens
     label_smoothing: float = 0.0    # ε, the share of labels taken to be flipped
     steps: int = 250                # optimizer steps
     batch_size: int = 64            # pairs a step, over all processes
     micro_tokens: int = 16384       # tokens a forward pass at most; a larger batch is accumulated
     max_len: int = 64               # prompt and response together, in tokens
-    lr: float = 1e-4                # peak learning rate
+    lr: float = 3e-4                # peak learning rate
     warmup: int = 10                # steps of linear warm-up, before the cosine to 0
     weight_decay: float = 0.0       # on matrices
     grad_clip: float = 1.0          # largest norm of the gradient
@@ -63,7 +65,7 @@ class Config:
 
 
 RECIPES = {
-    "hh": dict(data="hh", beta=2.0, gamma=1.0, steps=2500, max_len=512, lr=1e-6, warmup=150, sample_every=250, ckpt_every=500, eval_n=64),
+    "hh": dict(data="hh", sft_weight=0.0, steps=2500, max_len=512, lr=1e-6, warmup=150, sample_every=250, ckpt_every=500, eval_n=64),
 }
 
 

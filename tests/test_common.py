@@ -16,10 +16,11 @@ import dpo
 import ppo
 import reward
 import sft
+import simpo
 from common import Log, learning_rate, load_checkpoint, load_model, make_optimizer, parse, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
-STAGES = [sft, reward, ppo, dpo]
+STAGES = [sft, reward, ppo, dpo, simpo]
 
 
 @dataclass
@@ -101,12 +102,12 @@ def test_every_option_is_read(stage):
 
 
 def test_every_stage_command_of_the_readme_is_understood():
-    commands = re.findall(r"(?:python|torchrun \S+) (sft|reward|ppo|dpo)\.py([^\n#]*)", (ROOT / "README.md").read_text())
+    commands = re.findall(r"(?:python|torchrun \S+) (sft|reward|ppo|dpo|simpo)\.py([^\n#;]*)", (ROOT / "README.md").read_text())
     assert len(commands) > 5
     for stage, options in commands:
-        module = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo}[stage]
+        module = {stage.__name__: stage for stage in STAGES}[stage]
         if "-h" not in options.split() and "`" not in options:
-            parse(module.Config, module.RECIPES, options.split())
+            parse(module.Config, module.RECIPES, options.replace("$beta", "1").split())
 
 
 def test_schedule():
