@@ -185,7 +185,7 @@ def frontier(rewards, key):
     The dual, {β: β log Z (P,)}, bounds every policy at every β: E[r] ≤ β log Z + β KL(π‖π_ref).
     """
     optimum, dual = [], {}
-    for beta in torch.logspace(1, -2, 46, dtype=torch.float64).mul(rewards.std().item()).tolist():
+    for beta in torch.logspace(2, -2, 61, dtype=torch.float64).mul(rewards.std().item()).tolist():
         reward, kl, beta_log_z, ess = tilt(rewards, beta)
         ess = 1 / (1 / ess).mean().item()  # the mean that the error goes with
         if ess < MIN_ESS:
@@ -247,10 +247,11 @@ def plot_frontier(path, key, rows, optimum, best):
     ax.fill_between(x, y - se, y + se, color="black", alpha=0.15, lw=0)
     ax.plot([row["kl"] for row in best], [row[key] for row in best], ".--", color="gray", label="best of 1, 2, 4, …")
     stages = sorted({stage_of(row["checkpoint"]) for row in rows})
-    for row in rows:
+    for i, row in enumerate(sorted(rows, key=lambda row: row["kl"])):
         color = f"C{stages.index(stage_of(row['checkpoint']))}"
         ax.errorbar(row["kl"], row[key], row[key + "_se"], row["kl_se"], "o", color=color, capsize=2, ms=4)
-        ax.annotate(row["checkpoint"].removeprefix("out/"), (row["kl"], row[key]), xytext=(6, -10), textcoords="offset points", color=color, fontsize=8)
+        ax.annotate(row["checkpoint"].removeprefix("out/"), (row["kl"], row[key]), color=color, fontsize=8,
+                    textcoords="offset points", **[dict(xytext=(6, -10), ha="left"), dict(xytext=(-6, 8), ha="right")][i % 2])  # neighbours apart
     ax.set(xlabel="KL(π‖π_ref), exact, nats a response", ylabel={"gold": "true reward"}.get(key, "reward model's score"))
     ax.legend(loc="lower right")
     figure.savefig(path, dpi=120)
