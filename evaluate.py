@@ -112,8 +112,10 @@ def compare(models, data, tokenizer, n, reward_model=None):
     rows, texts, columns = [], [], []
     for name, model in models:
         ref_gold = columns[0].get("gold") if columns else None
-        for what, new in zip((rows, texts, columns), measure(name, model, models[0][1], prompts, data, tokenizer, ref_gold, reward_model)):
-            what.append(new)
+        row, text, column = measure(name, model, models[0][1], prompts, data, tokenizer, ref_gold, reward_model)
+        rows.append(row)
+        texts.append(text)
+        columns.append(column)
     return rows, prompts, texts, columns
 
 
@@ -267,7 +269,7 @@ def plot_overoptimization(path, run):
         with open(os.path.join(run, "log.jsonl")) as f:
             log = [json.loads(line) for line in f]
         log = [[record["kl"] ** 0.5, record["score"], record["gold"]] for record in log if record["gold"] is not None]
-    except (OSError, KeyError):
+    except (OSError, KeyError, ValueError):
         log = []
     if len(log) < 2:
         raise SystemExit(f"{run}: --overoptimization reads the log of a run of ppo.py on data whose true reward is known")
@@ -286,7 +288,7 @@ def plot_overoptimization(path, run):
 # ------------------------------------------------------------------------------------------------ the command line
 
 def load_models(args):
-    """-> [(name, GPT), …], the tokenizer, the data, the reward model or None, of the command line's checkpoints."""
+    """-> [(name, GPT), …], the tokenizer, of the command line's checkpoints; the data and the reward model or None, for all but --prompt."""
     models, tokenizers, trained_on, configs = [], [], {}, []
     for name in args.checkpoints:
         model, tokenizer = load_model(name)
@@ -300,12 +302,14 @@ def load_models(args):
             trained_on.setdefault(checkpoint["config"]["data"], name)
     if len(set(tokenizers)) > 1:
         raise SystemExit("these models speak different tokenizers: " + ", ".join(f"{n} {t}" for n, t in zip(args.checkpoints, tokenizers)))
-    if len(trained_on) > 1 and not args.data and args.prompt is None:
+    if args.prompt is not None:
+        return models, get_tokenizer(tokenizers[0]), None, None
+    if len(trained_on) > 1 and not args.data:
         raise SystemExit("these models were trained on different data (" + ", ".join(f"{n}: {d}" for d, n in trained_on.items())
                          + "): say which to compare them on with --data")
     path = args.reward_model or next((c["reward_model"] for c in configs if c.get("reward_model")), None)
     reward_model = None
-    if path and args.prompt is None:
+    if path:
         reward_model, its_tokenizer = load_model(path)
         if its_tokenizer != tokenizers[0] or reward_model.config.n_scalars != 1:
             raise SystemExit(f"{path}: not a reward model for the tokenizer {tokenizers[0]}")
