@@ -45,8 +45,8 @@ class KVCache:
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # masked is not unread: no garbage that may be NaN
         self.rows = torch.arange(batch_size, device=like.device)
 
-    def prefill(self, layer, k, v):
-        self.k[layer, :, :, :k.size(2)], self.v[layer, :, :, :v.size(2)] = k, v
+    def prefill(self, layer, rows, k, v):
+        self.k[layer, rows, :, :k.size(2)], self.v[layer, rows, :, :v.size(2)] = k, v
 
     def append(self, layer, k, v, position, longest):
         """Each row's one new key and value, at its own position (B,); returns what is in the cache up to `longest`."""
@@ -193,7 +193,8 @@ class GPT(nn.Module):
 
     def logits(self, states):
         """(…, C) -> (…, vocab_size) float32."""
-        return (states @ self.wte.weight.t().to(states.dtype))[..., :self.config.vocab_size].float()
+        logits = self.wte.weight.to(states.dtype) @ states.transpose(-1, -2)  # few states: on the CPU faster than states @ weightᵀ
+        return logits.transpose(-1, -2)[..., :self.config.vocab_size].float()
 
     def projection(self, states):
         """The states and the padded vocabulary matrix, in the precision that their product is to be taken in."""
@@ -232,12 +233,24 @@ class GPT(nn.Module):
 
     forward = logprobs
 
+    def prefill(self, cache, rows, prompts):
+        """Writes these rows' prompts, right-padded, into the cache; -> the state at the end of each, (len(rows), C)."""
+        P = max(map(len, prompts))
+        tokens = torch.tensor([p + [0] * (P - len(p)) for p in prompts], device=self.device)
+        last = torch.tensor([i * P + len(p) - 1 for i, p in enumerate(prompts)], device=self.device)
+
+        def write(layer, k, v):
+            cache.prefill(layer, rows, k, v)
+            return k, v  # causal: no token sees the padding to its right
+
+        return self.hidden(tokens, torch.arange(P, device=self.device), write=write, at=last)
+
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, eos=None, noise=None):
         """Samples one response a prompt. prompts: B lists of token ids -> B lists of new ids, EOS included where met.
 
-        temperature 0 is greedy. Prompts are right-padded and prefilled in one pass; then every row writes its new key
-        and value at its own position. Stops when every row has met `eos`. A row's response depends on its prompt and its
+        temperature 0 is greedy. Prompts are prefilled in a few passes, those of like length together; then every row writes
+        its new key and value at its own position. Stops when every row has met `eos`. A row's response depends on its prompt and its
         row of `noise`, (B, max_new_tokens) uniform on [0, 1), drawn here where it is not given.
         Raises ValueError where a prompt is empty or leaves no room for max_new_tokens in the model's context.
         """
@@ -249,16 +262,11 @@ class GPT(nn.Module):
                              f"do not fit the model's context of {self.config.block_size}")
         B, P = len(prompts), max(length)
         noise = (torch.rand(B, max_new_tokens) if noise is None else noise).to(self.device)  # drawn on the CPU: one seed, one response
-        tokens = torch.tensor([p + [0] * (P - len(p)) for p in prompts], device=self.device)
         position = torch.tensor(length, device=self.device)  # (B,) where the next token goes
         cache = KVCache(self.config, B, P + max_new_tokens, self.wte.weight)
-
-        def prefill(layer, k, v):
-            cache.prefill(layer, k, v)
-            return k, v  # causal: no token sees the padding to its right
-
-        hidden = self.hidden(tokens, torch.arange(P, device=self.device), write=prefill)
-        state = hidden[cache.rows, position - 1]  # (B, C)
+        state = self.wte.weight.new_empty(B, self.config.n_embd)
+        for rows in position.argsort().chunk(8):
+            state[rows] = self.prefill(cache, rows, [prompts[i] for i in rows.tolist()])
         response = torch.zeros(B, max_new_tokens, dtype=torch.long, device=self.device)
         done = torch.zeros(B, dtype=torch.bool, device=self.device)
         for t in range(max_new_tokens):
