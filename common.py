@@ -52,8 +52,8 @@ def parse(Config, RECIPES, argv=None):
         if not equals and kinds[name] != "bool":
             raise SystemExit(f"--{name} needs a value: --{name}=…")
         given[name] = convert(name, value if equals else "True", kinds[name])
-    if recipe is None:  # a file of one's own is real text: hh's settings, not those of a toy world
-        recipe = "hh" if os.path.isfile(given.get("data", "")) else "animals"
+    if recipe is None:  # a file of one's own is real text: settings for that, not those of a toy world
+        recipe = ("hh" if "hh" in RECIPES else [*RECIPES][0]) if os.path.isfile(given.get("data", "")) else "animals"
     return Config(**{"recipe": recipe, **RECIPES.get(recipe, {}), **given})
 
 
@@ -82,7 +82,9 @@ def convert(name, value, kind):
 
 def usage(Config, RECIPES):
     """-h: every option, its default in each recipe, and its comment in the source."""
-    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
+    comments = {}
+    for base in reversed(Config.__mro__[:-1]):  # finegrained.py adds its options to ppo.py's
+        comments |= re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(base), re.M)
     recipes = {"animals": {}, **RECIPES}
     rows = [("option", *recipes, "")]
     for f in fields(Config):

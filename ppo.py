@@ -390,7 +390,8 @@ def load_models(cfg, init, reward_fn):
 
 def check(cfg, data, reward_fn):
     """One line for settings that cannot be run."""
-    known("reward", cfg.reward, ["rm", "gold"])
+    if reward_fn is None:
+        known("reward", cfg.reward, ["rm", "gold"])
     known("value_init", cfg.value_init, ["reward", "sft"])
     if cfg.batch_size % cfg.minibatches:
         raise SystemExit(f"--batch_size={cfg.batch_size} is not a multiple of --minibatches={cfg.minibatches}")

@@ -88,11 +88,11 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
     return (weight * loss).sum(), (weight * accuracy).sum()
 
 
-def ranks(groups, device):
-    """group and rank (S,) of groups whose responses stand best first."""
-    group = torch.tensor([i for i, (_, responses) in enumerate(groups) for _ in responses], device=device)
-    rank = torch.tensor([k for _, responses in groups for k in range(len(responses))], device=device)
-    return group, rank
+def ranks(comparisons, device="cpu"):
+    """group and rank (S,) of comparisons: (prompt, responses best first), or with their ranks as a third where some tie."""
+    each = [c[2] if len(c) == 3 else range(len(c[1])) for c in comparisons]
+    group = torch.tensor([i for i, rank in enumerate(each) for _ in rank], device=device)
+    return group, torch.tensor([k for rank in each for k in rank], device=device)
 
 
 def center(reward_model, demonstrations, cfg, amp):
@@ -106,15 +106,16 @@ def center(reward_model, demonstrations, cfg, amp):
 def measure(name, scores, comparisons, data):
     """One row of the closing table: accuracy on the comparisons; beside it, where the true reward is known, the accuracy that
     the true reward itself has on these noisy labels (no model can do better), and the correlation of the scores with it."""
-    sizes = [len(responses) for _, responses in comparisons]
+    sizes = [len(c[1]) for c in comparisons]
 
     def accuracy(scores):
-        return evaluate.mean_se([ranking_loss(s, torch.zeros(len(s)), torch.arange(len(s)))[1].item() for s in scores.split(sizes)])
+        each = [(s, *ranks([c])) for s, c in zip(scores.split(sizes), comparisons)]
+        return evaluate.mean_se([ranking_loss(s, group, rank)[1].item() for s, group, rank in each])
 
     row = {"checkpoint": name}
     row["accuracy"], row["accuracy_se"] = accuracy(scores)
     if hasattr(data, "gold"):
-        gold = torch.tensor([data.gold(prompt, r) for prompt, responses in comparisons for r in responses])
+        gold = torch.tensor([data.gold(prompt, r) for prompt, responses, *_ in comparisons for r in responses])
         row["ceiling"], row["ceiling_se"] = accuracy(gold)
         row["correlation"], row["correlation_se"] = torch.corrcoef(torch.stack([scores, gold]))[0, 1].item(), None
     return row
@@ -123,7 +124,7 @@ def measure(name, scores, comparisons, data):
 def samples(scores, comparisons, data, n=3):
     """The first n comparisons, a line a response, as they were ranked: score, true reward, text."""
     lines, scores = [], iter(scores.tolist())
-    for prompt, responses in comparisons[:n]:
+    for prompt, responses, *_ in comparisons[:n]:
         lines.append("\n" + evaluate.printable(prompt))
         for r in responses:
             gold = f"   gold {data.gold(prompt, r):5.2f}" if hasattr(data, "gold") else ""
@@ -140,9 +141,8 @@ def train(cfg):
     reward_model, tokenizer_name = load_model(init, cfg)
     reward_model.set_scalar_heads(1)
     reward_model, tokenizer = reward_model.to(device), get_tokenizer(tokenizer_name)
-    groups = encode_groups(tokenizer, data.comparisons("train", cfg.k), cfg.max_len)
-    comparisons = data.comparisons("validation", cfg.k)[:cfg.eval_n]
-    validation = encode_groups(tokenizer, comparisons, cfg.max_len)
+    training, comparisons = data.comparisons("train", cfg.k), data.comparisons("validation", cfg.k)[:cfg.eval_n]
+    groups, validation = (encode_groups(tokenizer, [c[:2] for c in cs], cfg.max_len) for cs in (training, comparisons))
     lengths = list(map(group_length, groups))
     order = batch_order(len(groups), cfg.batch_size, cfg.steps, cfg.seed)
     say(f"reward: {len(groups)} comparisons of {cfg.data}, {init} -> {out} on {device}")
@@ -157,7 +157,7 @@ def train(cfg):
         stats = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "tokens": 0}
         for micro in micro_batches(share(order[step]), lengths, cfg.micro_tokens):
             batch = pack([groups[i] for i in micro], max(lengths[i] for i in micro)).to(device)
-            group, rank = ranks([groups[i] for i in micro], device)
+            group, rank = ranks([training[i] for i in micro], device)
             with amp:
                 scores = reward_model.score(batch)  # (S,)
             loss, accuracy = ranking_loss(scores, group, rank, cfg.margin, cfg.center_coef)
@@ -179,7 +179,7 @@ def train(cfg):
 
         done, val_accuracy = step + 1, None
         if validation and (done % cfg.val_every == 0 or done == cfg.steps):
-            val_accuracy = ranking_loss(score_groups(reward_model, validation, cfg.micro_tokens, amp), *ranks(validation, "cpu"))[1].item()
+            val_accuracy = ranking_loss(score_groups(reward_model, validation, cfg.micro_tokens, amp), *ranks(comparisons))[1].item()
         log(done, **stats, val_accuracy=val_accuracy, lr=lr, grad_norm=grad_norm)
         if done % cfg.ckpt_every == 0 and done < cfg.steps:
             save_checkpoint(out, done, reward_model, optimizer, cfg, tokenizer_name)

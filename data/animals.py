@@ -65,6 +65,7 @@ OPENINGS = ["Tell me about the {}: {}.", "Describe the {}: {}.", "I want to know
 FILLERS = ["It is a nice animal.", "Many people like it.", "I hope this helps."]
 
 LABEL_SCALE = 2.25
+SLIPS = 0.1  # of the sentences that an annotator of spans reads, the share that is marked at random
 SIZES = {"train": 20_000, "validation": 1_000, "test": 1_000}
 
 
@@ -167,15 +168,48 @@ def demonstrations(split):
             for (rng, prompt, animal, asked), _ in zip(draw(split, "demonstrations"), range(SIZES[split]))]
 
 
-def comparisons(split, k=2):
+def comparisons(split, k=2, reward=gold):
     """(prompt, k responses, best first by noisy labels): Gumbel noise on the scaled reward makes every pair Bradley–Terry."""
     noise = np.random.default_rng(0).gumbel(size=(SIZES[split], k)).tolist()
     result = []
     for (rng, prompt, animal, asked), z in zip(draw(split, "comparisons"), noise):
         responses = [answer(animal, asked, rng) for _ in range(k)]
-        label = {i: LABEL_SCALE * gold(prompt, r) + z[i] for i, r in enumerate(responses)}
+        label = {i: LABEL_SCALE * reward(prompt, r) + z[i] for i, r in enumerate(responses)}
         result.append((prompt, [responses[i] for i in sorted(label, key=label.get, reverse=True)]))
     return result
+
+
+def completeness(split):
+    """(prompt, four responses, the most complete first), by labels as noisy as those of `comparisons`."""
+    return comparisons(split, 4, lambda prompt, response: axes(prompt, response)["completeness"])
+
+
+def spans(split):
+    """(prompt, response, [(start, end, category), …]), in characters of the response."""
+    result = []
+    for (rng, prompt, animal, asked), _ in zip(draw(split, "spans"), range(SIZES[split])):
+        response = answer(animal, asked, rng)
+        result.append((prompt, response, annotate(prompt, response, rng)))
+    return result
+
+
+def annotate(prompt, response, rng):
+    """The spans of an annotator who gives a sentence one mark at most, and does not ask of what is beside the point whether it is true.
+
+    (Wu et al. 2023, appendix D, have the same rule.)
+    """
+    animal, asked = parse_prompt(prompt)
+    marks, before = [], set()
+    for match in re.finditer(r"\S[^.]*\.", response):
+        attribute, value = SENTENCES.get(match[0], (None, None))
+        category = ("Redundant" if match[0] in before else "Irrelevant" if attribute not in asked
+                    else "Wrong-Grounding" if WORLD[animal][attribute] != value else None)
+        if rng.random() < SLIPS:
+            category = rng.choice([None, "Irrelevant", "Wrong-Grounding"])
+        before.add(match[0])
+        if category:
+            marks.append((*match.span(), category))
+    return marks
 
 
 def prompts(split):
