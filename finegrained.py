@@ -50,8 +50,8 @@ class Config(ppo.Config):
     w2: float = 0.3                 # weight of factuality, ±w2 for each sentence
     w3: float = 0.3                 # weight of completeness, in standard deviations of its model's scores
     soft: bool = False              # segments are worth 2p − 1, p the probability that they are good, in place of ±1
-    reward_steps: int = 500         # optimizer steps of the reward models
-    reward_batch_size: int = 32     # responses with spans a step of theirs, and as many comparisons
+    reward_steps: int = 2000        # optimizer steps of the reward models
+    reward_batch_size: int = 64     # responses with spans a step of theirs; comparisons are a quarter as many
     reward_lr: float = 2e-3         # peak learning rate of theirs
 
 
@@ -165,11 +165,11 @@ def reward_losses(scores, axis, value, row, axes):
 
 
 def examples(data, split, axes, tokenizer, max_len, most=None):
-    """What `axes` learn from: [(groups, marks), …], the responses with spans and the comparisons, as far as some axis needs them.
+    """What `axes` learn from: {"spans": (groups, marks), "comparisons": (groups, marks)}, as far as some axis needs them.
 
     marks: for each group [(index into axes, token among the group's response tokens, value), …], value as in reward_losses.
     """
-    sources = []
+    sources = {}
     if {"relevance", "factuality"} & set(axes):
         marked = data.spans(split)[:most]
         groups, marks = encode_groups(tokenizer, [(prompt, [response]) for prompt, response, _ in marked], max_len), []
@@ -177,11 +177,11 @@ def examples(data, split, axes, tokenizer, max_len, most=None):
             labels = [(axis, token, label(axis, start, end, spans)) for axis, token, start, end in segment_ends(tokenizer, response.tolist())
                       if axis in axes and axis != "completeness"]
             marks.append([(axes.index(axis), token, value) for axis, token, value in labels if value is not None])
-        sources.append((groups, marks))
+        sources["spans"] = groups, marks
     if "completeness" in axes:
         groups = encode_groups(tokenizer, data.completeness(split)[:most], max_len)
         ends = [torch.tensor([len(r) for r in responses]).cumsum(0).tolist() for _, responses in groups]
-        sources.append((groups, [[(axes.index("completeness"), end - 1, rank) for rank, end in enumerate(each)] for each in ends]))
+        sources["comparisons"] = groups, [[(axes.index("completeness"), end - 1, rank) for rank, end in enumerate(each)] for each in ends]
     return sources
 
 
@@ -189,7 +189,7 @@ def examples(data, split, axes, tokenizer, max_len, most=None):
 def measure(model, axes, sources, cfg, device, amp):
     """A row an axis: accuracy; majority, the accuracy of the commoner answer (of a coin, between two responses); F1 of the errors."""
     right, true, guess = {name: [] for name in axes}, {}, {}
-    for groups, marks in sources:
+    for groups, marks in sources.values():
         lengths = list(map(group_length, groups))
         for rows in micro_batches([i for i in range(len(groups)) if marks[i]], lengths, cfg.micro_tokens):
             batch, axis, place, value, row = pack_marks(groups, marks, rows, device)
@@ -223,13 +223,14 @@ def train_rewards(cfg, init, axes):
     model.set_scalar_heads(len(axes))
     model, tokenizer = model.to(device), get_tokenizer(tokenizer_name)
     sources = examples(data, "train", axes, tokenizer, cfg.max_len)
-    groups, marks = (sum(lists, []) for lists in zip(*sources))  # one list, the sources one after the other
+    groups, marks = (sum(lists, []) for lists in zip(*sources.values()))  # one list, the sources one after the other
     lengths, order, first = list(map(group_length, groups)), [[] for _ in range(cfg.steps)], 0
-    for n in (len(source) for source, _ in sources):
-        for rows, more in zip(order, batch_order(n, cfg.batch_size, cfg.steps, cfg.seed + first)):
+    sizes = {"spans": cfg.batch_size, "comparisons": cfg.batch_size // 4}
+    for kind, (source, _) in sources.items():
+        for rows, more in zip(order, batch_order(len(source), sizes[kind], cfg.steps, cfg.seed + first)):
             rows += [first + i for i in more]
-        first += n
-    say(f"finegrained: {' and '.join(str(len(source)) for source, _ in sources)} examples of {cfg.data}, {init} -> {cfg.out} on {device}")
+        first += len(source)
+    say(f"finegrained: {', '.join(f'{len(source)} {kind}' for kind, (source, _) in sources.items())} of {cfg.data}, {init} -> {cfg.out} on {device}")
 
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, (0.9, 0.99))
     start = resume(cfg.out, cfg, model, optimizer)["step"] if cfg.resume else 0
@@ -237,7 +238,7 @@ def train_rewards(cfg, init, axes):
     compile_training(model, cfg)
     for step in range(start, cfg.steps):
         n = {name: max(1, sum(mark[0] == k for i in order[step] for mark in marks[i])) for k, name in enumerate(axes)}
-        n |= {"completeness": cfg.batch_size}
+        n |= {"completeness": sizes["comparisons"]}
         stats = {"loss": 0.0, "tokens": 0} | {f"{name}_accuracy": 0.0 for name in axes}
         for micro in micro_batches([i for i in share(order[step]) if marks[i]], lengths, cfg.micro_tokens):
             batch, *table = pack_marks(groups, marks, micro, device)
@@ -258,9 +259,9 @@ def train_rewards(cfg, init, axes):
         optimizer.zero_grad(set_to_none=True)
         log(step + 1, **stats, lr=lr, grad_norm=grad_norm)
         if (step + 1) % cfg.ckpt_every == 0 and step + 1 < cfg.steps:
-            save_checkpoint(cfg.out, step + 1, model, optimizer, cfg, tokenizer_name)
+            save_checkpoint(cfg.out, step + 1, model, optimizer, cfg, tokenizer_name, axes=axes)
 
-    norm = normaliser(model, axes, sources[-1], cfg, device, amp) if "completeness" in axes else (0.0, 1.0)
+    norm = normaliser(model, axes, sources["comparisons"], cfg, device, amp) if "completeness" in axes else (0.0, 1.0)
     save_checkpoint(cfg.out, cfg.steps, model, optimizer, cfg, tokenizer_name, axes=axes, completeness_mean=norm[0], completeness_std=norm[1])
     rows = measure(model, axes, examples(data, "validation", axes, tokenizer, cfg.max_len, cfg.eval_n), cfg, device, amp)
     if RANK == 0:
@@ -289,14 +290,13 @@ def load_rewards(cfg, init, tokenizer_name):
     settings |= {k: getattr(cfg, k) for k in ("data", "data_dir", "device", "compile", "max_len", "micro_tokens", "n_layer", "n_head", "n_embd")}
     models, axes, norm = [], [], (0.0, 1.0)
     for part, names in parts.items():
+        begun = os.path.exists(os.path.join(part, "ckpt.pt"))
+        if begun and load_checkpoint(part).get("axes") != names:
+            raise SystemExit(f"{part}: not a reward model for {', '.join(names)} (finegrained.py makes one)")
         if not finished(part):
             say(f"no reward model for {', '.join(names)} in {part}: training it first")
-            again = os.path.exists(os.path.join(part, "ckpt.pt"))
-            train_rewards(reward.Config(**settings, out=part, resume=again), init, names)
-        model, its_tokenizer = load_model(part, cfg)
-        checkpoint = load_checkpoint(part)
-        if checkpoint.get("axes") != names:
-            raise SystemExit(f"{part}: not a reward model for {', '.join(names)} (finegrained.py makes one)")
+            train_rewards(reward.Config(**settings, out=part, resume=begun), init, names)
+        (model, its_tokenizer), checkpoint = load_model(part, cfg), load_checkpoint(part)
         if its_tokenizer != tokenizer_name:
             raise SystemExit(f"{part}: this reward model reads the tokenizer {its_tokenizer}, the policy {init} writes {tokenizer_name}")
         models.append(model.requires_grad_(False))

@@ -1,0 +1,374 @@
+"""Segments, their tokens, the dense reward token by token, the reward models' losses, and runs that must equal ppo.py's."""
+import json
+import math
+import os
+import random
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import tiktoken
+import torch
+from conftest import SHARED, make_model
+
+import finegrained
+import ppo
+import sft
+from common import make_optimizer, save_checkpoint
+from data import animals, dataset, encode_groups, get_tokenizer
+from finegrained import AXES, finegrained_reward, label, pack_marks, reward_losses, segment_ends, segments, sentences, spell
+from test_stages import TINY, log_of
+
+QA = SHARED / "qa_feedback/dev_feedback.json"
+real = pytest.mark.skipif(not QA.exists(), reason="the public files are not beside the checkout")
+
+
+def cut(function, text):
+    return [text[a:b] for a, b in function(text)]
+
+
+# ------------------------------------------------------------------------------------------------ segments
+
+@pytest.mark.parametrize("text, expected", [
+    (" It eats mice. It can fly.", ["It eats mice.", "It can fly."]),
+    ('He said "No." Then he left!  Why?', ['He said "No."', "Then he left!", "Why?"]),
+    ("Dr. J. Smith of St. Ives came. 7 stayed", ["Dr. J. Smith of St. Ives came.", "7 stayed"]),
+    ("It cost 3.5 dollars, i.e. much. é? Él vino.", ["It cost 3.5 dollars, i.e. much.", "é?", "Él vino."]),
+    ("one line\n\ntwo. lines \n", ["one line", "two. lines"]),
+    ("", []), (" \n ", []), ("...", ["..."])])
+def test_sentences_by_hand(text, expected):
+    assert cut(sentences, text) == expected
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("a b c d e, f g h i j k", ["a b c d e,", "f g h i j k"]),
+    ("a b c d e, f g h i j", ["a b c d e, f g h i j"]),                              # the last piece needs more than five words
+    ("a b, c d e f g h; i j k l m n", ["a b, c d e f g h;", "i j k l m n"]),            # the first is short: it joins the next
+    ("a b c d e, f g, h i j k l m", ["a b c d e, f g,", "h i j k l m"]),                # a later one joins the one before it
+    ("a b c d e! f g h i j k. L m.", ["a b c d e!", "f g h i j k.", "L m."])])
+def test_segments_by_hand(text, expected):
+    assert cut(segments, text) == expected
+
+
+def random_text(rng, n=60):
+    return "".join(rng.choice(["a", "B", "é", "語", "🦉", "e\u0301", " ", " ", "\n", ".", "!", "?", ",", ";", '"', ")", "Mr.", " 7"]) for _ in range(n))
+
+
+def test_every_character_lies_in_one_segment_and_every_segment_in_one_sentence():
+    rng = random.Random(0)
+    for _ in range(500):
+        text = random_text(rng)
+        whole, parts = sentences(text), segments(text)
+        for spans in (whole, parts):
+            assert all(a < b and text[a:b] == text[a:b].strip() for a, b in spans)
+            assert all(b <= c for (_, b), (c, _) in zip(spans, spans[1:]))
+            covered = {i for a, b in spans for i in range(a, b)}
+            assert {i for i, c in enumerate(text) if not c.isspace()} <= covered
+        assert all(sum(a <= c and d <= b for a, b in whole) == 1 for c, d in parts)
+
+
+@pytest.mark.parametrize("name", ["animals", pytest.param("gpt2", marks=real)])
+def test_a_segment_ends_in_the_token_that_completes_its_last_character(name):
+    tokenizer, rng = get_tokenizer(name), random.Random(1)
+    for _ in range(200):
+        text = random_text(rng)
+        tokens = tokenizer.encode_ordinary(text)
+        assert spell(tokenizer, tokens)[0] == text
+        lengths = [len(tokenizer.decode_single_token_bytes(t)) for t in tokens]
+        for axis, token, start, end in segment_ends(tokenizer, tokens + [tokenizer.eot_token])[:-1]:
+            byte = len(text[:end].encode()) - 1  # of the segment, the last
+            assert sum(lengths[:token]) <= byte < sum(lengths[:token + 1])
+
+
+def test_what_is_cut_in_the_middle_of_a_character_still_has_an_end():
+    tokenizer = get_tokenizer("animals")
+    for n in range(1, 9):
+        tokens = tokenizer.encode_ordinary("é. 🦉")[:n]
+        text, ends = spell(tokenizer, tokens)
+        assert text == tokenizer.decode(tokens) and ends[-1] == len(text) and sorted(ends) == ends
+        assert all(token < n for _, token, _, _ in segment_ends(tokenizer, tokens))
+
+
+def test_a_token_that_straddles_a_boundary():
+    ranks = {bytes([i]): i for i in range(256)} | {b". ": 256, b". C": 257}
+    tokenizer = tiktoken.Encoding("x", pat_str=r"(?s).+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
+    tokens = tokenizer.encode_ordinary("A b. C d.")
+    assert len(tokens) == 7 and tokens[3] == 257  # A, space, b, ". C", space, d, .
+    assert [(axis, token) for axis, token, _, _ in segment_ends(tokenizer, tokens)] == [
+        ("relevance", 3), ("relevance", 6), ("factuality", 3), ("factuality", 6), ("completeness", 6)]
+    assert segment_ends(tokenizer, [258]) == [("completeness", 0, 0, 0)]
+
+
+# ------------------------------------------------------------------------------------------------ labels and losses
+
+def test_labels_by_hand():
+    spans = [(0, 5, "Irrelevant"), (10, 15, "Unverifiable")]
+    assert [label("relevance", a, b, spans) for a, b in ((0, 9), (4, 9), (5, 9), (9, 20))] == [0, 0, 1, 1]
+    assert [label("factuality", a, b, spans) for a, b in ((0, 9), (5, 10), (14, 20), (0, 20))] == [None, 1, 0, 0]
+
+
+def test_animals_are_annotated_by_hand(monkeypatch):
+    monkeypatch.setattr(animals, "SLIPS", 0.0)
+    prompt, rng = "Tell me about the owl: what it eats and how it moves.", random.Random(0)
+    response = " It eats grass. It has fur. It can fly. It can fly. Many people like it."
+    assert [(response[a:b], kind) for a, b, kind in animals.annotate(prompt, response, rng)] == [
+        ("It eats grass.", "Wrong-Grounding"), ("It has fur.", "Irrelevant"), ("It can fly.", "Redundant"), ("Many people like it.", "Irrelevant")]
+    monkeypatch.setattr(animals, "SLIPS", 1.0)
+    kinds = {kind for _ in range(50) for _, _, kind in animals.annotate(prompt, " It can fly.", rng)}
+    assert kinds == {"Irrelevant", "Wrong-Grounding"}
+
+
+def test_the_most_complete_come_first_more_often_than_not(small_world):
+    gap = [animals.axes(p, rs[0])["completeness"] - animals.axes(p, rs[-1])["completeness"] for p, rs in animals.completeness("train")]
+    assert sum(gap) / len(gap) > 0.2
+
+
+def nll(x):
+    return math.log(1 + math.exp(-x))
+
+
+def test_the_losses_of_the_reward_models_by_hand():
+    scores = torch.tensor([[2.0, 9, 9], [-1, 9, 9], [9, 0.5, 9], [9, 9, 3], [9, 9, 1], [9, 9, 0]])
+    axis, value, row = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([1, 1, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 1, 1])
+    losses, hits = reward_losses(scores, axis, value, row, list(AXES))
+    assert losses["relevance"].item() == pytest.approx(nll(2) + nll(-1)) and hits["relevance"] == 1
+    assert losses["factuality"].item() == pytest.approx(nll(-0.5)) and hits["factuality"] == 0
+    assert losses["completeness"].item() == pytest.approx((nll(2) + nll(3)) / 2) and hits["completeness"] == 1  # ranks 1 and 1 tie
+
+
+def test_the_losses_do_not_depend_on_what_is_packed_together():
+    """Padding, siblings, order: the summed losses and their gradients are those of each example alone."""
+    model, tokenizer = make_model(vocab_size=get_tokenizer("animals").n_vocab, n_scalars=3), get_tokenizer("animals")
+    sources = finegrained.examples(animals, "validation", list(AXES), tokenizer, 64, most=6)
+    groups, marks = (sum(lists, []) for lists in zip(*sources.values()))
+
+    def gradient(pieces):
+        model.zero_grad()
+        for rows in pieces:
+            batch, *table = pack_marks(groups, marks, rows, "cpu")
+            losses, _ = reward_losses(finegrained.judge([model], batch, table[1]), table[0], table[2], table[3], list(AXES))
+            sum(losses.values()).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+    n = len(groups)
+    alone = gradient([[i] for i in range(n)])
+    torch.testing.assert_close(gradient([list(range(n))]), alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient([list(range(n))[::-1]]), alone, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ the dense reward
+
+class Judge:
+    """Judges by position: at the prompt's end + 4 relevance is good and factuality bad, elsewhere the other way round; completeness is 5."""
+    device = "cpu"
+
+    def states(self, batch, at):
+        return batch.position.flatten()[at]
+
+    def scalars(self, position):
+        good = torch.where(position == 6, 2.0, -2.0)
+        return torch.stack([good, -good, torch.full_like(good, 5.0)], 1)
+
+
+def reward_of(responses, models=(Judge(),), axes=tuple(AXES), norm=(1.0, 2.0), **options):
+    tokenizer = get_tokenizer("animals")
+    ids = [tokenizer.encode_ordinary(text) + [tokenizer.eot_token] * end for text, end in responses]
+    cfg = finegrained.Config(**options)
+    return finegrained_reward(list(models), list(axes), norm, tokenizer, cfg, nullcontext())([[1, 2, 3]] * len(ids), ids)
+
+
+def test_the_dense_reward_token_by_token():
+    """ It| eats| mice|.| It| can| fly|.|EOS, and a shorter one, without an EOS, whose sentence is not finished."""
+    rewards = reward_of([(" It eats mice. It can fly.", 1), (" It eats mice. It", 0)], w1=0.3, w2=0.5, w3=0.1)
+    a, b, c = 0.3 - 0.5, -0.3 + 0.5, 0.1 * (5 - 1) / 2
+    torch.testing.assert_close(rewards, torch.tensor([[0, 0, 0, a, 0, 0, 0, b, c], [0, 0, 0, a, b + c, 0, 0, 0, 0]]))
+    p = 2 / (1 + math.exp(-2)) - 1
+    soft = reward_of([(" It eats mice. It can fly.", 1)], w1=1.0, w2=0.0, w3=0.0, soft=True)
+    torch.testing.assert_close(soft, torch.tensor([[0, 0, 0, p, 0, 0, 0, -p, 0]]))
+    assert (reward_of([(" It", 1)], w1=0.0, w2=0.0, w3=0.0) == 0).all()
+
+
+def test_a_weight_of_0_removes_an_axis_to_the_bit():
+    model = make_model(vocab_size=get_tokenizer("animals").n_vocab, n_scalars=3)
+    texts = [(" It eats mice. It can fly.", 1), (" It has fur.", 1), ("", 1)]
+    for k, weight in enumerate(("w1", "w2", "w3")):
+        before = reward_of(texts, [model], **{weight: 0.0})
+        with torch.no_grad():
+            model.scalar_head.weight[k].normal_()
+        assert torch.equal(reward_of(texts, [model], **{weight: 0.0}), before)
+        assert not torch.equal(reward_of(texts, [model]), before)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch, small_world):
+    """A tiny SFT model, a holistic reward model of one head."""
+    monkeypatch.chdir(tmp_path)
+    policy = make_model(vocab_size=get_tokenizer("animals").n_vocab, n_layer=1, n_embd=16)
+    save_checkpoint_of(tmp_path / "start", policy, sft.Config())
+    policy.set_scalar_heads(1)
+    save_checkpoint_of(tmp_path / "rm", policy, sft.Config(), score_std=1.0)
+    return finegrained.Config(**TINY, init="start", reward_model="rm", steps=3, minibatches=2, max_new_tokens=12, eval_n=0, ckpt_every=2, out="a",
+                              reward_steps=6, reward_batch_size=8)
+
+
+def save_checkpoint_of(out, model, cfg, **more):
+    os.makedirs(out)
+    save_checkpoint(str(out), 1, model, make_optimizer(model, 1e-3), cfg, "animals", **more)
+
+
+def test_one_span_and_one_axis_is_holistic_ppo_to_the_bit(world, monkeypatch):
+    cfg = replace(world, reward="rm", w1=0.0, w2=0.0, w3=1.0)
+    holistic = finegrained.train(cfg)
+    real = ppo.load_models
+
+    def load_models(*args):  # and a reward model that nobody uses: making one moves the random numbers on
+        return real(*args)[:3] + (ppo.load_model("rm", cfg) and None, "animals")
+    monkeypatch.setattr(ppo, "load_models", load_models)
+    model = finegrained.load_model("rm", cfg)[0]
+    reward_fn = finegrained_reward([model], ["completeness"], (0.0, 1.0), get_tokenizer("animals"), cfg, nullcontext())
+    policy = ppo.train(replace(cfg, out="b"), reward_fn)
+    assert log_of("a") == log_of("b") and len(log_of("a")) == 3
+    assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), holistic.parameters()))
+
+
+@pytest.mark.parametrize("options", [{}, dict(share_trunk=False), dict(soft=True, w2=0.0)])
+def test_from_nothing_to_a_policy(world, options, capsys):
+    finegrained.train(replace(world, **options))
+    log = log_of("a")
+    assert len(log) == 3 and log[0]["kl"] == 0 and all(math.isfinite(v) for record in log for v in record.values())
+    out = capsys.readouterr().out
+    folders = ["out/rewards-animals"] if options.get("share_trunk", True) else [f"out/rewards-animals/{axis}" for axis in AXES]
+    for folder in folders:
+        assert f"in {folder}: training it first" in out
+    rows = [row for folder in folders for row in json.load(open(f"{folder}/eval.json"))]
+    assert [row["checkpoint"] for row in rows] == list(AXES) and all(0 <= row["accuracy"] <= 1 for row in rows)
+    finegrained.train(replace(world, **options))
+    assert "training it first" not in capsys.readouterr().out  # they stand
+
+
+def test_reward_models_that_were_cut_off_go_on_to_the_bit(world, monkeypatch):
+    settings = finegrained.reward.Config(**TINY | dict(batch_size=8), steps=6, ckpt_every=2, eval_n=20)
+    finegrained.train_rewards(replace(settings, out="whole"), "start", list(AXES))
+    save = finegrained.save_checkpoint
+
+    def save_and_die(out, step, *args, **more):
+        save(out, step, *args, **more)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(finegrained, "save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        finegrained.train_rewards(replace(settings, out="cut"), "start", list(AXES))
+    monkeypatch.setattr(finegrained, "save_checkpoint", save)
+    finegrained.train_rewards(replace(settings, out="cut", resume=True), "start", list(AXES))
+    assert log_of("whole") == log_of("cut") and len(log_of("cut")) == 6
+    assert json.load(open("whole/eval.json")) == json.load(open("cut/eval.json"))
+
+
+def test_reward_models_learn_what_they_are_shown(small_world, tmp_path, monkeypatch):
+    """Without slips, relevance is a matter of the prompt and the sentence; a small model learns 200 examples of it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(animals, "SLIPS", 0.0)
+    save_checkpoint_of(tmp_path / "start", make_model(vocab_size=get_tokenizer("animals").n_vocab, scale=1.0), sft.Config())
+    cfg = finegrained.reward.Config(**TINY | dict(batch_size=16), lr=3e-3, steps=120, out="r")
+    finegrained.train_rewards(cfg, "start", ["relevance"])
+    log = log_of("r")
+    assert log[-1]["loss"] < 0.5 * log[0]["loss"] and log[-1]["relevance_accuracy"] > 0.85
+
+
+def test_settings_that_cannot_be_run_get_one_line(world, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "completion": " b"}\n' * 40)
+    for options, message in [(dict(reward="fine"), "unknown reward 'fine'; did you mean 'finegrained'"),
+                             (dict(data="mine.jsonl"), "--data=mine.jsonl: holds no span feedback"),
+                             (dict(minibatches=3), "--batch_size=8 is not a multiple of --minibatches=3"),
+                             (dict(reward_models="rm"), "rm: not a reward model for relevance, factuality, completeness")]:
+        with pytest.raises(SystemExit, match=message) as error:
+            finegrained.train(replace(world, **options))
+        assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ QA-Feedback
+
+def record(**changes):
+    r = {"question": "Who?", "passages": [["Title", "One.", "Two."]], "gold": "He.", "prediction 1": "It was him. Or not.", "prediction 2": "B.",
+         "prediction 3": "C.", "prediction 4": "D.", "preference": [1, 1, 1, 0, 2, 2],
+         "feedback": {"errors": [{"error type": "Irrelevant", "explanation": "", "start": 12, "end": 19}],
+                      "missing-info": [{"error type": "Missing-Answer", "passage_id": 1, "sentence_id": [1]}], "corrected-prediction": "It was him, so it was."}}
+    errors = changes.pop("errors", None)
+    r |= changes
+    return r if errors is None else r | {"feedback": r["feedback"] | {"errors": errors}}
+
+
+def qa(tmp_path, *records):
+    path = tmp_path / "small_feedback.json"
+    path.write_text(json.dumps(list(records)))
+    return dataset(str(path))
+
+
+def test_qa_feedback_as_published(tmp_path):
+    data = qa(tmp_path, *[record(question=f"{i}?") for i in range(10)])
+    assert [len(data.prompts(split)) for split in ("train", "validation", "test")] == [8, 1, 1]
+    prompt = "Title: One. Two.\n\nQuestion: 2?\nAnswer:"
+    assert data.prompts("train")[0] == prompt and data.demonstrations("train")[0] == (prompt, " He.")
+    (same, response, ((start, end, kind),)) = data.spans("train")[0]
+    assert same == prompt and response[start:end] == "Or not." and kind == "Irrelevant"
+    assert data.completeness("train")[0] == (prompt, [" It was him, so it was.", " It was him. Or not."])
+    assert data.comparisons("train", 4)[0] == (prompt, [" It was him. Or not.", " D.", " B.", " C."], [0, 1, 2, 2])  # 2 and 3 tie
+    assert len(data.comparisons("train")) == 8 * 5 and (prompt, [" D.", " B."]) in data.comparisons("train")
+    with pytest.raises(SystemExit, match="--k=3: QA-Feedback compares four answers"):
+        data.comparisons("train", 3)
+
+
+def error(start, end, kind="Irrelevant"):
+    return {"error type": kind, "start": start, "end": end}
+
+
+@pytest.mark.parametrize("bad, message", [
+    (record(errors=[error(12, 20)]), "the span 12–20 ends outside prediction 1, which has 19 characters"),
+    (record(errors=[error(-1, 5)]), "the span -1–5 is empty, reversed or negative"),
+    (record(errors=[error(7, 3)]), "the span 7–3 is empty, reversed or negative"),
+    (record(errors=[error(5, 12), error(0, 6)]), "the span 5–12 overlaps the one that ends at 6"),
+    (record(errors=[error(0, 6, "Boring")]), "unknown error type 'Boring'; there are Irrelevant, Redundant"),
+    (record(errors=[error("0", 6)]), "an error must have a whole number as its start"),
+    (record(errors=["x"]), "an error must have a whole number as its start"),
+    (record(preference=[1, 1, 1]), "'preference' must be six of 0, 1, 2"),
+    (record(preference=[1, 1, 1, 1, 1, 3]), "'preference' must be six of 0, 1, 2"),
+    (record(question=None), "'question' must be text"),
+    (record(passages=[["T", 3]]), "'passages' must be a list of"),
+    (record(feedback={}), "'feedback' must have errors"),
+    ([], "expected an object")])
+def test_bad_feedback_is_refused_by_the_record_s_name(tmp_path, bad, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        qa(tmp_path, record(), bad).spans("train")
+    assert "small_feedback.json: record 1: " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_feedback(tmp_path):
+    for text, message in (("{", "cannot be read"), ("{}", "expected a list of records, found dict")):
+        (tmp_path / "x_feedback.json").write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            dataset(str(tmp_path / "x_feedback.json")).prompts("train")
+
+
+@real
+def test_segments_of_the_real_file_cover_every_annotated_span():
+    tokenizer, n = get_tokenizer("gpt2"), 0
+    for split in ("train", "validation", "test"):
+        for _, response, spans in dataset(str(QA)).spans(split):
+            for function in (segments, sentences):
+                pieces = function(response)
+                covered = {i for a, b in pieces for i in range(a, b)}
+                for start, end, kind in spans:
+                    assert {i for i in range(start, end) if not response[i].isspace()} <= covered
+            n += len(spans)
+            marks = segment_ends(tokenizer, tokenizer.encode_ordinary(response))
+            bad = [(start, end) for axis, _, start, end in marks if axis == "relevance" and label(axis, start, end, spans) == 0]
+            assert bool(bad) == any(kind in AXES["relevance"] for _, _, kind in spans)
+    assert n == 1373
+
+
+@real
+def test_an_iteration_on_real_questions(tmp_path, capsys):
+    cfg = finegrained.Config(**TINY | dict(batch_size=4), recipe="qa_feedback", data=str(QA), init="scratch", max_len=512, max_new_tokens=16, steps=1,
+                             minibatches=2, eval_n=0, out=str(tmp_path / "a"), reward_models=str(tmp_path / "r"), reward_steps=3, reward_batch_size=4)
+    finegrained.train(cfg)
+    assert len(log_of(tmp_path / "a")) == 1
+    rows = json.load(open(tmp_path / "r/eval.json"))
+    assert all(row["accuracy"] > 0 for row in rows) and rows[0]["majority"] > 0.5
