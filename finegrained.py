@@ -46,6 +46,7 @@ class Config(ppo.Config):
     reward_models: str | None = None  # the folder of the three; None: out/rewards-…, trained first if missing
     share_trunk: bool = True        # three heads on one trunk; False: three models
     value_init: str = "sft"         # what the value model starts from: sft, or with --reward=rm reward
+    kl_coef: float = 0.1            # β: the price of a nat of KL; where kl_target is set, its first value
     w1: float = 0.3                 # weight of relevance, ±w1 for each sub-sentence
     w2: float = 0.3                 # weight of factuality, ±w2 for each sentence
     w3: float = 0.3                 # weight of completeness, in standard deviations of its model's scores
@@ -322,13 +323,12 @@ def finegrained_reward(models, axes, norm, tokenizer, cfg, amp):
         marks = [[(axes.index(axis), token, 0) for axis, token, _, _ in segment_ends(tokenizer, r) if weights[axis]] for r in responses]
         rewards, device = torch.zeros(ppo.length_mask(responses).shape), models[0].device
         for rows in micro_batches([i for i in range(len(groups)) if marks[i]], list(map(group_length, groups)), cfg.micro_tokens):
-            batch, axis, place, _, row = pack_marks(groups, marks, rows, device)
+            batch, axis, place, _, _ = pack_marks(groups, marks, rows, device)
             with torch.no_grad(), amp:
-                scores = judge(models, batch, place)
-            begin = 0
-            token = [token for i in rows for _, token, _ in marks[i]]
-            for m, (k, n) in enumerate(zip(axis.tolist(), row.tolist())):
-                rewards[rows[n], token[m]] += weights[axes[k]] * worth(axes[k], scores[m, k]).item()
+                scores = judge(models, batch, place).gather(1, axis[:, None])[:, 0].cpu()  # (M,)
+            where = [(i, token) for i in rows for _, token, _ in marks[i]]
+            for (i, token), k, score in zip(where, axis.tolist(), scores):
+                rewards[i, token] += weights[axes[k]] * worth(axes[k], score)
         return rewards
     return reward_fn
 
