@@ -4,6 +4,7 @@
     python evaluate.py out/dpo-animals --prompt="Tell me about the owl: what it eats and how it moves."
     python evaluate.py out/sft-animals out/dpo-animals out/ppo-animals --frontier --plot=frontier.png
     python evaluate.py out/ppo-animals --overoptimization --plot=overoptimization.png
+    python evaluate.py out/sft-animals out/ppo-seed0 out/ppo-seed1 out/ppo-seed2 --mean
 
 Every model answers the same prompts at temperature 1. Columns, each a mean over prompts with its standard error:
 
@@ -129,6 +130,14 @@ def table(rows):
 
 def cell(mean, se):
     return "" if mean is None else f"{mean:.3f}" + ("" if se is None else f"±{se:.3f}")
+
+
+def mean_row(rows):
+    """The mean of some rows, runs of one method from different seeds, and its standard error over them."""
+    row = {"checkpoint": f"mean of {len(rows)}"}
+    for key in KEYS:
+        row[key], row[key + "_se"] = mean_se([r[key] for r in rows if r[key] is not None])
+    return row
 
 
 def samples(models, prompts, texts, k=3):
@@ -296,7 +305,7 @@ def load_models(args):
         tokenizers.append(tokenizer)
         if name not in PRETRAINED and not os.path.exists(os.path.join(name, "config.json")):
             checkpoint = load_checkpoint(name)
-            if "score_std" in checkpoint:
+            if {"score_std", "axes"} & checkpoint.keys():
                 raise SystemExit(f"{name}: a reward model writes no text; name it as --reward_model")
             configs.append(checkpoint["config"])
             trained_on.setdefault(checkpoint["config"]["data"], name)
@@ -351,6 +360,7 @@ def main(argv=None):
     parser.add_argument("--n", type=int, default=500, help="prompts (default 500)")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--prompt", metavar="TEXT", help="print each model's answer to TEXT, and nothing else")
+    parser.add_argument("--mean", action="store_true", help="one row more: the mean of the checkpoints after the first, ± its standard error over them")
     parser.add_argument("--frontier", action="store_true", help="the most reward that any policy can reach at each KL, and each checkpoint's gap to it")
     parser.add_argument("--samples", type=int, default=64, help="samples of the reference a prompt, for --frontier (default 64)")
     parser.add_argument("--overoptimization", action="store_true", help="with --plot: score and gold along the one PPO run named, against √KL")
@@ -370,16 +380,19 @@ def main(argv=None):
     models, tokenizer, data, reward_model = load_models(args)
     if args.prompt is not None:
         return answer(models, args.prompt, tokenizer)
+    if args.mean and len(models) < 2:
+        raise SystemExit("--mean is over the checkpoints after the first: name some")
     if args.frontier and (min(args.n, len(data.prompts("test"))) < 2 or args.samples < 2 * MIN_ESS):
         raise SystemExit(f"--frontier needs at least two prompts (--n) and {2 * MIN_ESS} --samples of each")
     if args.frontier and not hasattr(data, "gold") and not reward_model:
         raise SystemExit("--frontier: nobody knows the true reward of this data; name a --reward_model")
     rows, prompts, texts, columns = compare(models, data, tokenizer, args.n, reward_model)
-    print(f"{len(prompts)} held-out prompts, mean±standard error\n\n{table(rows)}\n{samples(models, prompts, texts)}")
+    more = [mean_row(rows[1:])] if args.mean else []
+    print(f"{len(prompts)} held-out prompts, mean±standard error\n\n{table(rows + more)}\n{samples(models, prompts, texts)}")
     if args.frontier:
-        rows += show_frontier(args, models, rows, columns, prompts, data, tokenizer, reward_model)
-        keys = list(dict.fromkeys(key for row in rows for key in row))
-        rows = [{key: row.get(key) for key in keys} for row in rows]
+        more += show_frontier(args, models, rows, columns, prompts, data, tokenizer, reward_model)
+    keys = list(dict.fromkeys(key for row in rows + more for key in row))
+    rows = [{key: row.get(key) for key in keys} for row in rows + more]
     if args.json:
         with open(args.json, "w") as f:
             json.dump(rows, f, indent=2)
