@@ -46,7 +46,7 @@ from model import CHUNK
 @dataclass
 class Config:
     recipe: str = "animals"         # the positional argument
-    data: str = "animals"           # animals, hh, hh/SUBSET, or a .jsonl[.gz] file
+    data: str = "animals"           # animals, hh, hh/SUBSET, qa_feedback, a .jsonl[.gz] or a _feedback.json file
     data_dir: str = "data/files"    # where published files are looked for before they are fetched
     init: str | None = None         # the policy and its reference: a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
     out: str | None = None          # the run's folder; None: out/ppo-RECIPE, or out/ppo-FILE

@@ -31,7 +31,7 @@ from data import batch_order, dataset, encode_groups, get_tokenizer, group_lengt
 @dataclass
 class Config:
     recipe: str = "animals"         # the positional argument
-    data: str = "animals"           # animals, hh, hh/SUBSET, or a .jsonl[.gz] file
+    data: str = "animals"           # animals, hh, hh/SUBSET, qa_feedback, a .jsonl[.gz] or a _feedback.json file
     data_dir: str = "data/files"    # where published files are looked for before they are fetched
     init: str | None = None         # a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
     out: str | None = None          # the run's folder; None: out/reward-RECIPE, or out/reward-FILE
@@ -61,6 +61,8 @@ class Config:
 
 RECIPES = {
     "hh": dict(data="hh", k=2, steps=2500, batch_size=64, micro_tokens=16384, max_len=512, lr=1e-5, warmup=100, val_every=250, log_every=10, ckpt_every=500),
+    "qa_feedback": dict(data="qa_feedback", k=4, steps=500, batch_size=16, micro_tokens=16384, max_len=1024, lr=1e-5, warmup=20, val_every=100,
+                        log_every=10, ckpt_every=100),
 }
 
 

@@ -26,7 +26,7 @@ from data import batch_order, dataset, encode_groups, get_tokenizer, group_lengt
 @dataclass
 class Config:
     recipe: str = "animals"         # the positional argument
-    data: str = "animals"           # animals, hh, hh/SUBSET, or a .jsonl[.gz] file
+    data: str = "animals"           # animals, hh, hh/SUBSET, qa_feedback, a .jsonl[.gz] or a _feedback.json file
     data_dir: str = "data/files"    # where published files are looked for before they are fetched
     init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], a run's folder, or a folder in the Hugging Face format
     out: str | None = None          # the run's folder; None: out/sft-RECIPE, or out/sft-FILE
@@ -54,6 +54,8 @@ class Config:
 RECIPES = {
     "hh": dict(data="hh", init="gpt2", steps=2000, batch_size=64, max_len=512, lr=2e-5, warmup=100, val_every=200,
                log_every=10, ckpt_every=500, eval_n=64),
+    "qa_feedback": dict(data="qa_feedback", init="gpt2", steps=300, batch_size=32, max_len=1024, lr=2e-5, warmup=20, val_every=100,
+                        log_every=10, ckpt_every=100, eval_n=64),
 }
 
 

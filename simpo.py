@@ -33,7 +33,7 @@ from data import batch_order, dataset, encode_groups, get_tokenizer, group_lengt
 @dataclass
 class Config:
     recipe: str = "animals"         # the positional argument
-    data: str = "animals"           # animals, hh, hh/SUBSET, or a .jsonl[.gz] file
+    data: str = "animals"           # animals, hh, hh/SUBSET, qa_feedback, a .jsonl[.gz] or a _feedback.json file
     data_dir: str = "data/files"    # where published files are looked for before they are fetched
     init: str | None = None         # a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
     out: str | None = None          # the run's folder; None: out/simpo-RECIPE, or out/simpo-FILE
