@@ -38,7 +38,7 @@ class Config:
     k: int = 8                      # K, ranked responses to a prompt (InstructGPT: 4 to 9); files of pairs have 2
     margin: float = 0.0             # m in log σ(r_w − r_l − m) (Llama 2, arXiv:2307.09288 eq. 2, the same for all pairs)
     center_coef: float = 0.05       # weight of (r_w + r_l)², which keeps the scores of every prompt near 0 (arXiv:2312.09244)
-    steps: int = 1800               # optimizer steps
+    steps: int = 1600               # optimizer steps
     batch_size: int = 16            # prompts a step, each with its K responses, over all processes
     micro_tokens: int = 1024        # tokens a forward pass at most; a larger batch is accumulated, groups of like length together
     max_len: int = 64               # prompt and response together, in tokens
@@ -52,7 +52,7 @@ class Config:
     seed: int = 0                   # of the scalar head, data order
     device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
     compile: bool | None = None     # torch.compile; None: on CUDA
-    val_every: int = 450            # steps between validation accuracies
+    val_every: int = 800            # steps between validation accuracies
     log_every: int = 50             # steps between lines on the console
     ckpt_every: int = 100           # steps between checkpoints
     eval_n: int = 1000              # validation comparisons, and demonstrations that the scores are centred on
