@@ -12,7 +12,9 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
@@ -24,6 +26,10 @@ from data import dataset, group_length, micro_batches, pack
 from model import GPT, GPTConfig, PRETRAINED
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+STOP = []  # the signals that asked this run to stop
+PATIENCE = 10  # gradients in a row that may fail to be finite
 
 
 def say(*text):
@@ -204,34 +210,67 @@ def fit(model, weights, where):
         raise SystemExit(f"{where}: the weights are of another shape than the model: " + str(error).splitlines()[1].strip())
 
 
-def checkpoint_path(path):
-    return os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+def checkpoint_files(path):
+    """The checkpoints of a run's folder, newest first; or the one file of that path. Empty where there is none."""
+    files = [os.path.join(path, name) for name in ("ckpt.pt", "ckpt-previous.pt")] if os.path.isdir(path) else [path]
+    return list(filter(os.path.exists, files))
 
 
 def load_checkpoint(path):
-    """The dict that save_checkpoint wrote; SystemExit with one line where there is none or it is not one."""
-    path = checkpoint_path(path)
-    if not os.path.exists(path):
+    """The dict that save_checkpoint wrote, of two the newest that is whole; SystemExit with one line where there is none or it is not one."""
+    files = checkpoint_files(path)
+    if not files:
+        path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
         raise SystemExit(f"{path}: no checkpoint there (a run's folder, a ckpt.pt, scratch, or {', '.join(PRETRAINED)})")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["model_config"], checkpoint["model"], checkpoint["tokenizer"]
-    except Exception as error:  # torch.load raises half a dozen kinds for a file that is cut short, flipped or foreign
-        raise SystemExit(f"{path}: not a checkpoint of this repository, or damaged ({type(error).__name__})")
-    return checkpoint
+    for file in files:
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint["model_config"], checkpoint["model"], checkpoint["tokenizer"]
+            return checkpoint
+        except Exception as error:  # torch.load raises half a dozen kinds for a file that is cut short, flipped or foreign
+            problem = f"{file}: not a checkpoint of this repository, or damaged ({type(error).__name__})"
+            if file != files[-1]:
+                say(f"{problem}; taking the one before it, {files[-1]}")
+    raise SystemExit(problem)
+
+
+def ask_to_stop(number, frame):
+    """SIGINT and SIGTERM: the loop ends after this step with a checkpoint; a second one ends it at once."""
+    STOP.append(number)
+    signal.signal(number, signal.SIG_DFL)
+    say("\nstopping after this step (once more: at once)")
+
+
+def due(step, cfg):
+    """Whether a checkpoint follows this step: each cfg.ckpt_every-th, the last, and the one in which a signal asked any process to stop."""
+    if WORLD > 1:
+        asked = torch.tensor(sum(STOP[:1]), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        STOP[:] = [signal.SIGTERM] if all_reduce(asked).item() else []
+    if threading.current_thread() is threading.main_thread():  # from the first step to the last there is something to lose
+        signal.signal(signal.SIGINT, signal.default_int_handler if step == cfg.steps else ask_to_stop)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if step == cfg.steps else ask_to_stop)
+    return step % cfg.ckpt_every == 0 or step == cfg.steps or bool(STOP)
 
 
 def save_checkpoint(out, step, model, optimizer, cfg, tokenizer, **more):
-    """out/ckpt.pt, whole or not at all: written aside, flushed to disk, renamed. `step` is the number of steps done."""
-    if RANK != 0:
-        return
+    """out/ckpt.pt, whole or not at all: written aside, flushed to disk, renamed; the one before it becomes ckpt-previous.pt.
+
+    `step` is the number of steps done. Where a signal asked the run to stop, it ends here.
+    """
     path = os.path.join(out, "ckpt.pt")
-    with open(path + ".tmp", "wb") as f:
-        torch.save(dict(step=step, model=model.state_dict(), model_config=asdict(model.config), tokenizer=tokenizer,
-                        optimizer=optimizer.state_dict(), config=asdict(cfg), rng=rng_state(), **more), f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    if RANK == 0:
+        with open(path + ".tmp", "wb") as f:
+            torch.save(dict(step=step, model=model.state_dict(), model_config=asdict(model.config), tokenizer=tokenizer,
+                            optimizer=optimizer.state_dict(), config=asdict(cfg), rng=rng_state(), **more), f)
+            f.flush()
+            os.fsync(f.fileno())
+        if os.path.exists(path):
+            os.replace(path, os.path.join(out, "ckpt-previous.pt"))
+        os.replace(path + ".tmp", path)
+    if STOP:
+        own = type(cfg).__module__ == "__main__" and "--resume" not in sys.argv  # else a stage that comes before the one called: it goes on by itself
+        say(f"stopped after step {step}; go on with: python {' '.join(sys.argv)}" + " --resume" * own)
+        raise SystemExit(128 + STOP.pop())
 
 
 def rng_state():
@@ -255,7 +294,7 @@ def resume(out, cfg, model, optimizer):
 
 def finished(out):
     """Whether the run in folder `out` has made all its steps."""
-    if not os.path.exists(os.path.join(out, "ckpt.pt")):
+    if not checkpoint_files(out):
         return False
     checkpoint = load_checkpoint(out)
     return checkpoint["step"] == checkpoint["config"]["steps"]
@@ -271,7 +310,7 @@ def require(stage, cfg, given):
         say(f"no {dict(sft='SFT', reward='reward')[stage]} model in {out}: training it first")
         settings = {"recipe": cfg.recipe, **module.RECIPES.get(cfg.recipe, {})}
         settings |= {k: getattr(cfg, k) for k in ("data", "data_dir", "device", "compile", "max_len", "n_layer", "n_head", "n_embd")}
-        module.train(module.Config(**settings, resume=os.path.exists(os.path.join(out, "ckpt.pt"))))
+        module.train(module.Config(**settings, resume=bool(checkpoint_files(out))))
         say()
         if WORLD > 1:  # rank 0 writes the checkpoint, all read it
             dist.barrier()
@@ -296,10 +335,29 @@ def learning_rate(step, cfg):
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def clip_and_step(model, optimizer, cfg):
+    """Clips the gradient to cfg.grad_clip, takes the step, zeroes the gradient, and returns its norm, a float.
+
+    A gradient that is not finite is thrown away, and said; SystemExit after PATIENCE of them in a row.
+    """
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
+    if math.isfinite(grad_norm):
+        optimizer.step()
+        optimizer.skipped = 0
+    else:
+        optimizer.skipped = getattr(optimizer, "skipped", 0) + 1
+        say(f"skipped a step: its gradient is not finite ({optimizer.skipped} in a row)")
+        if optimizer.skipped == PATIENCE:
+            raise SystemExit(f"{PATIENCE} gradients in a row were not finite: lower --lr (now {cfg.lr}) or --grad_clip (now {cfg.grad_clip}); "
+                             "the last checkpoint stands, but a resumed run does the same again")
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm
+
+
 # ------------------------------------------------------------------------------------------------ the log
 
 class Log:
-    """OUT/log.jsonl, a JSON object a step, and every `every` steps an aligned line on the console."""
+    """OUT/log.jsonl, a JSON object a step, null what is not finite, and every `every` steps an aligned line on the console."""
 
     def __init__(self, out, steps, every, start=0, console=None):
         """console: the keys that the console shows; None: all."""
@@ -326,7 +384,8 @@ class Log:
         self.tokens += tokens
         values = {"step": step, **values}
         rate = self.tokens / max(now - self.since, 1e-9)
-        record = {**values, "tokens_per_s": round(rate), "time_s": round(now - self.begin, 3)}
+        record = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
+        record |= {"tokens_per_s": round(rate), "time_s": round(now - self.begin, 3)}
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         if step % self.every == 0 or step == self.steps:

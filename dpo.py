@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (Log, all_reduce, compile_training, known, learning_rate, load_model, make_optimizer, parse, require,
+from common import (Log, all_reduce, clip_and_step, compile_training, due, known, learning_rate, load_model, make_optimizer, parse, require,
                     resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack, per_sequence
 
@@ -171,13 +171,11 @@ def train(cfg):
         lr = learning_rate(step, cfg)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        grad_norm = clip_and_step(policy, optimizer, cfg)
 
         done = step + 1
         log(done, **stats, lr=lr, grad_norm=grad_norm)
-        if done % cfg.ckpt_every == 0 or done == cfg.steps:
+        if due(done, cfg):
             save_checkpoint(out, done, policy, optimizer, cfg, tokenizer_name, ref_logp=ref_logp.cpu() if cfg.precompute_ref else None)
 
     evaluate.report(out, cfg, [(init, load_model(init, cfg)[0]), (out, policy)], data, tokenizer)

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 import evaluate
 import ppo
 import reward
-from common import (RANK, Log, compile_training, finished, known, learning_rate, load_checkpoint, load_model, make_optimizer, parse,
-                    require, resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
+from common import (RANK, Log, checkpoint_files, clip_and_step, compile_training, due, finished, known, learning_rate, load_checkpoint,
+                    load_model, make_optimizer, parse, require, resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
 
 AXES = {"relevance": ["Irrelevant", "Redundant", "Incoherent"], "factuality": ["Wrong-Grounding", "Unverifiable"], "completeness": []}
@@ -255,11 +255,9 @@ def train_rewards(cfg, init, axes):
         stats, lr = sum_over_ranks(model, stats), learning_rate(step, cfg)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        grad_norm = clip_and_step(model, optimizer, cfg)
         log(step + 1, **stats, lr=lr, grad_norm=grad_norm)
-        if (step + 1) % cfg.ckpt_every == 0 and step + 1 < cfg.steps:
+        if due(step + 1, cfg) and step + 1 < cfg.steps:
             save_checkpoint(cfg.out, step + 1, model, optimizer, cfg, tokenizer_name, axes=axes)
 
     norm = normaliser(model, axes, sources["comparisons"], cfg, device, amp) if "completeness" in axes else (0.0, 1.0)
@@ -291,7 +289,7 @@ def load_rewards(cfg, init, tokenizer_name):
     settings |= {k: getattr(cfg, k) for k in ("data", "data_dir", "device", "compile", "max_len", "micro_tokens", "n_layer", "n_head", "n_embd")}
     models, axes, norm = [], [], (0.0, 1.0)
     for part, names in parts.items():
-        begun = os.path.exists(os.path.join(part, "ckpt.pt"))
+        begun = bool(checkpoint_files(part))
         if begun and load_checkpoint(part).get("axes") != names:
             raise SystemExit(f"{part}: not a reward model for {', '.join(names)} (finegrained.py makes one)")
         if not finished(part):

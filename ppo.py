@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 
 import evaluate
-from common import (RANK, WORLD, Log, all_reduce, compile_training, known, learning_rate, load_checkpoint, load_model,
+from common import (RANK, WORLD, Log, all_reduce, clip_and_step, compile_training, due, known, learning_rate, load_checkpoint, load_model,
                     make_optimizer, parse, require, resume, run_dir, save_checkpoint, say, score_groups, setup, share,
                     sum_over_ranks)
 from data import batch_order, dataset, encode_groups, encode_prompts, get_tokenizer, micro_batches, pack
@@ -342,15 +342,12 @@ def update(policy, value_model, optimizers, groups, grids, epochs, ptx, cfg, dev
         stats = sum_over_ranks(policy, stats)
         for model in {policy, value_model} - {policy}:
             sum_over_ranks(model, {"": 0.0})
-        stop = cfg.target_kl is not None and stats["approx_kl"] > cfg.target_kl
-        for model, optimizer in optimizers:
-            stats["value_grad_norm" if model is not policy else "grad_norm"] = torch.nn.utils.clip_grad_norm_(
-                model.parameters(), cfg.grad_clip).item()
-            if not stop:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if stop:
+        if cfg.target_kl is not None and stats["approx_kl"] > cfg.target_kl:
+            for _, optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
             break
+        for model, optimizer in optimizers:
+            stats["value_grad_norm" if model is not policy else "grad_norm"] = clip_and_step(model, optimizer, cfg)
         steps += 1
         totals = {key: totals.get(key, 0.0) + value for key, value in stats.items()}
     means = {key: value / max(steps, 1) for key, value in totals.items()}
@@ -525,7 +522,7 @@ def train(cfg, reward_fn=None):
                 f"lower --lr (now {cfg.lr}) or --epochs, or raise --kl_coef (now {controller.coef:.3g})")
         if done % cfg.sample_every == 0 or done == 1:
             show_samples(out, done, batch_prompts, responses, rewards.sum(1).tolist(), kl.sum(1).tolist(), tokenizer)
-        if done % cfg.ckpt_every == 0 or done == cfg.steps:
+        if due(done, cfg):
             value = {} if cfg.share_value else dict(value_model=value_model.state_dict(), value_optimizer=optimizers[1][1].state_dict())
             save_checkpoint(out, done, policy, optimizers[0][1], cfg, tokenizer_name, kl_coef=controller.coef, **value)
 

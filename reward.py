@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (RANK, Log, compile_training, learning_rate, load_model, make_optimizer, parse, require, resume, run_dir,
+from common import (RANK, Log, clip_and_step, compile_training, due, learning_rate, load_model, make_optimizer, parse, require, resume, run_dir,
                     save_checkpoint, say, score_groups, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
 
@@ -175,15 +175,13 @@ def train(cfg):
         lr = learning_rate(step, cfg)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
-        grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), cfg.grad_clip).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        grad_norm = clip_and_step(reward_model, optimizer, cfg)
 
         done, val_accuracy = step + 1, None
         if validation and (done % cfg.val_every == 0 or done == cfg.steps):
             val_accuracy = ranking_loss(score_groups(reward_model, validation, cfg.micro_tokens, amp), *ranks(comparisons))[1].item()
         log(done, **stats, val_accuracy=val_accuracy, lr=lr, grad_norm=grad_norm)
-        if done % cfg.ckpt_every == 0 and done < cfg.steps:
+        if due(done, cfg) and done < cfg.steps:
             save_checkpoint(out, done, reward_model, optimizer, cfg, tokenizer_name)
 
     demonstrations = [(prompt, [response]) for prompt, response in data.demonstrations("train")[:cfg.eval_n]]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 import evaluate
-from common import (Log, compile_training, learning_rate, load_model, make_optimizer, parse, resume, run_dir, save_checkpoint,
+from common import (Log, clip_and_step, compile_training, due, learning_rate, load_model, make_optimizer, parse, resume, run_dir, save_checkpoint,
                     say, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
 
@@ -118,17 +118,15 @@ def train(cfg):
             stats["loss"] += loss.detach()
             stats["tokens"] += sum(lengths[i] for i in micro)
         stats = sum_over_ranks(policy, stats)
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip).item()
         lr = learning_rate(step, cfg)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        grad_norm = clip_and_step(policy, optimizer, cfg)
 
         done = step + 1
         val_loss = validation_loss(policy, validation, cfg, device, amp) if done % cfg.val_every == 0 or done == cfg.steps else None
         log(done, stats["tokens"], loss=stats["loss"], val_loss=val_loss, lr=lr, grad_norm=grad_norm)
-        if done % cfg.ckpt_every == 0 or done == cfg.steps:
+        if due(done, cfg):
             save_checkpoint(out, done, policy, optimizer, cfg, tokenizer_name)
 
     evaluate.report(out, cfg, [(cfg.init, load_model(cfg.init, cfg)[0]), (out, policy)], data, tokenizer)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (RANK, Log, compile_training, learning_rate, load_model, make_optimizer, parse, require, resume, run_dir,
+from common import (RANK, Log, clip_and_step, compile_training, due, learning_rate, load_model, make_optimizer, parse, require, resume, run_dir,
                     save_checkpoint, say, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack, per_sequence
 
@@ -143,15 +143,13 @@ def train(cfg):
         lr = learning_rate(step, cfg)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        grad_norm = clip_and_step(policy, optimizer, cfg)
 
         done, shape = step + 1, dict.fromkeys(["response_len", "empty", "unfinished"])
         if prompts and RANK == 0 and (done % cfg.sample_every == 0 or done == cfg.steps):
             shape = lengths_of(evaluate.respond(policy, prompts, tokenizer.eot_token), tokenizer.eot_token)
         log(done, **stats, **shape, lr=lr, grad_norm=grad_norm)
-        if done % cfg.ckpt_every == 0 or done == cfg.steps:
+        if due(done, cfg):
             save_checkpoint(out, done, policy, optimizer, cfg, tokenizer_name)
 
     evaluate.report(out, cfg, [(init, load_model(init, cfg)[0]), (out, policy)], data, tokenizer)
