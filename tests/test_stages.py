@@ -170,41 +170,41 @@ def test_micro_batches_do_not_change_the_run(start):
         assert all(abs(x[k] - y[k]) < 1e-4 * max(1, abs(x[k])) for k in x)
 
 
-OPTIONS = {"finegrained": ["--data=animals", "--minibatches=2", "--max_new_tokens=8", "--soft", "--sample_every=100"], "reward": ["--eval_n=20", "--k=2"], "simpo": ["--sft_weight=0.5", "--gamma_beta_ratio=0.3", "--sample_every=10", "--sample_n=2"], "ppo": ["--epochs=2", "--minibatches=2", "--max_new_tokens=8", "--kl_target=1", "--ptx_coef=0.1",
+OPTIONS = {"finegrained": ["--data=animals", "--minibatches=2", "--max_new_tokens=8", "--soft"], "reward": ["--eval_n=20", "--k=2"], "simpo": ["--sft_weight=0.5", "--gamma_beta_ratio=0.3", "--sample_every=10", "--sample_n=2"], "ppo": ["--epochs=2", "--minibatches=2", "--max_new_tokens=8", "--kl_target=1", "--ptx_coef=0.1",
                                               "--target_kl=0.05", "--sample_every=30"]}
 
 
 def command(stage, start, out, *more):
     return [sys.executable, str(ROOT / f"{stage}.py"), f"--data={start}/mine.jsonl", f"--init={start}/start", f"--out={start}/{out}",
-            *(f"--{k}={v}" for k, v in TINY.items()), "--max_len=64", "--warmup=2", "--steps=200", "--ckpt_every=7", "--eval_n=0", *OPTIONS.get(stage, []),
+            *(f"--{k}={v}" for k, v in TINY.items()), "--max_len=64", "--warmup=2", "--steps=80", "--ckpt_every=7", "--eval_n=0", *OPTIONS.get(stage, []),
             *([f"--reward_model={start}/reward"] if stage == "ppo" else []),
             *([f"--reward_models={start}/{out}-rewards", "--reward_steps=3", "--reward_batch_size=8"] if stage == "finegrained" else []), *more]
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo", "simpo", "finegrained"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo", "simpo"])
 def test_a_killed_run_resumes_to_the_same_log_to_the_bit(stage, start):
     log = start / "b" / "log.jsonl"
     whole = subprocess.run(command(stage, start, "a"), capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
     killed = subprocess.Popen(command(stage, start, "b"), stdout=subprocess.DEVNULL)
-    while not log.exists() or log.read_text().count("\n") < 60:
+    while not log.exists() or log.read_text().count("\n") < 30:
         time.sleep(0.01)
         assert killed.poll() is None
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     done = log.read_text().count("\n")
-    assert 60 <= done < 200
+    assert 30 <= done < 80
     again = subprocess.run(command(stage, start, "b", "--resume"), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert len(log_of(start / "a")) == 200 and log_of(start / "a") == log_of(start / "b")
+    assert len(log_of(start / "a")) == 80 and log_of(start / "a") == log_of(start / "b")
     a, b = (load_model(str(start / name))[0].state_dict() for name in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
-    if stage in ("ppo", "finegrained"):
+    if stage == "ppo":
         a, b = (load_checkpoint(str(start / name)) for name in "ab")
         assert all(torch.equal(a["value_model"][k], b["value_model"][k]) for k in a["value_model"])
-        assert a["kl_coef"] == b["kl_coef"] and (stage == "finegrained" or a["kl_coef"] != 0.05)
+        assert a["kl_coef"] == b["kl_coef"] != 0.05
         samples = [(start / name / "samples.txt").read_text() for name in "ab"]
-        assert samples[0] == samples[1] and samples[0].count("step ") == (7 if stage == "ppo" else 3)
+        assert samples[0] == samples[1] and samples[0].count("step ") == 3
 
 
 def test_an_sft_run_that_was_cut_off_is_finished_before_it_is_used(tmp_path, monkeypatch, small_world, capsys):
@@ -258,6 +258,7 @@ def test_evaluate_command_line(start, small_world, capsys):
     evaluate.main([folder, folder, folder, "--n=12", "--mean", f"--json={start}/rows.json"])
     *_, row, mean = json.load(open(start / "rows.json"))
     assert mean["checkpoint"] == "mean of 2" and mean["gold"] == pytest.approx(row["gold"]) and mean["gold_se"] == pytest.approx(0)
+    capsys.readouterr()
     evaluate.main([folder, "--prompt=Tell me about the owl: what it eats and how it moves."])
     assert capsys.readouterr().out.startswith(folder + ": ")
 
