@@ -58,3 +58,14 @@ def random_groups(seed=0, n=7, vocab_size=100, responses=(1, 4)):
     def ids(low, high):
         return torch.randint(vocab_size, (int(torch.randint(low, high, (), generator=g)),), generator=g).tolist()
     return [(ids(1, 12), [ids(1, 9) for _ in range(int(torch.randint(*responses, (), generator=g)))]) for _ in range(n)]
+
+
+def feedback(**changes):
+    """A record of QA-Feedback, with other fields or other errors."""
+    r = {"question": "Who?", "passages": [["Title", "One.", "Two."]], "gold": "He.", "prediction 1": "It was him. Or not.", "prediction 2": "B.",
+         "prediction 3": "C.", "prediction 4": "D.", "preference": [1, 1, 1, 0, 2, 2],
+         "feedback": {"errors": [{"error type": "Irrelevant", "explanation": "", "start": 12, "end": 19}],
+                      "missing-info": [{"error type": "Missing-Answer", "passage_id": 1, "sentence_id": [1]}], "corrected-prediction": "It was him, so it was."}}
+    errors = changes.pop("errors", None)
+    r |= changes
+    return r if errors is None else r | {"feedback": r["feedback"] | {"errors": errors}}

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import tiktoken
 import torch
-from conftest import SHARED, make_model
+from conftest import SHARED, feedback, make_model
 
 import finegrained
 import ppo
@@ -286,16 +286,6 @@ def test_settings_that_cannot_be_run_get_one_line(world, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ QA-Feedback
 
-def record(**changes):
-    r = {"question": "Who?", "passages": [["Title", "One.", "Two."]], "gold": "He.", "prediction 1": "It was him. Or not.", "prediction 2": "B.",
-         "prediction 3": "C.", "prediction 4": "D.", "preference": [1, 1, 1, 0, 2, 2],
-         "feedback": {"errors": [{"error type": "Irrelevant", "explanation": "", "start": 12, "end": 19}],
-                      "missing-info": [{"error type": "Missing-Answer", "passage_id": 1, "sentence_id": [1]}], "corrected-prediction": "It was him, so it was."}}
-    errors = changes.pop("errors", None)
-    r |= changes
-    return r if errors is None else r | {"feedback": r["feedback"] | {"errors": errors}}
-
-
 def qa(tmp_path, *records):
     path = tmp_path / "small_feedback.json"
     path.write_text(json.dumps(list(records)))
@@ -303,7 +293,7 @@ def qa(tmp_path, *records):
 
 
 def test_qa_feedback_as_published(tmp_path):
-    data = qa(tmp_path, *[record(question=f"{i}?") for i in range(10)])
+    data = qa(tmp_path, *[feedback(question=f"{i}?") for i in range(10)])
     assert [len(data.prompts(split)) for split in ("train", "validation", "test")] == [8, 1, 1]
     prompt = "Title: One. Two.\n\nQuestion: 2?\nAnswer:"
     assert data.prompts("train")[0] == prompt and data.demonstrations("train")[0] == (prompt, " He.")
@@ -321,22 +311,22 @@ def error(start, end, kind="Irrelevant"):
 
 
 @pytest.mark.parametrize("bad, message", [
-    (record(errors=[error(12, 20)]), "the span 12–20 ends outside prediction 1, which has 19 characters"),
-    (record(errors=[error(-1, 5)]), "the span -1–5 is empty, reversed or negative"),
-    (record(errors=[error(7, 3)]), "the span 7–3 is empty, reversed or negative"),
-    (record(errors=[error(5, 12), error(0, 6)]), "the span 5–12 overlaps the one that ends at 6"),
-    (record(errors=[error(0, 6, "Boring")]), "unknown error type 'Boring'; there are Irrelevant, Redundant"),
-    (record(errors=[error("0", 6)]), "an error must have a whole number as its start"),
-    (record(errors=["x"]), "an error must have a whole number as its start"),
-    (record(preference=[1, 1, 1]), "'preference' must be six of 0, 1, 2"),
-    (record(preference=[1, 1, 1, 1, 1, 3]), "'preference' must be six of 0, 1, 2"),
-    (record(question=None), "'question' must be text"),
-    (record(passages=[["T", 3]]), "'passages' must be a list of"),
-    (record(feedback={}), "'feedback' must have errors"),
+    (feedback(errors=[error(12, 20)]), "the span 12–20 ends outside prediction 1, which has 19 characters"),
+    (feedback(errors=[error(-1, 5)]), "the span -1–5 is empty, reversed or negative"),
+    (feedback(errors=[error(7, 3)]), "the span 7–3 is empty, reversed or negative"),
+    (feedback(errors=[error(5, 12), error(0, 6)]), "the span 5–12 overlaps the one that ends at 6"),
+    (feedback(errors=[error(0, 6, "Boring")]), "unknown error type 'Boring'; there are Irrelevant, Redundant"),
+    (feedback(errors=[error("0", 6)]), "an error must have a whole number as its start"),
+    (feedback(errors=["x"]), "an error must have a whole number as its start"),
+    (feedback(preference=[1, 1, 1]), "'preference' must be six of 0, 1, 2"),
+    (feedback(preference=[1, 1, 1, 1, 1, 3]), "'preference' must be six of 0, 1, 2"),
+    (feedback(question=None), "'question' must be text"),
+    (feedback(passages=[["T", 3]]), "'passages' must be a list of"),
+    (feedback(feedback={}), "'feedback' must have errors"),
     ([], "expected an object")])
 def test_bad_feedback_is_refused_by_the_record_s_name(tmp_path, bad, message):
     with pytest.raises(SystemExit, match=message) as error:
-        qa(tmp_path, record(), bad).spans("train")
+        qa(tmp_path, feedback(), bad).spans("train")
     assert "small_feedback.json: record 1: " in str(error.value) and "\n" not in str(error.value)
 
 
