@@ -32,8 +32,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+import evaluate
 import ppo
-from common import compile_training, make_optimizer, setup
+from common import clip_and_step, compile_training, make_optimizer, setup
 from data import group_length, micro_batches, pack
 from dpo import dpo_loss
 from dpo import pair_logp as dpo_pair_logp
@@ -94,7 +95,7 @@ class Clock:
         return time.perf_counter() - begin
 
     def __call__(self, work):
-        """Median seconds of `repeat` runs after a first, and the peak memory in bytes, or None."""
+        """Median seconds of `repeat` runs after a first, and the peak memory in bytes."""
         self.once(work)
         reset_peak(self.device)
         seconds = statistics.median(self.once(work) for _ in range(self.repeat))
@@ -173,12 +174,6 @@ def naive_generate(model, prompts, new_tokens):
 
 # ------------------------------------------------------------------------------------------------ the rows
 
-def optimizer_step(model, optimizer):
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
 def training_rows(args, model, device, amp):
     """(name, work, useful tokens, FLOPs, naive work) of the DPO, SimPO and reward step."""
     c = model.config
@@ -187,48 +182,41 @@ def training_rows(args, model, device, amp):
     scorer.set_scalar_heads(1)
     for m in (model, scorer):
         compile_training(m, args)
-    optimizer, scorer_optimizer = make_optimizer(model, 1e-6), make_optimizer(scorer, 1e-6)
+    optimizer, scorer_optimizer = make_optimizer(model, args.lr), make_optimizer(scorer, args.lr)
     with torch.no_grad():
         ref = [x.detach() for x in dpo_pair_logp(model, groups, device, amp)]
     tokens = sum(map(group_length, groups))
     group, rank = ranks(groups, device)
     n = torch.tensor([len(r) for _, rs in groups for r in rs], device=device)
 
-    def dpo():
-        dpo_loss(*dpo_pair_logp(model, groups, device, amp), *ref, 0.1)[0].backward()
-        optimizer_step(model, optimizer)
+    def step(m, optimizer, loss):
+        def work():
+            loss().backward()
+            clip_and_step(m, optimizer, args)
+        return work
 
     def naive_dpo():
         logp = naive_logprobs(model, groups, amp)
         with torch.no_grad():
             ref_logp = naive_logprobs(ref_policy, groups, amp)
-        dpo_loss(logp[0::2], logp[1::2], ref_logp[0::2], ref_logp[1::2], 0.1)[0].backward()
-        optimizer_step(model, optimizer)
-
-    def simpo():
-        simpo_loss(*simpo_pair_logp(model, groups, device, amp), 2.0, 1.0)[0].backward()
-        optimizer_step(model, optimizer)
+        return dpo_loss(logp[0::2], logp[1::2], ref_logp[0::2], ref_logp[1::2], 0.1)[0]
 
     def naive_simpo():
         logp = naive_logprobs(model, groups, amp)
-        simpo_loss(logp[0::2], logp[1::2], n[0::2], n[1::2], 2.0, 1.0)[0].backward()
-        optimizer_step(model, optimizer)
+        return simpo_loss(logp[0::2], logp[1::2], n[0::2], n[1::2], 2.0, 1.0)[0]
 
     def reward():
         batch = pack(groups, max(map(group_length, groups))).to(device)
         with amp:
-            scores = scorer.score(batch)
-        ranking_loss(scores, group, rank)[0].backward()
-        optimizer_step(scorer, scorer_optimizer)
-
-    def naive_reward():
-        ranking_loss(naive_scores(scorer, groups, amp), group, rank)[0].backward()
-        optimizer_step(scorer, scorer_optimizer)
+            return ranking_loss(scorer.score(batch), group, rank)[0]
 
     flops = 3 * forward_flops(c, groups)
-    yield "DPO step", dpo, tokens, flops, naive_dpo
-    yield "SimPO step", simpo, tokens, flops, naive_simpo
-    yield "reward step", reward, tokens, 3 * forward_flops(c, groups, head=False), naive_reward
+    yield ("DPO step", step(model, optimizer, lambda: dpo_loss(*dpo_pair_logp(model, groups, device, amp), *ref, 0.1)[0]), tokens, flops,
+           step(model, optimizer, naive_dpo))
+    yield ("SimPO step", step(model, optimizer, lambda: simpo_loss(*simpo_pair_logp(model, groups, device, amp), 2.0, 1.0)[0]), tokens, flops,
+           step(model, optimizer, naive_simpo))
+    yield ("reward step", step(scorer, scorer_optimizer, reward), tokens, 3 * forward_flops(c, groups, head=False),
+           step(scorer, scorer_optimizer, lambda: ranking_loss(naive_scores(scorer, groups, amp), group, rank)[0]))
 
 
 def sampling_rows(args, model, clock, rate, bandwidth):
@@ -278,14 +266,14 @@ def ppo_rows(args, model, clock, rate, amp):
         grids = (kept.mask, kept.logprobs, kept.values, ppo.whiten(advantages, kept.mask), returns)
         ppo.update(policy, value_model, optimizers, kept.groups, grids, kept.epochs, None, cfg, device, amp)
 
-    new, total, seconds, memory = len(prompts) * cfg.max_new_tokens, 0.0, 0.0, 0
+    new, seconds, memory = len(prompts) * cfg.max_new_tokens, 0.0, 0
     whole = sum(map(len, prompts)) + new
     groups = [(p, [[0] * cfg.max_new_tokens]) for p in prompts]
     with_head, without = forward_flops(c, groups), forward_flops(c, groups, head=False)
     for name, work, tokens, flops in (("rollout", rollout, new, None), ("scoring", scoring, whole, 2 * with_head + without),
                                       ("update", update, whole * cfg.epochs, 3 * cfg.epochs * (with_head + without))):
         took, most = clock(work)
-        seconds, memory, total = seconds + took, max(memory, most), total + (flops or 0)
+        seconds, memory = seconds + took, max(memory, most)
         yield row_of("PPO " + name, took, tokens, most, flops and flops / took / rate)
     row = row_of("PPO iteration", seconds, whole, memory, None)
     if args.against:
@@ -302,7 +290,7 @@ def naive_ppo(policy, ref_policy, value_model, optimizers, prompts, cfg, amp):
         ratio = (naive_logprobs(policy, groups, amp) - old).exp()
         (-ratio.mean() + 0.1 * (naive_scores(value_model, groups, amp) ** 2).mean()).backward()
         for model, optimizer in optimizers:
-            optimizer_step(model, optimizer)
+            clip_and_step(model, optimizer, cfg)
 
 
 def row_of(name, seconds, tokens, memory, limit, vs_naive=None):
@@ -313,11 +301,11 @@ def table(rows):
     head = ["", "tokens/s", "seconds", "memory", "limit", "vs naive"]
     cells = [head] + [[r["path"], f"{r['tokens_per_s']:,.0f}", f"{r['seconds']:.3f}", f"{r['memory_gb']:.2f} GB",
                        "" if r["limit"] is None else f"{r['limit']:.0%}", "" if r["vs_naive"] is None else f"{r['vs_naive']:.1f}x"] for r in rows]
-    width = [max(len(line[i]) for line in cells) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, width))).rstrip() for line in cells)
+    return evaluate.aligned(cells)
 
 
 def main(argv=None):
+    """The command line at the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="gpt2 … gpt2-xl, or LAYERSxHEADSxWIDTH; default gpt2 on CUDA, 6x6x384 on the CPU")
     parser.add_argument("--device", help="default: cuda where there is one")
@@ -332,7 +320,7 @@ def main(argv=None):
     parser.add_argument("--against", choices=["naive"], help="naive: the textbook version beside ours")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     args = parser.parse_args(argv)
-    args.seed = 0
+    args.seed, args.lr, args.grad_clip = 0, 1e-6, 1.0
     device, amp = setup(args)
     shape = args.model or ("gpt2" if device.startswith("cuda") else "6x6x384")
     try:

@@ -267,6 +267,8 @@ def save_checkpoint(out, step, model, optimizer, cfg, tokenizer, **more):
         if os.path.exists(path):
             os.replace(path, os.path.join(out, "ckpt-previous.pt"))
         os.replace(path + ".tmp", path)
+    if WORLD > 1:  # rank 0 writes, all may read it next
+        dist.barrier()
     if STOP:
         own = type(cfg).__module__ == "__main__" and "--resume" not in sys.argv  # else a stage that comes before the one called: it goes on by itself
         say(f"stopped after step {step}; go on with: python {' '.join(sys.argv)}" + " --resume" * own)
@@ -312,8 +314,6 @@ def require(stage, cfg, given):
         settings |= {k: getattr(cfg, k) for k in ("data", "data_dir", "device", "compile", "max_len", "n_layer", "n_head", "n_embd")}
         module.train(module.Config(**settings, resume=bool(checkpoint_files(out))))
         say()
-        if WORLD > 1:  # rank 0 writes the checkpoint, all read it
-            dist.barrier()
     return out
 
 

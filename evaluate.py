@@ -124,6 +124,11 @@ def table(rows):
     """The rows as aligned text, mean±se, columns without a value left out."""
     keys = [key for key in rows[0] if key + "_se" in rows[0] and any(row[key] is not None for row in rows)]
     cells = [["", *keys]] + [[row["checkpoint"], *(cell(row[key], row[key + "_se"]) for key in keys)] for row in rows]
+    return aligned(cells)
+
+
+def aligned(cells):
+    """Lines of cells as text, the first column to the left, the others to the right."""
     width = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, width))) for line in cells)
 

@@ -3,7 +3,7 @@
 Three reward models, one a kind of error, each as dense as the error is local. With y cut into L_k segments by the k-th of them,
 the reward at token t, which PPO sees before its KL penalty, is
 
-    r_t = Σ_k Σ_j 1(t = T_j^k) · w_k · R_k(x, y, j)                                                                (§3.1)
+    r_t = Σ_k Σ_j 1(t = T_j^k) · w_k · R_k(x, y, j)                                                                (§2)
 
 T_j^k the last token of the j-th segment. R_1, relevance, judges sub-sentences and R_2, factuality, sentences, ±1 each; R_3,
 completeness, judges the response and is the score of a model of comparisons, normalised. PPO is ppo.py's, untouched: here are
@@ -29,9 +29,9 @@ import torch.nn.functional as F
 import evaluate
 import ppo
 import reward
-from common import (RANK, Log, checkpoint_files, clip_and_step, compile_training, due, finished, known, learning_rate, load_checkpoint,
-                    load_model, make_optimizer, parse, require, resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
-from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
+from common import (RANK, Log, checkpoint_files, clip_and_step, compile_training, due, known, learning_rate, load_checkpoint, load_model,
+                    make_optimizer, parse, require, resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
+from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches
 
 AXES = {"relevance": ["Irrelevant", "Redundant", "Incoherent"], "factuality": ["Wrong-Grounding", "Unverifiable"], "completeness": []}
 MIN_WORDS = 5
@@ -124,7 +124,7 @@ def segment_ends(tokenizer, response):
 
 def label(axis, start, end, spans):
     """1 for a good segment, 0 for one that a span of the axis overlaps; None, where only spans of another kind do and the axis is
-    factuality: nobody asked whether what is beside the point is true (arXiv:2306.01693 appendix D)."""
+    factuality: nobody asked whether what is beside the point is true (the code of arXiv:2306.01693 does likewise)."""
     kinds = [kind for s, e, kind in spans if s < end and start < e]
     if any(kind in AXES[axis] for kind in kinds):
         return 0
@@ -140,12 +140,21 @@ def judge(models, batch, places):
 
 def pack_marks(groups, marks, rows, device):
     """The packed batch of some groups, and their marks side by side -> Batch; axis, place, value (M,) and the mark's row, (M,)"""
-    batch = pack([groups[i] for i in rows], max(group_length(groups[i]) for i in rows))
     table, begin = [], 0
     for n, i in enumerate(rows):
         table += [(axis, begin + token, value, n) for axis, token, value in marks[i]]
         begin += sum(map(len, groups[i][1]))
-    return batch.to(device), *torch.tensor(table, device=device).unbind(1)
+    return ppo.pack_rows(groups, rows).to(device), *torch.tensor(table, device=device).unbind(1)
+
+
+@torch.no_grad()
+def judgements(models, groups, marks, micro_tokens, amp):
+    """Every mark judged by the head of its axis, micro-batch by micro-batch: yields the rows, then axis, value, row and score, (M,) each."""
+    for rows in micro_batches([i for i in range(len(groups)) if marks[i]], list(map(group_length, groups)), micro_tokens):
+        batch, axis, place, value, row = pack_marks(groups, marks, rows, models[0].device)
+        with amp:
+            scores = judge(models, batch, place).gather(1, axis[:, None])[:, 0]
+        yield rows, axis, value, row, scores
 
 
 def reward_losses(scores, axis, value, row, axes):
@@ -186,18 +195,13 @@ def examples(data, split, axes, tokenizer, max_len, most=None):
     return sources
 
 
-@torch.no_grad()
-def measure(model, axes, sources, cfg, device, amp):
+def measure(model, axes, sources, cfg, amp):
     """A row an axis: accuracy; majority, the accuracy of the commoner answer (of a coin, between two responses); F1 of the errors."""
     right, true, guess = {name: [] for name in axes}, {}, {}
     for groups, marks in sources.values():
-        lengths = list(map(group_length, groups))
-        for rows in micro_batches([i for i in range(len(groups)) if marks[i]], lengths, cfg.micro_tokens):
-            batch, axis, place, value, row = pack_marks(groups, marks, rows, device)
-            with amp:
-                scores = judge([model], batch, place)
+        for _, axis, value, row, scores in judgements([model], groups, marks, cfg.micro_tokens, amp):
             for k, name in enumerate(axes):
-                s, v, which = (x[axis == k] for x in (scores[:, k], value, row))
+                s, v, which = (x[axis == k] for x in (scores, value, row))
                 if name == "completeness":
                     right[name] += [reward.ranking_loss(s[which == n], which[which == n], v[which == n])[1].item() for n in which.unique()]
                 else:
@@ -260,25 +264,20 @@ def train_rewards(cfg, init, axes):
         if due(step + 1, cfg) and step + 1 < cfg.steps:
             save_checkpoint(cfg.out, step + 1, model, optimizer, cfg, tokenizer_name, axes=axes)
 
-    norm = normaliser(model, axes, sources["comparisons"], cfg, device, amp) if "completeness" in axes else (0.0, 1.0)
+    norm = normaliser(model, sources["comparisons"], cfg, amp) if "completeness" in axes else (0.0, 1.0)
     save_checkpoint(cfg.out, cfg.steps, model, optimizer, cfg, tokenizer_name, axes=axes, completeness_mean=norm[0], completeness_std=norm[1])
-    rows = measure(model, axes, examples(data, "validation", axes, tokenizer, cfg.max_len, cfg.eval_n), cfg, device, amp)
+    rows = measure(model, axes, examples(data, "validation", axes, tokenizer, cfg.max_len, cfg.eval_n), cfg, amp)
     if RANK == 0:
         with open(os.path.join(cfg.out, "eval.json"), "w") as f:
             json.dump(rows, f, indent=2)
         say(f"\nheld-out feedback\n\n{evaluate.table(rows)}\n")
 
 
-@torch.no_grad()
-def normaliser(model, axes, source, cfg, device, amp):
+def normaliser(model, source, cfg, amp):
     """Mean and standard deviation of the completeness head on (at most eval_n of) the comparisons it learned from."""
     groups, marks = (x[:max(2, cfg.eval_n)] for x in source)
-    scores = []
-    for rows in micro_batches(range(len(groups)), list(map(group_length, groups)), cfg.micro_tokens):
-        batch, _, place, _, _ = pack_marks(groups, marks, rows, device)
-        with amp:
-            scores.append(judge([model], batch, place)[:, axes.index("completeness")])
-    return torch.cat(scores).mean().item(), torch.cat(scores).std().item()
+    scores = torch.cat([scores for *_, scores in judgements([model], groups, marks, cfg.micro_tokens, amp)])
+    return scores.mean().item(), scores.std().item()
 
 
 def load_rewards(cfg, init, tokenizer_name):
@@ -289,13 +288,14 @@ def load_rewards(cfg, init, tokenizer_name):
     settings |= {k: getattr(cfg, k) for k in ("data", "data_dir", "device", "compile", "max_len", "micro_tokens", "n_layer", "n_head", "n_embd")}
     models, axes, norm = [], [], (0.0, 1.0)
     for part, names in parts.items():
-        begun = bool(checkpoint_files(part))
-        if begun and load_checkpoint(part).get("axes") != names:
+        checkpoint = load_checkpoint(part) if checkpoint_files(part) else None
+        if checkpoint and checkpoint.get("axes") != names:
             raise SystemExit(f"{part}: not a reward model for {', '.join(names)} (finegrained.py makes one)")
-        if not finished(part):
+        if not checkpoint or checkpoint["step"] < checkpoint["config"]["steps"]:
             say(f"no reward model for {', '.join(names)} in {part}: training it first")
-            train_rewards(reward.Config(**settings, out=part, resume=begun), init, names)
-        (model, its_tokenizer), checkpoint = load_model(part, cfg), load_checkpoint(part)
+            train_rewards(reward.Config(**settings, out=part, resume=bool(checkpoint)), init, names)
+            checkpoint = load_checkpoint(part)
+        model, its_tokenizer = load_model(part, cfg)
         if its_tokenizer != tokenizer_name:
             raise SystemExit(f"{part}: this reward model reads the tokenizer {its_tokenizer}, the policy {init} writes {tokenizer_name}")
         models.append(model.requires_grad_(False))
@@ -308,7 +308,7 @@ def load_rewards(cfg, init, tokenizer_name):
 # ------------------------------------------------------------------------------------------------ the reward
 
 def finegrained_reward(models, axes, norm, tokenizer, cfg, amp):
-    """A reward_fn for ppo.train: r_t of §3.1 on the (B, R) grid, each judgement on its segment's last token, summed where they coincide."""
+    """A reward_fn for ppo.train: r_t of §2 on the (B, R) grid, each judgement on its segment's last token, summed where they coincide."""
     weights, (mean, std) = dict(zip(AXES, (cfg.w1, cfg.w2, cfg.w3))), norm
 
     def worth(name, score):
@@ -319,13 +319,10 @@ def finegrained_reward(models, axes, norm, tokenizer, cfg, amp):
     def reward_fn(prompts, responses):
         groups = [(p, [r]) for p, r in zip(prompts, responses)]
         marks = [[(axes.index(axis), token, 0) for axis, token, _, _ in segment_ends(tokenizer, r) if weights[axis]] for r in responses]
-        rewards, device = torch.zeros(ppo.length_mask(responses).shape), models[0].device
-        for rows in micro_batches([i for i in range(len(groups)) if marks[i]], list(map(group_length, groups)), cfg.micro_tokens):
-            batch, axis, place, _, _ = pack_marks(groups, marks, rows, device)
-            with torch.no_grad(), amp:
-                scores = judge(models, batch, place).gather(1, axis[:, None])[:, 0].cpu()  # (M,)
+        rewards = torch.zeros(ppo.length_mask(responses).shape)
+        for rows, axis, _, _, scores in judgements(models, groups, marks, cfg.micro_tokens, amp):
             where = [(i, token) for i in rows for _, token, _ in marks[i]]
-            for (i, token), k, score in zip(where, axis.tolist(), scores):
+            for (i, token), k, score in zip(where, axis.tolist(), scores.cpu()):
                 rewards[i, token] += weights[axes[k]] * worth(axes[k], score)
         return rewards
     return reward_fn

@@ -39,7 +39,7 @@ import evaluate
 from common import (RANK, WORLD, Log, all_reduce, clip_and_step, compile_training, due, known, learning_rate, load_checkpoint, load_model,
                     make_optimizer, parse, require, resume, run_dir, save_checkpoint, say, score_groups, setup, share,
                     sum_over_ranks)
-from data import batch_order, dataset, encode_groups, encode_prompts, get_tokenizer, micro_batches, pack
+from data import batch_order, dataset, encode_groups, encode_prompts, get_tokenizer, group_length, micro_batches, pack
 from model import CHUNK
 
 
@@ -163,7 +163,7 @@ def score_rollout(models, groups, mask, micros, cfg, device, amp):
 
 
 def pack_rows(groups, rows):
-    return pack([groups[i] for i in rows], max(len(groups[i][0]) + len(groups[i][1][0]) for i in rows))
+    return pack([groups[i] for i in rows], max(group_length(groups[i]) for i in rows))
 
 
 # ------------------------------------------------------------------------------------------------ reward

@@ -196,7 +196,7 @@ def spans(split):
 def annotate(prompt, response, rng):
     """The spans of an annotator who gives a sentence one mark at most, and does not ask of what is beside the point whether it is true.
 
-    (Wu et al. 2023, appendix D, have the same rule.)
+    (The annotators of arXiv:2306.01693 had the same rules.)
     """
     animal, asked = parse_prompt(prompt)
     marks, before = [], set()
