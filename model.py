@@ -13,6 +13,7 @@ Left out: dropout (none is used in preference or policy training), and any archi
 import json
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from urllib.error import URLError
 
 import torch
@@ -38,24 +39,66 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of every layer, (n_layer, B, n_head, max_len, head_dim), written in place."""
+    """Keys and values of every layer, (n_layer, B, n_head, max_len, head_dim), written in place. Rows are in order of length.
 
-    def __init__(self, config, batch_size, max_len, like):
-        shape = (config.n_layer, batch_size, config.n_head, max_len, config.n_embd // config.n_head)
+    length (B,) is what each row holds by now. A step reads no more columns than the longest row needs, rounded up to a whole block: of all rows
+    on CUDA, where a block more is another graph; of each of four pieces of the rows on the CPU.
+    """
+    PIECES = {"cuda": 1, "cpu": 4}
+    BLOCK = {"cuda": 128, "cpu": 1}
+
+    def __init__(self, config, lengths, new_tokens, like):
+        self.block = self.BLOCK[like.device.type]
+        self.pieces = [(rows, lengths[rows][-1]) for rows in slices(len(lengths), self.PIECES[like.device.type])]  # and the longest row of each
+        max_len = -(-(lengths[-1] + new_tokens) // self.block) * self.block
+        shape = (config.n_layer, len(lengths), config.n_head, max_len, config.n_embd // config.n_head)
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # masked is not unread: no garbage that may be NaN
-        self.rows = torch.arange(batch_size, device=like.device)
+        self.rows, self.columns = torch.arange(len(lengths), device=like.device), torch.arange(max_len, device=like.device)
+        self.length = torch.tensor(lengths, device=like.device)
 
-    def prefill(self, layer, rows, k, v):
+    def prefill(self, rows, layer, q, k, v):
         self.k[layer, rows, :, :k.size(2)], self.v[layer, rows, :, :v.size(2)] = k, v
+        return attention(q, k, v, None)  # causal: no token sees the padding to its right
 
-    def append(self, layer, k, v, position, longest):
-        """Each row's one new key and value, at its own position (B,); returns what is in the cache up to `longest`."""
-        self.k[layer, self.rows, :, position], self.v[layer, self.rows, :, position] = k[:, :, 0], v[:, :, 0]
-        return self.k[layer, :, :, :longest], self.v[layer, :, :, :longest]
+    def reach(self, t):
+        """The columns that each piece reads in the t-th step after the prompts."""
+        return [-(-(longest + t) // self.block) * self.block for _, longest in self.pieces]
+
+    def mask(self):
+        """(B, 1, 1, max_len): 0 where a row may look, −inf where it may not; of a boolean, each attention would make that anew."""
+        return self.k.new_zeros(1).where(self.columns <= self.length[:, None], -torch.inf)[:, None, None]
+
+    def append(self, reach, mask, layer, q, k, v):
+        """Writes each row's one new key and value at its own place and attends to what is there by then."""
+        self.k[layer, self.rows, :, self.length], self.v[layer, self.rows, :, self.length] = k[:, :, 0], v[:, :, 0]
+        return torch.cat([attention(q[rows], self.k[layer, rows, :, :n], self.v[layer, rows, :, :n], mask[rows, ..., :n])
+                          for (rows, _), n in zip(self.pieces, reach)])
+
+
+class CUDAGraph:
+    """Calls step(key), which works in place: the first time with a new key as it stands, the second time recording it, then replaying that."""
+
+    def __init__(self, step):
+        self.step, self.key = step, None
+
+    def __call__(self, key):
+        if key != self.key:
+            self.key, self.graph = key, None
+            return self.step(key)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # recorded, not run
+                self.step(key)
+        self.graph.replay()
+
+
+def slices(n, pieces):
+    """0 … n-1 cut into at most so many slices, of like size."""
+    return [slice(i, min(i + -(-n // pieces), n)) for i in range(0, n, -(-n // pieces))]
 
 
 def attention(q, k, v, mask):
-    """softmax(q kᵀ/√d) v under `mask`: a flex_attention BlockMask, a boolean (True = may look), or None = causal."""
+    """softmax(q kᵀ/√d) v under `mask`: a flex_attention BlockMask, a boolean (True = may look), what is added to q kᵀ/√d, or None = causal."""
     if isinstance(mask, BlockMask):
         return (compiled_flex_attention if q.is_cuda else flex_attention)(q, k, v, block_mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -68,12 +111,10 @@ class SelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask, write):
+    def forward(self, x, attend):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-        if write is not None:
-            k, v = write(k, v)
-        return attention(q, k, v, mask).transpose(1, 2).reshape(B, T, C)  # c_proj is the block's to apply
+        return attend(q, k, v).transpose(1, 2).reshape(B, T, C)  # c_proj is the block's to apply
 
 
 class MLP(nn.Module):
@@ -94,9 +135,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, write=None, at=None):
+    def forward(self, x, attend, at=None):
         """(B, T, C) -> (B, T, C); or, of the places `at` in B·T alone, (N, C)."""
-        y = self.attn(self.ln_1(x), mask, write)
+        y = self.attn(self.ln_1(x), attend)
         if at is not None:
             x, y = (z.flatten(0, 1).index_select(0, at) for z in (x, y))  # unlike [], its backward adds in one order
         x = x + self.attn.c_proj(y)
@@ -175,14 +216,15 @@ class GPT(nn.Module):
     def device(self):
         return self.wte.weight.device
 
-    def hidden(self, tokens, position, mask=None, write=None, at=None):
-        """tokens, position (B, T) -> (B, T, C) after the last LayerNorm. write(layer, k, v) -> the k, v to attend to.
+    def hidden(self, tokens, position, mask=None, attend=None, at=None):
+        """tokens, position (B, T) -> (B, T, C) after the last LayerNorm. attend(layer, q, k, v), where given, in place of `mask`.
 
         With `at`, places in B·T: (N, C), and the last block's projection and MLP run on these alone.
         """
+        attend = attend or (lambda layer, q, k, v: attention(q, k, v, mask))
         x = self.wte(tokens) + self.wpe(position)
         for i, block in enumerate(self.h):
-            x = block(x, mask, write and (lambda k, v, i=i: write(i, k, v)), at if i == len(self.h) - 1 else None)
+            x = block(x, partial(attend, i), at if i == len(self.h) - 1 else None)
         return self.ln_f(x)
 
     packed_hidden = hidden  # what --compile replaces by a compiled one; generation stays as it is
@@ -193,8 +235,18 @@ class GPT(nn.Module):
 
     def logits(self, states):
         """(…, C) -> (…, vocab_size) float32."""
-        logits = self.wte.weight.to(states.dtype) @ states.transpose(-1, -2)  # few states: on the CPU faster than states @ weightᵀ
-        return logits.transpose(-1, -2)[..., :self.config.vocab_size].float()
+        return (states @ self.wte.weight.to(states.dtype).t())[..., :self.config.vocab_size].float()
+
+    def next_logits(self, states):
+        """(B, C) -> (B, V/64, 64) float32: the padded vocabulary in blocks, −inf on the padding."""
+        if self.device.type == "cuda":
+            logits = (states @ self.wte.weight.t()).unflatten(1, (-1, 64))
+        else:  # few states and a wide matrix: faster block by block, each in the cache of a core
+            blocks = self.wte.weight.unflatten(0, (-1, 64))
+            logits = torch.bmm(states.expand(len(blocks), -1, -1), blocks.transpose(1, 2)).transpose(0, 1)
+        logits = logits.float()
+        logits[:, -1, self.config.vocab_size - self.wte.num_embeddings + 64:] = -torch.inf
+        return logits
 
     def projection(self, states):
         """The states and the padded vocabulary matrix, in the precision that their product is to be taken in."""
@@ -234,16 +286,11 @@ class GPT(nn.Module):
     forward = logprobs
 
     def prefill(self, cache, rows, prompts):
-        """Writes these rows' prompts, right-padded, into the cache; -> the state at the end of each, (len(rows), C)."""
+        """Writes these prompts, right-padded, into these rows of the cache; -> the state at the end of each, (len(prompts), C)."""
         P = max(map(len, prompts))
         tokens = torch.tensor([p + [0] * (P - len(p)) for p in prompts], device=self.device)
         last = torch.tensor([i * P + len(p) - 1 for i, p in enumerate(prompts)], device=self.device)
-
-        def write(layer, k, v):
-            cache.prefill(layer, rows, k, v)
-            return k, v  # causal: no token sees the padding to its right
-
-        return self.hidden(tokens, torch.arange(P, device=self.device), write=write, at=last)
+        return self.hidden(tokens, torch.arange(P, device=self.device), attend=partial(cache.prefill, rows), at=last)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, eos=None, noise=None):
@@ -260,26 +307,36 @@ class GPT(nn.Module):
         if max(length) + max_new_tokens > self.config.block_size:
             raise ValueError(f"generate: a prompt of {max(length)} tokens and {max_new_tokens} new ones "
                              f"do not fit the model's context of {self.config.block_size}")
-        B, P = len(prompts), max(length)
-        noise = (torch.rand(B, max_new_tokens) if noise is None else noise).to(self.device)  # drawn on the CPU: one seed, one response
-        position = torch.tensor(length, device=self.device)  # (B,) where the next token goes
-        cache = KVCache(self.config, B, P + max_new_tokens, self.wte.weight)
-        state = self.wte.weight.new_empty(B, self.config.n_embd)
-        for rows in position.argsort().chunk(8):
-            state[rows] = self.prefill(cache, rows, [prompts[i] for i in rows.tolist()])
-        response = torch.zeros(B, max_new_tokens, dtype=torch.long, device=self.device)
-        done = torch.zeros(B, dtype=torch.bool, device=self.device)
-        for t in range(max_new_tokens):
-            response[:, t] = token = sample(self.logits(state), noise[:, t], temperature, top_k)
-            done |= token == (-1 if eos is None else eos)
-            if t + 1 == max_new_tokens or t % 4 == 3 and done.all():  # on a GPU, asking makes the host wait
-                break
-            mask = torch.arange(P + t + 1, device=self.device) <= position[:, None]  # (B, longest)
-            state = self.hidden(token[:, None], position[:, None], mask[:, None, None],
-                                lambda layer, k, v: cache.append(layer, k, v, position, P + t + 1))[:, 0]
-            position = position + 1
-        rows = response[:, :t + 1].tolist()
+        order = sorted(range(len(prompts)), key=length.__getitem__)
+        noise = torch.rand(len(prompts), max_new_tokens) if noise is None else noise  # drawn on the CPU: one seed, one response
+        response = self.decode([prompts[i] for i in order], noise[order].to(self.device), temperature, top_k, -1 if eos is None else eos)
+        rows = [row for _, row in sorted(zip(order, response.tolist()))]
         return [row[:row.index(eos) + 1] if eos in row else row for row in rows]
+
+    def decode(self, prompts, noise, temperature, top_k, eos):
+        """generate() of prompts in order of length: (B, T) tokens, T where every row has met `eos`, or a few later; noise (B, max_new_tokens)."""
+        cache = KVCache(self.config, list(map(len, prompts)), noise.size(1), self.wte.weight)
+        response, t = torch.zeros_like(noise, dtype=torch.long), torch.zeros(1, dtype=torch.long, device=self.device)
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+
+        def choose(state):
+            token = sample(self.next_logits(state), noise.index_select(1, t)[:, 0], temperature, top_k)
+            response.index_copy_(1, t, token[:, None])
+            done.logical_or_(token == eos)
+
+        def step(reach):  # in place, and nothing asked of the device: CUDA can replay it
+            state = self.hidden(response.index_select(1, t), cache.length[:, None], attend=partial(cache.append, reach, cache.mask()))
+            cache.length.add_(1)
+            t.add_(1)
+            choose(state[:, 0])
+
+        choose(torch.cat([self.prefill(cache, rows, prompts[rows]) for rows in slices(len(prompts), 8)]))
+        step = CUDAGraph(step) if self.device.type == "cuda" else step
+        for i in range(1, noise.size(1)):
+            if i % 4 == 0 and done.all():  # on a GPU, asking makes the host wait
+                return response[:, :i]
+            step(cache.reach(i))
+        return response
 
     @classmethod
     def from_pretrained(cls, name_or_dir):
@@ -329,17 +386,23 @@ class GPT(nn.Module):
 
 
 def sample(logits, noise, temperature=1.0, top_k=None):
-    """logits (B, V), noise (B,) uniform on [0, 1) -> token (B,) ~ softmax(logits/τ) over the top_k largest, by inverting its CDF.
+    """Logits of a vocabulary in K blocks of n, (B, K, n), and noise (B,) uniform on [0, 1) -> token (B,) ~ softmax(logits/τ) over the top_k largest.
 
-    Temperature 0 takes the largest.
+    By inverting its CDF, which tells the block and then, within it, the token. Temperature 0 takes the largest.
     """
     if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
+        return logits.flatten(1).argmax(-1)
     if top_k is not None:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -torch.inf)
-    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # the first token whose cdf is above the noise: never one of probability 0
-    return torch.searchsorted(cdf, noise[:, None].double() * cdf[:, -1:], right=True)[:, 0]
+        flat = logits.flatten(1)
+        logits = logits.masked_fill(logits < flat.topk(min(top_k, flat.size(1))).values[:, -1:, None], -torch.inf)
+    p = logits.sub(logits.amax((1, 2), keepdim=True)).div_(temperature).exp_()  # not normalised
+    edge = F.pad(p.sum(2).cumsum(1, dtype=torch.float64), (1, 0))  # (B, K + 1): the CDF where blocks begin and end
+    u = noise[:, None].double() * edge[:, -1:]
+    block = torch.searchsorted(edge[:, 1:].contiguous(), u, right=True)  # the first that ends above the noise: never one of probability 0
+    begin, end = edge.gather(1, block), edge.gather(1, block + 1)
+    cdf = p.take_along_dim(block[..., None], 1)[:, 0].cumsum(1, dtype=torch.float64)
+    within = torch.searchsorted(cdf, (u - begin) / (end - begin) * cdf[:, -1:], right=True)
+    return (block * p.size(2) + within)[:, 0]
 
 
 def is_conv1d(name):

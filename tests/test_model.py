@@ -1,12 +1,16 @@
 """GPT-2: against transformers where it is installed, cached against uncached generation, the vocabulary projection by hand."""
+import copy
 import json
 import math
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
 import torch
 from conftest import make_model, random_groups
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import model as model_module
 from data import pack
@@ -18,7 +22,7 @@ def uncached(model, prompts, max_new_tokens, noise, temperature=1.0, top_k=None,
     rows = [list(p) for p in prompts]
     for t in range(max_new_tokens):
         logits = torch.stack([model.logits(model.hidden(torch.tensor([row]), torch.arange(len(row))))[0, -1] for row in rows])
-        for row, token in zip(rows, sample(logits, noise[:, t], temperature, top_k).tolist()):
+        for row, token in zip(rows, sample(logits[:, None], noise[:, t], temperature, top_k).tolist()):
             row.append(token)
     responses = [row[len(p):] for row, p in zip(rows, prompts)]
     return [r[:r.index(eos) + 1] if eos in r else r for r in responses]
@@ -37,9 +41,43 @@ def test_cached_generation_equals_uncached_token_for_token(model, options):
     assert cached == model.generate(prompts, 20, **options)
 
 
+def test_decoding_as_on_cuda_gives_the_same_tokens(model, monkeypatch):
+    """There one piece of all rows reads the cache by blocks of 128 columns."""
+    prompts, noise = [[1, 2, 3], [4], list(range(30)), [11, 12], [4]], torch.rand(5, 30)
+    here = model.generate(prompts, 30, noise=noise)
+    monkeypatch.setattr(model_module.KVCache, "PIECES", {"cpu": 1})
+    monkeypatch.setattr(model_module.KVCache, "BLOCK", {"cpu": 128})
+    assert here == model.generate(prompts, 30, noise=noise)
+
+
+def test_a_step_asks_nothing_of_the_device(model):
+    """Tensors without numbers raise where the host wants to know one."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        model = copy.deepcopy(model)
+        model.load_state_dict({k: fake.from_tensor(v) for k, v in model.state_dict().items()}, assign=True)
+        assert model.decode([[4], [1, 2, 3]], torch.rand(2, 4), 0.7, 5, 3).shape == (2, 4)
+        with pytest.raises(DataDependentOutputException):
+            model.decode([[4], [1, 2, 3]], torch.rand(2, 6), 0.7, 5, 3)  # every fourth step: has every row met EOS?
+
+
+def test_a_graph_is_recorded_at_the_second_call_and_replayed_from_then_on(monkeypatch):
+    calls = []
+
+    @contextmanager
+    def record(graph):
+        calls.append("record")
+        yield
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: calls.append("replay")))
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    step = model_module.CUDAGraph(calls.append)
+    for key in ([128], [128], [128], [256], [256]):
+        step(key)
+    assert calls == [[128], "record", [128], "replay", "replay", [256], "record", [256], "replay"]
+
+
 def test_generation_stops_when_every_row_has_met_eos(model, monkeypatch):
     calls = []
-    monkeypatch.setattr(model, "logits", lambda states: calls.append(1) or torch.eye(100)[[3] * len(states)] * 1e4)
+    monkeypatch.setattr(model, "next_logits", lambda states: calls.append(1) or torch.eye(128)[[3] * len(states)].view(-1, 2, 64) * 1e4)
     assert model.generate([[1], [2, 4]], 40, eos=3) == [[3], [3]]
     assert len(calls) == 4
 
@@ -54,16 +92,21 @@ def test_generate_says_what_does_not_fit(model):
 def test_sample_follows_its_distribution():
     torch.manual_seed(0)
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
-    count = lambda **k: sample(logits.expand(40_000, 4), torch.rand(40_000), **k).bincount(minlength=4) / 40_000  # noqa: E731
+    count = lambda **k: sample(logits.view(2, 2).expand(40_000, 2, 2), torch.rand(40_000), **k).bincount(minlength=4) / 40_000  # noqa: E731
     torch.testing.assert_close(count(), logits.softmax(0), atol=0.01, rtol=0)
     torch.testing.assert_close(count(temperature=2.0), (logits / 2).softmax(0), atol=0.01, rtol=0)
     assert count(top_k=2)[1:3].tolist() == [0, 0] and count(temperature=0)[3] == 1
 
 
 def test_sample_inverts_the_cdf():
-    logits = torch.tensor([0, 0.25, 0, 0.75, 0]).log().expand(5, 5)
-    noise = torch.tensor([0.0, 0.2499, 0.2501, 0.9, 1 - 2**-24])
-    assert sample(logits, noise).tolist() == [1, 1, 3, 3, 3]
+    logits = torch.tensor([0, 0.25, 0, 0.5, 0, 0.25, 0, 0]).log()
+    noise = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-24])
+    for blocks in (1, 2, 4):  # never a token, or a block, of probability 0
+        assert sample(logits.view(blocks, -1).expand(6, blocks, 8 // blocks), noise).tolist() == [1, 1, 3, 3, 5, 5]
+    torch.manual_seed(0)
+    logits, noise = torch.randn(5000, 6, 64), torch.rand(5000)
+    cdf = logits.flatten(1).double().softmax(-1).cumsum(-1)
+    assert (sample(logits, noise) == (cdf <= noise[:, None]).sum(1)).float().mean() > 0.999  # but for the last digits of float32
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
