@@ -8,6 +8,7 @@ likelihood of the comparisons (x, y_w ≻ y_l) can be maximised in the policy it
 
     python dpo.py                                                the animals world, from nothing, with the SFT that comes first
     python dpo.py hh --init=out/sft-hh                           Anthropic's HH-RLHF, GPT-2
+    python dpo.py tldr                                           summaries of Reddit posts; imdb: data/imdb.py has the commands
     python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3       your own comparisons
 
 Chosen and rejected share their prompt, which is computed once (data/packing.py). The reference is asked once for every pair,
@@ -32,7 +33,7 @@ from data import batch_order, dataset, encode_groups, get_tokenizer, group_lengt
 @dataclass
 class Config:
     recipe: str = "animals"         # the positional argument
-    data: str = "animals"           # animals, hh, hh/SUBSET, qa_feedback, a .jsonl[.gz] or a _feedback.json file
+    data: str = "animals"           # animals, hh, hh/SUBSET, qa_feedback, tldr, imdb, a .jsonl[.gz] or a _feedback.json file
     data_dir: str = "data/files"    # where published files are looked for before they are fetched
     init: str | None = None         # a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
     out: str | None = None          # the run's folder; None: out/dpo-RECIPE, or out/dpo-FILE
@@ -62,6 +63,11 @@ class Config:
 
 RECIPES = {
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
+    # arXiv:2305.18290 B: β 0.5 on TL;DR, else batch 64, 1e-6, 150 steps of warm-up (and RMSprop); one epoch of 92,858
+    "tldr": dict(data="tldr", beta=0.5, steps=1450, max_len=640, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
+    # its C.1: the pairs that data/imdb.py makes, 6 for each of 25,000 prefixes; one epoch. β is 0.05, 0.1, 1 or 5 in its Figure 2
+    "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", beta=0.1, steps=2100, max_len=136, lr=1e-6, warmup=150,
+                 ckpt_every=500, eval_n=64),
 }
 
 

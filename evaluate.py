@@ -47,7 +47,8 @@ MIN_ESS = 8  # below, log E exp(r/β) from samples falls short of the true one b
 def respond(model, prompts, eos, seed=0, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0):
     """prompts: lists of ids -> sampled responses, lists of ids; the caller's random state is left alone."""
     config, responses = model.config, []
-    batch_size = max(1, 2**28 // (config.n_layer * config.n_embd * config.block_size))  # a KV cache of 2 GiB at most
+    longest = min(config.block_size, max(map(len, prompts), default=0) + max_new_tokens)
+    batch_size = max(1, 2**28 // (config.n_layer * config.n_embd * longest))  # a KV cache of 2 GiB at most
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for i in range(0, len(prompts), batch_size):

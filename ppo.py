@@ -20,6 +20,7 @@ which tokens there are; the EOS is an action and in it. grid[mask] is the flat a
     python ppo.py                                            the animals world, from nothing, with the SFT and reward models before it
     python ppo.py --reward=gold                              against the true reward: a programmatic verifier
     python ppo.py hh --init=out/sft-hh                       Anthropic's HH-RLHF, GPT-2
+    python ppo.py tldr                                       summaries of Reddit posts; imdb: data/imdb.py has the commands
 
 Or train(cfg, reward_fn), where reward_fn(prompts, responses), two lists of lists of token ids, returns the reward of each response
 token: (B, R) numbers, R the longest response's length, 0 after a response's end.
@@ -46,7 +47,7 @@ from model import CHUNK
 @dataclass
 class Config:
     recipe: str = "animals"         # the positional argument
-    data: str = "animals"           # animals, hh, hh/SUBSET, qa_feedback, a .jsonl[.gz] or a _feedback.json file
+    data: str = "animals"           # animals, hh, hh/SUBSET, qa_feedback, tldr, imdb, a .jsonl[.gz] or a _feedback.json file
     data_dir: str = "data/files"    # where published files are looked for before they are fetched
     init: str | None = None         # the policy and its reference: a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
     out: str | None = None          # the run's folder; None: out/ppo-RECIPE, or out/ppo-FILE
@@ -98,6 +99,12 @@ class Config:
 RECIPES = {
     "hh": dict(data="hh", normalize_reward=True, kl_coef=0.05, max_new_tokens=128, steps=500, max_len=512, lr=3e-6, value_lr=1e-5,
                warmup=10, ckpt_every=50, eval_n=64),
+    # arXiv:2009.01325 B.1, its 1.3B model: a million episodes in batches of 512, β 0.05, 1.5e-5, summaries of up to 48 tokens
+    "tldr": dict(data="tldr", kl_coef=0.05, max_new_tokens=48, steps=1950, batch_size=512, max_len=640, lr=1.5e-5, value_lr=1.5e-5,
+                 ckpt_every=100, eval_n=64),
+    # arXiv:2305.18290 §6.1, C.1: batches of 1024, scores normalised, a target KL of 3, 6, 9 or 12; kl_coef as in TRL. A review need not end
+    "imdb": dict(data="imdb", normalize_reward=True, missing_eos_penalty=0.0, kl_coef=0.2, kl_target=6.0, max_new_tokens=128, steps=100,
+                 batch_size=1024, max_len=136, lr=1e-5, value_lr=1e-5, warmup=5, ckpt_every=20, eval_n=64),
 }
 
 

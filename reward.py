@@ -11,6 +11,7 @@ scores is kept with the weights, for PPO to normalise by.
 
     python reward.py                                             the animals world, from nothing, with the SFT that comes first
     python reward.py hh --init=out/sft-hh                        Anthropic's HH-RLHF, GPT-2
+    python reward.py imdb                                        the sentiment of IMDb reviews; qa_feedback and tldr likewise
     python reward.py --data=mine.jsonl --init=gpt2               your own comparisons
 
 Left out: labels with a degree of preference, ensembles, models that read a whole conversation turn by turn.
@@ -31,7 +32,7 @@ from data import batch_order, dataset, encode_groups, get_tokenizer, group_lengt
 @dataclass
 class Config:
     recipe: str = "animals"         # the positional argument
-    data: str = "animals"           # animals, hh, hh/SUBSET, qa_feedback, a .jsonl[.gz] or a _feedback.json file
+    data: str = "animals"           # animals, hh, hh/SUBSET, qa_feedback, tldr, imdb, a .jsonl[.gz] or a _feedback.json file
     data_dir: str = "data/files"    # where published files are looked for before they are fetched
     init: str | None = None         # a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
     out: str | None = None          # the run's folder; None: out/reward-RECIPE, or out/reward-FILE
@@ -63,6 +64,12 @@ RECIPES = {
     "hh": dict(data="hh", k=2, steps=2500, batch_size=64, micro_tokens=16384, max_len=512, lr=1e-5, warmup=100, val_every=250, log_every=10, ckpt_every=500),
     "qa_feedback": dict(data="qa_feedback", k=4, steps=500, batch_size=16, micro_tokens=16384, max_len=1024, lr=1e-5, warmup=20, val_every=100,
                         log_every=10, ckpt_every=100),
+    # arXiv:2009.01325 B.1, its 1.3B model: batch 64, one epoch of 92,858, 1.5e-5
+    "tldr": dict(data="tldr", k=2, steps=1450, batch_size=64, micro_tokens=16384, max_len=640, lr=1.5e-5, warmup=50, val_every=250,
+                 log_every=10, ckpt_every=500),
+    # positive and negative reviews, two epochs of 12,500 pairs; they share one prompt, so that no prompt's scores can drift
+    "imdb": dict(data="imdb", k=2, center_coef=0.0, steps=390, batch_size=64, micro_tokens=16384, max_len=136, lr=1e-5, warmup=20,
+                 val_every=100, log_every=10, ckpt_every=100),
 }
 
 

@@ -8,6 +8,7 @@ What comes out is π_SFT: the policy that every later stage starts from, and the
 
     python sft.py                                  the animals world, from nothing
     python sft.py hh --init=gpt2-medium            the chosen answers of Anthropic's HH-RLHF
+    python sft.py tldr                             Reddit posts and their TL;DRs; qa_feedback and imdb likewise
     python sft.py --data=mine.jsonl --init=gpt2    your own file (data/jsonl.py has the schemas)
 
 Left out: dropout, loss on prompts.
@@ -26,7 +27,7 @@ from data import batch_order, dataset, encode_groups, get_tokenizer, group_lengt
 @dataclass
 class Config:
     recipe: str = "animals"         # the positional argument
-    data: str = "animals"           # animals, hh, hh/SUBSET, qa_feedback, a .jsonl[.gz] or a _feedback.json file
+    data: str = "animals"           # animals, hh, hh/SUBSET, qa_feedback, tldr, imdb, a .jsonl[.gz] or a _feedback.json file
     data_dir: str = "data/files"    # where published files are looked for before they are fetched
     init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], a run's folder, or a folder in the Hugging Face format
     out: str | None = None          # the run's folder; None: out/sft-RECIPE, or out/sft-FILE
@@ -56,6 +57,12 @@ RECIPES = {
                log_every=10, ckpt_every=500, eval_n=64),
     "qa_feedback": dict(data="qa_feedback", init="gpt2", steps=300, batch_size=32, max_len=1024, lr=2e-5, warmup=20, val_every=100,
                         log_every=10, ckpt_every=100, eval_n=64),
+    # arXiv:2009.01325 B.1, its 1.3B model: batch 128, one epoch of 116,722, 6.35e-5. Posts have up to 512 tokens
+    "tldr": dict(data="tldr", init="gpt2", steps=910, batch_size=128, max_len=640, lr=6.35e-5, warmup=50, val_every=200,
+                 log_every=10, ckpt_every=200, eval_n=64),
+    # arXiv:2305.18290 C.1: gpt2-large, about one epoch; a prefix of up to 8 tokens and 128 more
+    "imdb": dict(data="imdb", init="gpt2-large", steps=350, batch_size=64, max_len=136, lr=2e-5, warmup=20, val_every=100,
+                 log_every=10, ckpt_every=100, eval_n=64),
 }
 
 

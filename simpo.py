@@ -13,6 +13,7 @@ of −log π of the chosen's tokens, weighs all tokens alike and holds against i
 
     python simpo.py                                              the animals world, from nothing, with the SFT that comes first
     python simpo.py hh --init=out/sft-hh                         Anthropic's HH-RLHF, GPT-2
+    python simpo.py tldr                                         summaries of Reddit posts; imdb: data/imdb.py has the commands
     python simpo.py --data=mine.jsonl --init=gpt2 --beta=2 --gamma_beta_ratio=0.5      as the authors' scripts write γ
 
 Left out: the hinge loss of the authors' code.
@@ -33,7 +34,7 @@ from data import batch_order, dataset, encode_groups, get_tokenizer, group_lengt
 @dataclass
 class Config:
     recipe: str = "animals"         # the positional argument
-    data: str = "animals"           # animals, hh, hh/SUBSET, qa_feedback, a .jsonl[.gz] or a _feedback.json file
+    data: str = "animals"           # animals, hh, hh/SUBSET, qa_feedback, tldr, imdb, a .jsonl[.gz] or a _feedback.json file
     data_dir: str = "data/files"    # where published files are looked for before they are fetched
     init: str | None = None         # a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
     out: str | None = None          # the run's folder; None: out/simpo-RECIPE, or out/simpo-FILE
@@ -66,6 +67,10 @@ class Config:
 
 RECIPES = {
     "hh": dict(data="hh", sft_weight=0.0, steps=2500, max_len=512, lr=1e-6, warmup=150, sample_every=250, ckpt_every=500, eval_n=64),
+    # not in the paper: the settings of hh, one epoch
+    "tldr": dict(data="tldr", sft_weight=0.0, steps=1450, max_len=640, lr=1e-6, warmup=150, sample_every=250, ckpt_every=500, eval_n=64),
+    "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", sft_weight=0.0, steps=2100, max_len=136, lr=1e-6, warmup=150,
+                 sample_every=250, ckpt_every=500, eval_n=64),
 }
 
 

@@ -18,7 +18,7 @@ from data.tokenizers import encode_groups, encode_prompts, get_tokenizer
 
 
 def dataset(name, data_dir="data/files"):
-    """The dataset called `name` ("animals", "hh", "hh/SUBSET", "qa_feedback"), or the one in the file of that path."""
+    """The dataset called `name` ("animals", "hh", "hh/SUBSET", "qa_feedback", "tldr", "imdb"), or the one in the file of that path."""
     if name == "animals":
         from data import animals
         return animals
@@ -31,7 +31,14 @@ def dataset(name, data_dir="data/files"):
     if name == "qa_feedback" or name.endswith("_feedback.json") and os.path.isfile(name):
         from data.qa_feedback import QAFeedback
         return QAFeedback(data_dir, None if name == "qa_feedback" else name)
+    if name == "tldr":
+        from data.tldr import TLDR
+        return TLDR(data_dir)
+    if name == "imdb":
+        from data.imdb import IMDB
+        return IMDB(data_dir)
     if not os.path.isfile(name):
-        raise SystemExit(f"--data={name}: no such file, and none of the datasets animals, hh, qa_feedback")
+        hint = "; `python data/imdb.py` makes it" if os.path.basename(name) == "imdb-pairs.jsonl" else ""
+        raise SystemExit(f"--data={name}: no such file, and none of the datasets animals, hh, qa_feedback, tldr, imdb{hint}")
     from data.jsonl import Jsonl
     return Jsonl(name)

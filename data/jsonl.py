@@ -32,7 +32,7 @@ def fetch(path, url, sha256=None):
         print(f"fetching {url}")
         try:
             torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
-        except (URLError, OSError) as error:
+        except (URLError, OSError, RuntimeError) as error:  # RuntimeError: another sha256
             raise SystemExit(f"{path} is missing and {url} cannot be fetched ({error}); put the file there, or point --data_dir at its folder")
     elif sha256:
         with open(path, "rb") as f:
