@@ -60,6 +60,8 @@ def parse(Config, RECIPES, argv=None):
         given[name] = convert(name, value if equals else "True", kinds[name])
     if recipe is None:  # a file of one's own is real text: settings for that, not those of a toy world
         recipe = ("hh" if "hh" in RECIPES else [*RECIPES][0]) if os.path.isfile(given.get("data", "")) else "animals"
+    for option in filter(given.get, ("wandb", "tensorboard")):
+        optional(option)  # missing, it is said before any work is done
     return Config(**{"recipe": recipe, **RECIPES.get(recipe, {}), **given})
 
 
@@ -282,7 +284,7 @@ def rng_state():
 def resume(out, cfg, model, optimizer):
     """Puts a run back where its checkpoint left it and returns the checkpoint; the run must have been started alike."""
     checkpoint = load_checkpoint(out)
-    free = {"resume", "out", "device", "compile", "log_every", "ckpt_every", "data_dir"}
+    free = {"resume", "out", "device", "compile", "log_every", "ckpt_every", "wandb", "tensorboard", "data_dir"}
     for name, value in asdict(cfg).items():
         if name not in free and checkpoint["config"].get(name) != value:
             raise SystemExit(f"--resume: {out} was started with --{name}={checkpoint['config'].get(name)}, not {value}")
@@ -356,13 +358,43 @@ def clip_and_step(model, optimizer, cfg):
 
 # ------------------------------------------------------------------------------------------------ the log
 
-class Log:
-    """OUT/log.jsonl, a JSON object a step, null what is not finite, and every `every` steps an aligned line on the console."""
+def optional(package):
+    """The module of an option's package, imported only where it is asked for."""
+    try:
+        return importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(package, package))
+    except ImportError:
+        raise SystemExit(f"--{package} needs a package that is not installed: pip install {package}")
 
-    def __init__(self, out, steps, every, start=0, console=None):
+
+def copies(out, cfg, start):
+    """-> [f(step, values), …]: who gets the log too, by --wandb and --tensorboard."""
+    result = []
+    if cfg.wandb:
+        path = os.path.join(out, "wandb_id")  # a resumed run goes on there; one begun anew in this folder is another
+        known_as = open(path).read() if start and os.path.exists(path) else None
+        run = optional("wandb").init(project=cfg.wandb, dir=out, name=os.path.basename(os.path.normpath(out)), config=asdict(cfg),
+                                     id=known_as, resume="allow")
+        with open(path, "w") as f:
+            f.write(run.id)
+        result.append(lambda step, values: run.log(values, step=step))
+    if cfg.tensorboard:
+        writer = optional("tensorboard").SummaryWriter(os.path.join(out, "tensorboard"), purge_step=start + 1)
+
+        def write(step, values):
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()  # a killed run has there what it has in log.jsonl
+        result.append(write)
+    return result
+
+
+class Log:
+    """OUT/log.jsonl, a JSON object a step, null what is not finite, and every cfg.log_every steps an aligned line on the console."""
+
+    def __init__(self, out, cfg, start=0, console=None):
         """console: the keys that the console shows; None: all."""
-        self.console = console
-        self.steps, self.every, self.start, self.begin = steps, every, start, time.time()
+        self.console, self.copies = console, copies(out, cfg, start) if RANK == 0 else []
+        self.steps, self.every, self.start, self.begin = cfg.steps, cfg.log_every, start, time.time()
         self.tokens, self.since, self.headed = 0, self.begin, False
         if RANK != 0:
             return
@@ -388,6 +420,8 @@ class Log:
         record |= {"tokens_per_s": round(rate), "time_s": round(now - self.begin, 3)}
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+        for copy in self.copies:
+            copy(step, {k: v for k, v in record.items() if v is not None and k != "step"})
         if step % self.every == 0 or step == self.steps:
             left = (now - self.begin) / (step - self.start) * (self.steps - step)
             shown = {k: values.get(k) for k in ["step", *self.console]} if self.console else values

@@ -57,6 +57,8 @@ class Config:
     compile: bool | None = None     # torch.compile; None: on CUDA
     log_every: int = 10             # steps between lines on the console
     ckpt_every: int = 50            # steps between checkpoints
+    wandb: str | None = None        # the project of Weights & Biases that gets the log too
+    tensorboard: bool = False       # the log also for TensorBoard, in OUT/tensorboard
     eval_n: int = 500               # prompts in the closing table; 0: no table
     resume: bool = False            # go on from the run's last checkpoint
 
@@ -150,7 +152,7 @@ def train(cfg):
     checkpoint = resume(out, cfg, policy, optimizer) if cfg.resume else {"step": 0}
     if cfg.precompute_ref:  # before the first step, the policy is the reference
         ref_logp = checkpoint["ref_logp"].to(device) if cfg.resume else reference_logp(policy, pairs, lengths, order, cfg, device, amp)
-    log = Log(out, cfg.steps, cfg.log_every, checkpoint["step"])
+    log = Log(out, cfg, checkpoint["step"])
 
     for step in range(checkpoint["step"], cfg.steps):
         stats = dict.fromkeys(["loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "tokens"], 0.0)

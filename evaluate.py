@@ -5,6 +5,8 @@
     python evaluate.py out/sft-animals out/dpo-animals out/ppo-animals --frontier --plot=frontier.png
     python evaluate.py out/ppo-animals --overoptimization --plot=overoptimization.png
     python evaluate.py out/sft-animals out/ppo-seed0 out/ppo-seed1 out/ppo-seed2 --mean
+    python evaluate.py --curves out/sft-animals out/dpo-animals out/ppo-animals --plot=curves.png
+    python evaluate.py out/dpo-animals --export=dpo-for-transformers
 
 Every model answers the same prompts at temperature 1. Columns, each a mean over prompts with its standard error:
 
@@ -33,12 +35,16 @@ import math
 import os
 
 import torch
+import torch.nn.functional as F
 
 from common import RANK, load_checkpoint, load_model, say, score_groups
 from data import dataset, encode_prompts, get_tokenizer, pack, per_sequence
 from model import PRETRAINED
 
 KEYS = ["gold", "relevance", "factuality", "completeness", "kl", "win_rate", "length", "eos_rate", "grammar", "score"]
+CURVES = ["loss", "val_loss", "accuracy", "val_accuracy", "margin", "chosen_logp rejected_logp", "chosen_reward rejected_reward", "score",
+          "gold", "reward", "kl", "kl_coef", "entropy", "clip_frac", "approx_kl", "policy_loss", "value_loss", "explained_variance", "response_len",
+          "lr", "grad_norm"]
 MAX_NEW_TOKENS = 128
 MIN_ESS = 8  # below, log E exp(r/β) from samples falls short of the true one by more than about 1/(2 · 8)
 
@@ -249,7 +255,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
+        raise SystemExit("drawing needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot
     return matplotlib.pyplot
@@ -278,17 +284,72 @@ def stage_of(name):
     return os.path.basename(name.rstrip("/")).split("-")[0]
 
 
+def read_log(run):
+    """[(step, record), …] of a run's log.jsonl; SystemExit with one line where it is missing or damaged."""
+    path, log = os.path.join(run, "log.jsonl"), []
+    try:
+        with open(path) as f:
+            for line in filter(lambda line: line.endswith("\n"), f):  # one without is still being written
+                record = json.loads(line)
+                log.append((record["step"], record))
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be read ({error.strerror}); name a run's folder")
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{path}: line {len(log) + 1} is no line of a run's log ({type(error).__name__})")
+    return log
+
+
+def curve(log, key):
+    """Steps, values and their running mean, (n,) each, NaN where a value was not finite; None where no value is.
+
+    What most steps lack, as val_loss, was measured now and then: the steps that have it are all there are.
+    """
+    points = [(step, math.nan if record[key] is None else record[key]) for step, record in log if key in record]
+    measured = [point for point in points if not math.isnan(point[1])]
+    if not measured:
+        return None
+    points = measured if 2 * len(measured) < len(points) else points
+    steps, values = torch.tensor(points, dtype=torch.float64).unbind(1)
+    half = len(points) // 100  # no mean of fewer than 100
+    means = F.pad(values, (half, half), value=math.nan).unfold(0, 2 * half + 1, 1).nanmean(-1)
+    return steps, values, means.where(values.isfinite(), math.nan)
+
+
+def plot_curves(path, runs):
+    """What the runs logged at each step: a panel a key of CURVES, a line a run, faint behind it what it is the running mean of."""
+    logs = [read_log(run) for run in runs]
+    panels = {}
+    for keys in CURVES:
+        lines = [(i, style, curve(log, key)) for i, log in enumerate(logs) for key, style in zip(keys.split(), ("-", "--"))]
+        panels[keys] = [line for line in lines if line[2]]
+    panels = {keys: lines for keys, lines in panels.items() if lines}
+    if not panels:
+        raise SystemExit(f"{', '.join(runs)}: no steps are logged yet")
+    plt, columns = pyplot(), min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.7 * rows), squeeze=False, layout="constrained")
+    for ax, (keys, lines) in zip(axes.flat, panels.items()):
+        for i, style, (steps, values, means) in lines:
+            look = dict(color=f"C{i}", ls=style, marker="." if len(steps) < 100 else "", ms=3)
+            ax.plot(steps, values, alpha=0.25, **look)
+            ax.plot(steps, means, **look)
+        ax.set_title(keys.replace(" ", ", ") + " (dashed)" * (" " in keys), fontsize=10)
+    for ax in axes.flat[len(panels):]:
+        ax.remove()
+    figure.supxlabel("step")
+    figure.legend([plt.Line2D([], [], color=f"C{i}") for i in range(len(runs))], runs, loc="outside upper center", ncols=min(4, len(runs)))
+    figure.savefig(path, dpi=100)
+    print(f"{path}: {len(panels)} panels of {', '.join(runs)}")
+
+
 def plot_overoptimization(path, run):
     """Reward-model score and gold of each iteration of a PPO run against √KL, and their mean over 10 iterations."""
-    try:
-        with open(os.path.join(run, "log.jsonl")) as f:
-            log = [json.loads(line) for line in f]
-        log = [[record["kl"] ** 0.5, record["score"], record["gold"]] for record in log if record["gold"] is not None]
-    except (OSError, KeyError, ValueError):
-        log = []
+    log = [[record.get(key) for key in ("kl", "score", "gold")] for _, record in read_log(run)]
+    log = [row for row in log if None not in row]
     if len(log) < 2:
         raise SystemExit(f"{run}: --overoptimization reads the log of a run of ppo.py on data whose true reward is known")
     log, width = torch.tensor(log), min(10, len(log))
+    log[:, 0].sqrt_()
     plt = pyplot()
     figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     means = log.unfold(0, width, 1).mean(-1)
@@ -342,6 +403,19 @@ def answer(models, prompt, tokenizer):
         print(f"{name}: {tokenizer.decode([t for t in response if t != tokenizer.eot_token]).strip()}")
 
 
+def export(name, dir):
+    """Writes the checkpoint `name` into the folder `dir` in the Hugging Face format, and says what of it stays behind."""
+    if os.path.isfile(dir) or os.path.isdir(dir) and os.listdir(dir):
+        raise SystemExit(f"--export={dir}: something is there already; name a new folder")
+    model, tokenizer = load_model(name)
+    model.save_pretrained(dir)
+    print(f"{name} -> {dir}, which transformers' GPT2LMHeadModel.from_pretrained opens")
+    theirs = {"gpt2": 'AutoTokenizer.from_pretrained("gpt2")', "animals": "that of data/animals.py, which transformers cannot open"}
+    print(f"its tokenizer: {theirs[tokenizer]}")
+    if model.config.n_scalars:
+        print("its scalar head stays behind: the format has no place for one")
+
+
 def show_frontier(args, models, rows, columns, prompts, data, tokenizer, reward_model):
     """Prints the frontier and each checkpoint's gap to it, draws it where asked; returns its rows."""
     key = "gold" if hasattr(data, "gold") else "score"
@@ -359,7 +433,7 @@ def show_frontier(args, models, rows, columns, prompts, data, tokenizer, reward_
     return optimum + best
 
 
-def main(argv=None):
+def arguments(argv):
     """The command line at the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="a run's folder, a ckpt.pt, a Hugging Face folder, or gpt2 …")
@@ -370,19 +444,35 @@ def main(argv=None):
     parser.add_argument("--frontier", action="store_true", help="the most reward that any policy can reach at each KL, and each checkpoint's gap to it")
     parser.add_argument("--samples", type=int, default=64, help="samples of the reference a prompt, for --frontier (default 64)")
     parser.add_argument("--overoptimization", action="store_true", help="with --plot: score and gold along the one PPO run named, against √KL")
-    parser.add_argument("--plot", metavar="FILE", help="draw --frontier or --overoptimization there (needs matplotlib)")
+    parser.add_argument("--curves", action="store_true", help="draw what the runs named logged into --plot (default curves.png)")
+    parser.add_argument("--plot", metavar="FILE", help="draw --frontier, --overoptimization or --curves there (needs matplotlib)")
+    parser.add_argument("--export", metavar="DIR", help="write the one checkpoint named there for transformers; its tokenizer is "
+                        "AutoTokenizer.from_pretrained('gpt2'), for animals that of data/animals.py, and a scalar head stays behind")
     parser.add_argument("--reward_model", metavar="RUN", help="for the column score; default: the one that a checkpoint here was trained against")
     parser.add_argument("--data", help="default: what the checkpoints were trained on")
     parser.add_argument("--data_dir", help="likewise")
     args = parser.parse_args(argv)
-    if args.plot and not (args.frontier or args.overoptimization):
-        raise SystemExit("--plot draws --frontier or --overoptimization: say which")
+    if args.curves:
+        args.plot = args.plot or "curves.png"
+    if args.plot and not (args.frontier or args.overoptimization or args.curves):
+        raise SystemExit("--plot draws --frontier, --overoptimization or --curves: say which")
     if args.plot:
         pyplot()  # missing, it is said before the work is done
+    if args.overoptimization and (not args.plot or len(args.checkpoints) != 1):
+        raise SystemExit("--overoptimization takes one run of ppo.py and --plot=FILE")
+    if args.export and len(args.checkpoints) != 1:
+        raise SystemExit("--export takes one checkpoint")
+    return args
+
+
+def main(argv=None):
+    args = arguments(argv)
+    if args.curves:
+        return plot_curves(args.plot, args.checkpoints)
     if args.overoptimization:
-        if not args.plot or len(args.checkpoints) != 1:
-            raise SystemExit("--overoptimization takes one run of ppo.py and --plot=FILE")
         return plot_overoptimization(args.plot, args.checkpoints[0])
+    if args.export:
+        return export(args.checkpoints[0], args.export)
     models, tokenizer, data, reward_model = load_models(args)
     if args.prompt is not None:
         return answer(models, args.prompt, tokenizer)

@@ -239,7 +239,7 @@ def train_rewards(cfg, init, axes):
 
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, (0.9, 0.99))
     start = resume(cfg.out, cfg, model, optimizer)["step"] if cfg.resume else 0
-    log = Log(cfg.out, cfg.steps, cfg.log_every, start)
+    log = Log(cfg.out, cfg, start)
     compile_training(model, cfg)
     for step in range(start, cfg.steps):
         n = {name: max(1, sum(mark[0] == k for i in order[step] for mark in marks[i])) for k, name in enumerate(axes)}

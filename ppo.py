@@ -92,6 +92,8 @@ class Config:
     log_every: int = 1              # iterations between lines on the console
     sample_every: int = 20          # iterations between samples, on the console and in samples.txt
     ckpt_every: int = 20            # iterations between checkpoints
+    wandb: str | None = None        # the project of Weights & Biases that gets the log too
+    tensorboard: bool = False       # the log also for TensorBoard, in OUT/tensorboard
     eval_n: int = 500               # prompts in the closing table; 0: no table
     resume: bool = False            # go on from the run's last checkpoint
 
@@ -486,7 +488,7 @@ def train(cfg, reward_fn=None):
             value_model.load_state_dict(checkpoint["value_model"])
             optimizers[1][1].load_state_dict(checkpoint["value_optimizer"])
     cut_samples(out, start)
-    log = Log(out, cfg.steps, cfg.log_every, start, console=CONSOLE)
+    log = Log(out, cfg, start, console=CONSOLE)
     for model in filter(None, models):
         compile_training(model, cfg)
 

@@ -56,6 +56,8 @@ class Config:
     val_every: int = 800            # steps between validation accuracies
     log_every: int = 50             # steps between lines on the console
     ckpt_every: int = 100           # steps between checkpoints
+    wandb: str | None = None        # the project of Weights & Biases that gets the log too
+    tensorboard: bool = False       # the log also for TensorBoard, in OUT/tensorboard
     eval_n: int = 1000              # validation comparisons, and demonstrations that the scores are centred on
     resume: bool = False            # go on from the run's last checkpoint
 
@@ -159,7 +161,7 @@ def train(cfg):
     scores_before = score_groups(reward_model, validation, cfg.micro_tokens, amp) if validation else None
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, (0.9, 0.99))
     start = resume(out, cfg, reward_model, optimizer)["step"] if cfg.resume else 0
-    log = Log(out, cfg.steps, cfg.log_every, start)
+    log = Log(out, cfg, start)
     compile_training(reward_model, cfg)
 
     for step in range(start, cfg.steps):

@@ -48,6 +48,8 @@ class Config:
     val_every: int = 100            # steps between validation losses
     log_every: int = 50             # steps between lines on the console
     ckpt_every: int = 100           # steps between checkpoints
+    wandb: str | None = None        # the project of Weights & Biases that gets the log too
+    tensorboard: bool = False       # the log also for TensorBoard, in OUT/tensorboard
     eval_n: int = 500               # prompts in the closing table
     resume: bool = False            # go on from the run's last checkpoint
 
@@ -110,7 +112,7 @@ def train(cfg):
     order = batch_order(len(groups), cfg.batch_size, cfg.steps, cfg.seed)
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     start = resume(out, cfg, policy, optimizer)["step"] if cfg.resume else 0
-    log = Log(out, cfg.steps, cfg.log_every, start)
+    log = Log(out, cfg, start)
     compile_training(policy, cfg)
 
     for step in range(start, cfg.steps):

@@ -61,6 +61,8 @@ class Config:
     sample_every: int = 25          # steps between looks at the length of sampled responses
     sample_n: int = 64              # validation prompts that are sampled for it
     ckpt_every: int = 50            # steps between checkpoints
+    wandb: str | None = None        # the project of Weights & Biases that gets the log too
+    tensorboard: bool = False       # the log also for TensorBoard, in OUT/tensorboard
     eval_n: int = 500               # prompts in the closing table; 0: no table
     resume: bool = False            # go on from the run's last checkpoint
 
@@ -121,7 +123,7 @@ def train(cfg):
 
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     start = resume(out, cfg, policy, optimizer)["step"] if cfg.resume else 0
-    log = Log(out, cfg.steps, cfg.log_every, start)
+    log = Log(out, cfg, start)
     compile_training(policy, cfg)
 
     for step in range(start, cfg.steps):

@@ -4,8 +4,10 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, fields
+import sys
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +38,24 @@ class Config:
 
 
 RECIPES = {"big": dict(lr=1e-5, data="hh")}
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    """wandb and torch.utils.tensorboard that note what they are told."""
+    wandb, tensorboard = SimpleNamespace(inits=[], logs=[]), SimpleNamespace(inits=[], logs=[])
+
+    def init(**settings):
+        wandb.inits.append(settings)
+        return SimpleNamespace(id=settings["id"] or f"run{len(wandb.inits)}", log=lambda values, step: wandb.logs.append((step, values)))
+
+    def writer(folder, purge_step):
+        tensorboard.inits.append((folder, purge_step))
+        return SimpleNamespace(add_scalar=lambda key, value, step: tensorboard.logs.append((step, key, value)), flush=lambda: None)
+    wandb.init, tensorboard.SummaryWriter = init, writer
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    return wandb, tensorboard
 
 
 def test_options_override_the_recipe_and_the_recipe_the_defaults():
@@ -103,7 +123,7 @@ def test_every_option_is_read(stage):
     assert all(set(r) <= {f.name for f in fields(stage.Config)} for r in stage.RECIPES.values())
 
 
-def test_every_stage_command_of_the_readme_is_understood():
+def test_every_stage_command_of_the_readme_is_understood(recorders):
     commands = re.findall(r"(?:python|torchrun \S+) (sft|reward|ppo|dpo|simpo|finegrained)\.py([^\n#;]*)", (ROOT / "README.md").read_text())
     assert len(commands) > 5
     for stage, options in commands:
@@ -197,19 +217,20 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 def test_resume_wants_the_options_of_the_run(saved):
     model = make_model(vocab_size=dpo.get_tokenizer("animals").n_vocab)
     optimizer = make_optimizer(model, 1e-3)
-    assert common.resume(str(saved), sft.Config(resume=True, log_every=7), model, optimizer)["step"] == 3
+    assert common.resume(str(saved), sft.Config(resume=True, log_every=7, wandb="p", tensorboard=True), model, optimizer)["step"] == 3
     assert "was started with --lr=0.004, not 1.0" in one_line(common.resume, str(saved), sft.Config(lr=1.0), model, optimizer)
 
 
 # ------------------------------------------------------------------------------------------------ the log
 
 def test_log_holds_a_line_a_step_and_forgets_what_a_resumed_run_repeats(tmp_path, capsys):
-    log = Log(str(tmp_path), steps=6, every=3)
+    cfg = sft.Config(steps=6, log_every=3)
+    log = Log(str(tmp_path), cfg)
     for step in range(1, 5):
         log(step, tokens=10, loss=0.5)
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"step": 5, "lo')  # killed while writing
-    log = Log(str(tmp_path), steps=6, every=3, start=3)
+    log = Log(str(tmp_path), cfg, start=3)
     for step in range(4, 7):
         log(step, tokens=10, loss=0.25, val_loss=0.1 if step == 6 else None)
     records = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
@@ -218,3 +239,34 @@ def test_log_holds_a_line_a_step_and_forgets_what_a_resumed_run_repeats(tmp_path
     assert [r["val_loss"] for r in records[3:]] == [None, None, 0.1]
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out] == ["step", "3", "step", "6"] and len(out[0]) == len(out[1]) and len(out[2]) == len(out[3])
+
+
+def test_wandb_and_tensorboard_get_what_the_log_gets(tmp_path, recorders, monkeypatch, capsys):
+    wandb, tensorboard = recorders
+    cfg, out = sft.Config(steps=4, wandb="rlhf", tensorboard=True), str(tmp_path / "sft-run")
+    os.mkdir(out)
+    for start in (0, 2, 0):  # begun, resumed, begun anew
+        wandb.logs.clear(), tensorboard.logs.clear()
+        log = Log(out + "/", cfg, start)
+        for step in range(start + 1, 5):
+            log(step, tokens=10, loss=math.nan if step == 3 else 0.5, val_loss=0.1 if step == 4 else None, gold=math.inf)
+        records = [json.loads(line) for line in open(out + "/log.jsonl")][start:]
+        said = [(r.pop("step"), {k: v for k, v in r.items() if v is not None}) for r in records]
+        assert wandb.logs == said and [step for step, _ in said] == list(range(start + 1, 5))
+        assert tensorboard.logs == [(step, key, value) for step, values in said for key, value in values.items()]
+        assert [set(values) - {"tokens_per_s", "time_s"} for _, values in said][-2:] == [set(), {"loss", "val_loss"}]
+    assert [settings.pop("id") for settings in wandb.inits] == [None, "run1", None]  # the resumed run is the first one
+    assert wandb.inits == [dict(project="rlhf", dir=out + "/", name="sft-run", config=asdict(cfg), resume="allow")] * 3
+    assert tensorboard.inits == [(out + "/tensorboard", 1), (out + "/tensorboard", 3), (out + "/tensorboard", 1)]
+    monkeypatch.setattr(common, "RANK", 1)
+    Log(out, cfg)(1, tokens=10, loss=0.5)
+    assert len(wandb.inits) == len(tensorboard.inits) == 3
+
+
+@pytest.mark.parametrize("option, module", [("--wandb=p", "wandb"), ("--tensorboard", "torch.utils.tensorboard")])
+def test_what_is_not_installed_is_named_only_where_it_is_asked_for(option, module, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    package = module.split(".")[-1]
+    assert one_line(parse, sft.Config, sft.RECIPES, [option]) == f"--{package} needs a package that is not installed: pip install {package}"
+    Log(str(tmp_path), parse(sft.Config, sft.RECIPES, []))(1, tokens=10, loss=0.5)
+    assert os.listdir(tmp_path) == ["log.jsonl"]

@@ -131,7 +131,7 @@ def test_pictures(start, small_world, capsys):
     folder, run = str(start / "start"), start / "ppo-run"
     evaluate.main([folder, "--n=5", "--frontier", "--samples=16", f"--plot={start}/frontier.png"])
     run.mkdir()
-    (run / "log.jsonl").write_text("".join(json.dumps({"kl": k / 10, "score": k / 5, "gold": 1 - k / 9}) + "\n" for k in range(12)))
+    (run / "log.jsonl").write_text("".join(json.dumps({"step": k, "kl": k / 10, "score": k / 5, "gold": 1 - k / 9}) + "\n" for k in range(12)))
     evaluate.main([str(run), "--overoptimization", f"--plot={start}/over.png"])
     assert all((start / name).read_bytes().startswith(b"\x89PNG") for name in ("frontier.png", "over.png"))
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_drawn_gets_one_line(start, small_world, monkeypatch):
     for argv, message in [
             ([folder, "--frontier", "--n=1"], "--frontier needs at least two prompts .--n. and 16 --samples of each"),
             ([folder, "--frontier", "--samples=4"], "--frontier needs at least two prompts .--n. and 16 --samples of each"),
-            ([folder, "--plot=x.png"], "--plot draws --frontier or --overoptimization"),
+            ([folder, "--plot=x.png"], "--plot draws --frontier, --overoptimization or --curves: say which"),
             ([folder, "--overoptimization"], "takes one run of ppo.py and --plot=FILE"),
             ([folder, str(start / "nameless")], "nameless/ckpt.pt: not a checkpoint of this repository, or damaged"),
             ([folder, str(start / "other")], "trained on different data .*start: animals, .*other: hh.: say which to compare them on with --data"),
@@ -156,11 +156,14 @@ def test_what_cannot_be_drawn_gets_one_line(start, small_world, monkeypatch):
             evaluate.main(argv)
         assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match="--plot needs matplotlib: pip install matplotlib"):
+    with pytest.raises(SystemExit, match="drawing needs matplotlib: pip install matplotlib"):
         evaluate.main([folder, "--frontier", f"--plot={start}/x.png"])
 
 
 def test_overoptimization_needs_a_run_of_ppo(start):
     pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit, match="start/log.jsonl: cannot be read .No such file or directory.; name a run's folder"):
+        evaluate.main([str(start / "start"), "--overoptimization", "--plot=x.png"])
+    (start / "start" / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "kl": null, "score": 0.1, "gold": 0.2}\n')
     with pytest.raises(SystemExit, match="start: --overoptimization reads the log of a run of ppo.py"):
         evaluate.main([str(start / "start"), "--overoptimization", "--plot=x.png"])

@@ -1,0 +1,106 @@
+"""evaluate.py beside the table: the curves of runs, and a checkpoint for transformers."""
+import json
+import os
+
+import pytest
+import torch
+from conftest import make_model
+
+import evaluate
+import sft
+from common import load_model, make_optimizer, save_checkpoint
+from data import get_tokenizer
+
+# ------------------------------------------------------------------------------------------------ curves
+
+def write_log(folder, records, end=""):
+    folder.mkdir(exist_ok=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + end)
+    return str(folder)
+
+
+def test_a_curve_by_hand():
+    log = [(step, {"loss": None if step == 3 else float(step)}) for step in (1, 2, 3, 4)]
+    steps, values, means = evaluate.curve(log, "loss")
+    assert steps.tolist() == [1, 2, 3, 4] and torch.equal(values.isnan(), torch.tensor([False, False, True, False]))
+    assert torch.equal(means.nan_to_num(-1), values.nan_to_num(-1))  # so few are not averaged
+
+
+def test_a_long_curve_is_a_running_mean_with_its_gaps():
+    log = [(step, {"loss": None if step == 50 else step % 2, "val_loss": 7.0 if step % 60 == 0 else None}) for step in range(1, 121)]
+    steps, values, means = evaluate.curve(log, "loss")
+    assert means[:3].tolist() == pytest.approx([1 / 2, 2 / 3, 1 / 3])  # of what there is of three neighbours
+    assert means[48].item() == 0.5 and means[49].isnan() and values[49].isnan() and means.isnan().sum() == 1
+    steps, values, means = evaluate.curve(log, "val_loss")
+    assert steps.tolist() == [60, 120] and values.tolist() == means.tolist() == [7, 7]  # measured now and then: no gap
+    assert evaluate.curve(log, "gold") is None
+
+
+def test_curves_of_several_stages(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    sft_log = [{"step": s, "loss": 1 / s, "val_loss": 1.0 if s == 150 else None, "gold": None} for s in range(1, 151)]
+    dpo_log = [{"step": s, "loss": None if s == 2 else 0.7, "chosen_logp": -s} for s in range(1, 5)]
+    a, b = write_log(tmp_path / "sft-a", sft_log), write_log(tmp_path / "dpo-b", dpo_log, '{"step": 5, "lo')
+    evaluate.main(["--curves", a, b])
+    assert capsys.readouterr().out == f"curves.png: 3 panels of {a}, {b}\n"  # loss, val_loss, chosen_logp; no gold is known
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    evaluate.main([b, "--curves", "--plot=b.png"])
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_logs_that_are_none_get_one_line(tmp_path):
+    pytest.importorskip("matplotlib")
+    good = write_log(tmp_path / "good", [{"step": 1, "loss": 1.0}])
+    for name, content, message in [
+            ("missing", None, "missing/log.jsonl: cannot be read .No such file"),
+            ("empty", "", "empty: no steps are logged yet"),
+            ("cut", '{"step": 1, "loss": 1.0}\n{"st\n', "cut/log.jsonl: line 2 is no line of a run's log .JSONDecodeError"),
+            ("list", "[1]\n", "list/log.jsonl: line 1 is no line of a run's log .TypeError"),
+            ("other", '{"loss": 1.0}\n', "other/log.jsonl: line 1 is no line of a run's log .KeyError")]:
+        (tmp_path / name).mkdir()
+        if content is not None:
+            (tmp_path / name / "log.jsonl").write_text(content)
+        with pytest.raises(SystemExit, match=message) as error:
+            evaluate.main(["--curves", str(tmp_path / name), *[good] * (name != "empty"), f"--plot={tmp_path}/x.png"])
+        assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ for transformers
+
+def test_an_exported_reward_model_is_opened_by_transformers(start, capsys):
+    transformers = pytest.importorskip("transformers")
+    evaluate.main([str(start / "reward"), f"--export={start}/exported"])
+    out = capsys.readouterr().out
+    assert "that of data/animals.py" in out and "its scalar head stays behind" in out
+    ours, vocab_size = load_model(str(start / "reward"))[0], get_tokenizer("animals").n_vocab
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(str(start / "exported")).eval()
+    tokens = torch.randint(vocab_size, (3, 40))
+    with torch.no_grad():
+        mine, their = ours.logits(ours.hidden(tokens, torch.arange(40))), theirs(tokens).logits
+    torch.testing.assert_close(mine, their, atol=1e-4, rtol=0)
+    assert ours.wte.weight.size(0) > theirs.transformer.wte.weight.size(0) == vocab_size  # the padding is cut
+    assert theirs.config.eos_token_id == get_tokenizer("animals").eot_token
+
+
+def test_an_export_with_the_vocabulary_of_gpt2_is_a_start(tmp_path, capsys):
+    model = make_model(vocab_size=50257, n_layer=1, n_embd=8)
+    save_checkpoint(str(tmp_path), 1, model, make_optimizer(model, 1e-3), sft.Config(), "gpt2")
+    evaluate.main([str(tmp_path), f"--export={tmp_path}/exported"])
+    assert 'its tokenizer: AutoTokenizer.from_pretrained("gpt2")\n' in capsys.readouterr().out
+    again, tokenizer = load_model(f"{tmp_path}/exported", sft.Config())
+    assert tokenizer == "gpt2" and again.config == model.config
+    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
+        assert torch.equal(a[:50257], b[:50257]) if name == "wte.weight" else torch.equal(a, b), name
+
+
+def test_an_export_overwrites_nothing(start):
+    folder = str(start / "start")
+    (start / "file").write_text("")
+    before = os.listdir(folder)
+    for where in (folder, folder + "/", str(start / "reward"), str(start / "file")):
+        with pytest.raises(SystemExit, match=f"--export={where}: something is there already; name a new folder"):
+            evaluate.main([folder, f"--export={where}"])
+    with pytest.raises(SystemExit, match="--export takes one checkpoint"):
+        evaluate.main([folder, folder, f"--export={start}/new"])
+    assert os.listdir(folder) == before and not (start / "new").exists()
