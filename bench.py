@@ -34,7 +34,7 @@ import torch
 
 import evaluate
 import ppo
-from common import clip_and_step, compile_training, make_optimizer, setup
+from common import clip_and_step, configure, make_optimizer, setup
 from data import group_length, micro_batches, pack
 from dpo import dpo_loss
 from dpo import pair_logp as dpo_pair_logp
@@ -181,7 +181,7 @@ def training_rows(args, model, device, amp):
     scorer = copy.deepcopy(model)
     scorer.set_scalar_heads(1)
     for m in (model, scorer):
-        compile_training(m, args)
+        configure(m, args)
     optimizer, scorer_optimizer = make_optimizer(model, args.lr), make_optimizer(scorer, args.lr)
     with torch.no_grad():
         ref = [x.detach() for x in dpo_pair_logp(model, groups, device, amp)]
@@ -245,7 +245,7 @@ def ppo_rows(args, model, clock, rate, amp):
     ref_policy = copy.deepcopy(model).requires_grad_(False)
     value_model.set_scalar_heads(1)
     for m in (policy, ref_policy, value_model):
-        compile_training(m, args)
+        configure(m, args)
     optimizers = [(policy, make_optimizer(policy, 1e-6)), (value_model, make_optimizer(value_model, 1e-6))]
     prompts = [p[:c.block_size - cfg.max_new_tokens] for p, _ in make_groups(cfg.batch_size, 1, c.block_size, c.vocab_size, seed=2)]
     noise, kept = torch.rand(len(prompts), cfg.max_new_tokens), SimpleNamespace()
@@ -310,6 +310,7 @@ def main(argv=None):
     parser.add_argument("--model", help="gpt2 … gpt2-xl, or LAYERSxHEADSxWIDTH; default gpt2 on CUDA, 6x6x384 on the CPU")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--compile", type=lambda s: s == "True", help="True or False; default: on CUDA")
+    parser.add_argument("--checkpoint_blocks", action="store_true", help="recompute each block in the backward pass")
     parser.add_argument("--block_size", type=int, default=1024, help="the model's context (default 1024)")
     parser.add_argument("--batch_size", type=int, default=8, help="pairs a training step (default 8)")
     parser.add_argument("--rows", type=int, default=32, help="prompts of prefill and decode (default 32)")

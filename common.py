@@ -159,10 +159,14 @@ def sum_over_ranks(model, stats):
     return dict(zip(stats, all_reduce(torch.stack(values)).tolist()))
 
 
-def compile_training(model, cfg):
-    """torch.compile for the passes over packed batches, where cfg.compile says so (None: on CUDA)."""
+def configure(model, cfg):
+    """How this model's passes over packed batches are run: cfg.checkpoint_blocks, and cfg.compile (None: on CUDA).
+
+    Compiled for any shape at once: the second shape is the last one that compiles.
+    """
+    model.checkpoint_blocks = cfg.checkpoint_blocks
     if cfg.compile or cfg.compile is None and model.device.type == "cuda":
-        model.packed_hidden = torch.compile(model.hidden)
+        model.packed_hidden = torch.compile(model.hidden, dynamic=True)
 
 
 # ------------------------------------------------------------------------------------------------ models and checkpoints
@@ -284,7 +288,7 @@ def rng_state():
 def resume(out, cfg, model, optimizer):
     """Puts a run back where its checkpoint left it and returns the checkpoint; the run must have been started alike."""
     checkpoint = load_checkpoint(out)
-    free = {"resume", "out", "device", "compile", "log_every", "ckpt_every", "wandb", "tensorboard", "data_dir"}
+    free = {"resume", "out", "device", "compile", "checkpoint_blocks", "log_every", "ckpt_every", "wandb", "tensorboard", "data_dir"}
     for name, value in asdict(cfg).items():
         if name not in free and checkpoint["config"].get(name) != value:
             raise SystemExit(f"--resume: {out} was started with --{name}={checkpoint['config'].get(name)}, not {value}")
@@ -313,7 +317,7 @@ def require(stage, cfg, given):
         module = importlib.import_module(stage)
         say(f"no {dict(sft='SFT', reward='reward')[stage]} model in {out}: training it first")
         settings = {"recipe": cfg.recipe, **module.RECIPES.get(cfg.recipe, {})}
-        settings |= {k: getattr(cfg, k) for k in ("data", "data_dir", "device", "compile", "max_len", "n_layer", "n_head", "n_embd")}
+        settings |= {k: getattr(cfg, k) for k in ("data", "data_dir", "device", "compile", "checkpoint_blocks", "max_len", "n_layer", "n_head", "n_embd")}
         module.train(module.Config(**settings, resume=bool(checkpoint_files(out))))
         say()
     return out

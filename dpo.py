@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (Log, all_reduce, clip_and_step, compile_training, due, known, learning_rate, load_model, make_optimizer, parse, require,
+from common import (Log, all_reduce, clip_and_step, configure, due, known, learning_rate, load_model, make_optimizer, parse, require,
                     resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack, per_sequence
 
@@ -55,6 +55,7 @@ class Config:
     seed: int = 0                   # of weights, data order and sampling
     device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
     compile: bool | None = None     # torch.compile; None: on CUDA
+    checkpoint_blocks: bool = False  # recompute each block in the backward pass: a third more work, the activations of one block at a time
     log_every: int = 10             # steps between lines on the console
     ckpt_every: int = 50            # steps between checkpoints
     wandb: str | None = None        # the project of Weights & Biases that gets the log too
@@ -148,7 +149,7 @@ def train(cfg):
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     ref_policy = None if cfg.precompute_ref else copy.deepcopy(policy).requires_grad_(False)
     for model in [policy] if cfg.precompute_ref else [policy, ref_policy]:
-        compile_training(model, cfg)
+        configure(model, cfg)
     checkpoint = resume(out, cfg, policy, optimizer) if cfg.resume else {"step": 0}
     if cfg.precompute_ref:  # before the first step, the policy is the reference
         ref_logp = checkpoint["ref_logp"].to(device) if cfg.resume else reference_logp(policy, pairs, lengths, order, cfg, device, amp)

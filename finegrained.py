@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import evaluate
 import ppo
 import reward
-from common import (RANK, Log, checkpoint_files, clip_and_step, compile_training, due, known, learning_rate, load_checkpoint, load_model,
+from common import (RANK, Log, checkpoint_files, clip_and_step, configure, due, known, learning_rate, load_checkpoint, load_model,
                     make_optimizer, parse, require, resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches
 
@@ -240,7 +240,7 @@ def train_rewards(cfg, init, axes):
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, (0.9, 0.99))
     start = resume(cfg.out, cfg, model, optimizer)["step"] if cfg.resume else 0
     log = Log(cfg.out, cfg, start)
-    compile_training(model, cfg)
+    configure(model, cfg)
     for step in range(start, cfg.steps):
         n = {name: max(1, sum(mark[0] == k for i in order[step] for mark in marks[i])) for k, name in enumerate(axes)}
         n |= {"completeness": sizes["comparisons"]}
@@ -285,7 +285,7 @@ def load_rewards(cfg, init, tokenizer_name):
     out = cfg.reward_models or run_dir("rewards", cfg)
     parts = {out: list(AXES)} if cfg.share_trunk else {os.path.join(out, name): [name] for name in AXES}
     settings = {"recipe": cfg.recipe, **reward.RECIPES.get(cfg.recipe, {}), "steps": cfg.reward_steps, "batch_size": cfg.reward_batch_size, "lr": cfg.reward_lr}
-    settings |= {k: getattr(cfg, k) for k in ("data", "data_dir", "device", "compile", "max_len", "micro_tokens", "n_layer", "n_head", "n_embd")}
+    settings |= {k: getattr(cfg, k) for k in ("data", "data_dir", "device", "compile", "checkpoint_blocks", "max_len", "micro_tokens", "n_layer", "n_head", "n_embd")}
     models, axes, norm = [], [], (0.0, 1.0)
     for part, names in parts.items():
         checkpoint = load_checkpoint(part) if checkpoint_files(part) else None

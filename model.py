@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 PRETRAINED = {  # n_layer, n_head, n_embd
     "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
@@ -224,9 +225,12 @@ class GPT(nn.Module):
         attend = attend or (lambda layer, q, k, v: attention(q, k, v, mask))
         x = self.wte(tokens) + self.wpe(position)
         for i, block in enumerate(self.h):
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
             x = block(x, partial(attend, i), at if i == len(self.h) - 1 else None)
         return self.ln_f(x)
 
+    checkpoint_blocks = False
     packed_hidden = hidden  # what --compile replaces by a compiled one; generation stays as it is
 
     def states(self, batch, at=None):

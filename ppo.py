@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 
 import evaluate
-from common import (RANK, WORLD, Log, all_reduce, clip_and_step, compile_training, due, known, learning_rate, load_checkpoint, load_model,
+from common import (RANK, WORLD, Log, all_reduce, clip_and_step, configure, due, known, learning_rate, load_checkpoint, load_model,
                     make_optimizer, parse, require, resume, run_dir, save_checkpoint, say, score_groups, setup, share,
                     sum_over_ranks)
 from data import batch_order, dataset, encode_groups, encode_prompts, get_tokenizer, group_length, micro_batches, pack
@@ -89,6 +89,7 @@ class Config:
     seed: int = 0                   # of weights, prompt order and sampling
     device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
     compile: bool | None = None     # torch.compile; None: on CUDA
+    checkpoint_blocks: bool = False  # recompute each block in the backward pass: a third more work, the activations of one block at a time
     log_every: int = 1              # iterations between lines on the console
     sample_every: int = 20          # iterations between samples, on the console and in samples.txt
     ckpt_every: int = 20            # iterations between checkpoints
@@ -490,7 +491,7 @@ def train(cfg, reward_fn=None):
     cut_samples(out, start)
     log = Log(out, cfg, start, console=CONSOLE)
     for model in filter(None, models):
-        compile_training(model, cfg)
+        configure(model, cfg)
 
     for step in range(start, cfg.steps):
         batch_prompts = [prompts[i] for i in order[step]]

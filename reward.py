@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (RANK, Log, clip_and_step, compile_training, due, learning_rate, load_model, make_optimizer, parse, require, resume, run_dir,
+from common import (RANK, Log, clip_and_step, configure, due, learning_rate, load_model, make_optimizer, parse, require, resume, run_dir,
                     save_checkpoint, say, score_groups, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
 
@@ -53,6 +53,7 @@ class Config:
     seed: int = 0                   # of the scalar head, data order
     device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
     compile: bool | None = None     # torch.compile; None: on CUDA
+    checkpoint_blocks: bool = False  # recompute each block in the backward pass: a third more work, the activations of one block at a time
     val_every: int = 800            # steps between validation accuracies
     log_every: int = 50             # steps between lines on the console
     ckpt_every: int = 100           # steps between checkpoints
@@ -162,7 +163,7 @@ def train(cfg):
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, (0.9, 0.99))
     start = resume(out, cfg, reward_model, optimizer)["step"] if cfg.resume else 0
     log = Log(out, cfg, start)
-    compile_training(reward_model, cfg)
+    configure(reward_model, cfg)
 
     for step in range(start, cfg.steps):
         stats = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "tokens": 0}

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 import evaluate
-from common import (Log, clip_and_step, compile_training, due, learning_rate, load_model, make_optimizer, parse, resume, run_dir, save_checkpoint,
+from common import (Log, clip_and_step, configure, due, learning_rate, load_model, make_optimizer, parse, resume, run_dir, save_checkpoint,
                     say, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
 
@@ -45,6 +45,7 @@ class Config:
     seed: int = 0                   # of weights, data order and sampling
     device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
     compile: bool | None = None     # torch.compile; None: on CUDA
+    checkpoint_blocks: bool = False  # recompute each block in the backward pass: a third more work, the activations of one block at a time
     val_every: int = 100            # steps between validation losses
     log_every: int = 50             # steps between lines on the console
     ckpt_every: int = 100           # steps between checkpoints
@@ -113,7 +114,7 @@ def train(cfg):
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     start = resume(out, cfg, policy, optimizer)["step"] if cfg.resume else 0
     log = Log(out, cfg, start)
-    compile_training(policy, cfg)
+    configure(policy, cfg)
 
     for step in range(start, cfg.steps):
         n_tokens = response_tokens([groups[i] for i in order[step]])  # over all processes

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (RANK, Log, clip_and_step, compile_training, due, learning_rate, load_model, make_optimizer, parse, require, resume, run_dir,
+from common import (RANK, Log, clip_and_step, configure, due, learning_rate, load_model, make_optimizer, parse, require, resume, run_dir,
                     save_checkpoint, say, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack, per_sequence
 
@@ -57,6 +57,7 @@ class Config:
     seed: int = 0                   # of weights, data order and sampling
     device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
     compile: bool | None = None     # torch.compile; None: on CUDA
+    checkpoint_blocks: bool = False  # recompute each block in the backward pass: a third more work, the activations of one block at a time
     log_every: int = 10             # steps between lines on the console
     sample_every: int = 25          # steps between looks at the length of sampled responses
     sample_n: int = 64              # validation prompts that are sampled for it
@@ -124,7 +125,7 @@ def train(cfg):
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     start = resume(out, cfg, policy, optimizer)["step"] if cfg.resume else 0
     log = Log(out, cfg, start)
-    compile_training(policy, cfg)
+    configure(policy, cfg)
 
     for step in range(start, cfg.steps):
         stats = dict.fromkeys(["loss", "sft_loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "tokens"], 0.0)

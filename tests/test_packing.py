@@ -1,8 +1,13 @@
 """The packed batch: layout, and that no number depends on how sequences share rows."""
+import functools
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import make_model, random_groups
+from torch._dynamo.testing import CompileCounter
 
+from common import configure
 from data import batch_order, group_length, micro_batches, pack, per_sequence
 from model import attention
 
@@ -75,6 +80,33 @@ def test_flex_attention_equals_sdpa_under_the_packed_mask():
     torch.testing.assert_close(flex, attention(q, k, v, batch.mask()) * real, atol=1e-5, rtol=1e-5)
 
 
+def test_checkpointed_blocks_give_the_same_gradient_and_keep_less(model):
+    def run():
+        batch, kept = pack(random_groups(20), 64), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss = model.logprobs(batch).sum()
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        return loss, [p.grad for p in model.parameters()], sum(kept)
+    loss, grads, kept = run()
+    model.checkpoint_blocks = True
+    again, recomputed, less = run()
+    assert torch.equal(loss, again) and all(map(torch.equal, grads, recomputed)) and less < kept / 3
+
+
+@pytest.mark.parametrize("flex", [False, True])
+def test_compiled_passes_compile_no_more_after_the_second_shape(model, monkeypatch, flex):
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    configure(model, SimpleNamespace(compile=True, checkpoint_blocks=False))
+    for seed in range(8):
+        batch = pack(random_groups(seed, n=1 + 3 * seed), 40 + 3 * seed)
+        with torch.no_grad():
+            arguments = batch.tokens, batch.position, batch.mask(flex)
+            assert torch.equal(model.packed_hidden(*arguments, at=batch.source), model.hidden(*arguments, at=batch.source))
+        assert counter.frame_count <= 2
+
+
 def test_a_siblings_tokens_change_nothing_to_the_bit(model):
     groups = random_groups(responses=(2, 4))
     changed = [(p, [rs[0]] + [[(t + 1) % 100 for t in r] for r in rs[1:]]) for p, rs in groups]
@@ -111,7 +143,7 @@ def test_the_gradient_of_a_shared_state_is_added_in_one_order():
     torch.manual_seed(0)
     block, source = make_model(n_embd=128).h[-1], pack([([1], [[2]] * 500)], 501).source
     x, gradient = torch.randn(1, 501, 128, requires_grad=True), torch.randn(500, 128)
-    results = [torch.autograd.grad(block(x, at=source), x, gradient)[0] for _ in range(50)]
+    results = [torch.autograd.grad(block(x, lambda q, k, v: attention(q, k, v, None), source), x, gradient)[0] for _ in range(50)]
     assert len(set(source.tolist())) == 1 and all(torch.equal(result, results[0]) for result in results)
 
 
