@@ -7,12 +7,12 @@ from itertools import combinations
 import numpy as np
 import pytest
 import tiktoken
-import torch
 from conftest import SHARED
 
-from data import animals, dataset, encode_groups, encode_prompts, get_tokenizer
+from data import animals, dataset, encode_groups, encode_prompts, files, get_tokenizer
+from data.files import fetch, read_lines
 from data.hh import HH
-from data.jsonl import Jsonl, common_prompt, fetch, parse, read_lines
+from data.jsonl import Jsonl, common_prompt, parse
 
 PROMPT = "Tell me about the owl: what it eats and how it moves."
 
@@ -227,7 +227,7 @@ def test_hh_reads_the_published_files(hh_files, capsys):
 def test_hh_without_file_or_network(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no route")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(files, "urlopen", refuse)
     with pytest.raises(SystemExit, match="harmless-base/train.jsonl.gz is missing and https.*no route.*--data_dir") as error:
         dataset("hh", str(tmp_path)).comparisons("train")
     assert "\n" not in str(error.value)
