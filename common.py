@@ -227,7 +227,7 @@ def load_checkpoint(path):
     for file in files:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            checkpoint["model_config"], checkpoint["model"], checkpoint["tokenizer"]
+            GPTConfig(**checkpoint["model_config"]), checkpoint["model"]["wte.weight"].shape, checkpoint["tokenizer"]
             return checkpoint
         except Exception as error:  # torch.load raises half a dozen kinds for a file that is cut short, flipped or foreign
             problem = f"{file}: not a checkpoint of this repository, or damaged ({type(error).__name__})"

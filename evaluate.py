@@ -283,7 +283,7 @@ def plot_overoptimization(path, run):
         with open(os.path.join(run, "log.jsonl")) as f:
             log = [json.loads(line) for line in f]
         log = [[record["kl"] ** 0.5, record["score"], record["gold"]] for record in log if record["gold"] is not None]
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError, TypeError):
         log = []
     if len(log) < 2:
         raise SystemExit(f"{run}: --overoptimization reads the log of a run of ppo.py on data whose true reward is known")

@@ -23,7 +23,7 @@ from data.hh import HH
 from data.jsonl import Jsonl
 from data.qa_feedback import QAFeedback
 
-TOKENIZER = "gpt2" if True else "animals"
+TOKENIZER = "gpt2" if (SHARED / "tiktoken").is_dir() else "animals"  # GPT-2's where it need not be fetched
 MESSAGE = {"role": "user", "content": "Hi"}
 LINES = [{"prompt": "p", "completion": " c"}, {"prompt": "p", "chosen": " a", "rejected": " b"}, {"chosen": "a b", "rejected": "a c"},
          {"messages": [MESSAGE, {"role": "assistant", "content": "Hello"}]}, {"prompt": [MESSAGE], "chosen": " a", "rejected": [MESSAGE]}]
@@ -91,9 +91,9 @@ def compressed(rng, content):
 
 
 EXTREMES = [b"", b"\n", b" \r\n\t\n", b"\xef\xbb\xbf", b"\x00" * 10**6, b"a" * 10**6, b"[" * 100_000, b'{"prompt":' * 100_000, b"[" * 900 + b"]" * 900,
-            *(json.dumps(dict(zip(["chosen", "rejected", "question"], [text] * 3))).encode() for text in
-              ("a" * 10**6, "a" * 10**6 + " ", "\n" * 10**6 + "x", "\u4e00" * 10**6)),
-            json.dumps({"k" * 10**6: 0}).encode(), json.dumps({"prompt": " " * 10**6 + "x", "completion": " c"}).encode()]
+            *(json.dumps({"chosen": text, "rejected": other}).encode() for text, other in
+              [("a" * 10**6, "b"), (" " * 10**6 + "x", "b"), ("é" * 10**5, "é" * 10**5 + " ")]), json.dumps({"k" * 10**6: 0}).encode(),
+            json.dumps([feedback(gold="\n" * 10**6 + "x")] * 3).encode()]
 
 
 # ------------------------------------------------------------------------------------------------ what is asked of each input
@@ -101,14 +101,13 @@ EXTREMES = [b"", b"\n", b" \r\n\t\n", b"\xef\xbb\xbf", b"\x00" * 10**6, b"a" * 1
 def read_all(data, splits=("validation", "test", "train")):
     """Everything the stages ask of a dataset, encoded and packed as they do."""
     tokenizer = get_tokenizer(TOKENIZER)
-    for split in splits:
-        examples = sft.by_prompt(data.demonstrations(split)) + data.comparisons(split)
-        "".join(text for prompt, responses in examples for text in (prompt, *responses)).encode()  # can be printed
-        groups = encode_groups(tokenizer, examples, 64)
-        prompts = encode_prompts(tokenizer, data.prompts(split))
-        assert all(len(p) for p in prompts) and (not groups or pack(groups, 64 * 9))
-        if hasattr(data, "spans"):
-            finegrained.examples(data, split, list(finegrained.AXES), tokenizer, 64)
+    examples = [example for split in splits for example in sft.by_prompt(data.demonstrations(split)) + data.comparisons(split)]
+    "".join(text for prompt, responses in examples for text in (prompt, *responses)).encode()  # can be printed
+    groups = encode_groups(tokenizer, examples, 64)
+    prompts = encode_prompts(tokenizer, [prompt for split in splits for prompt in data.prompts(split)])
+    assert all(len(p) for p in prompts) and (not groups or pack(groups, 64 * 9))
+    if hasattr(data, "spans"):
+        finegrained.examples(data, "train", list(finegrained.AXES), tokenizer, 64)
 
 
 def trouble(read, place):
