@@ -25,7 +25,8 @@ PRETRAINED = {  # n_layer, n_head, n_embd
     "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
 compiled_flex_attention = torch.compile(flex_attention)  # on CUDA one fused kernel that skips what the mask rules out
-SIZES = {"vocab_size": 2**20, "n_positions": 2**20, "n_layer": 1000, "n_head": 2**10, "n_embd": 2**20}  # of a config.json, in GPTConfig's order; the most
+SIZES = {  # of a config.json, in GPTConfig's order, and the most that is believed
+    "vocab_size": 2**20, "n_positions": 2**20, "n_layer": 1000, "n_head": 2**10, "n_embd": 2**20}
 CHUNK = 1024  # response tokens whose (tokens, vocabulary) logits exist at one time
 
 

@@ -122,7 +122,7 @@ def test_an_empty_prompt_begins_with_eos():
 
 
 @pytest.mark.parametrize("name", ["animals", pytest.param("gpt2", marks=needs_gpt2)])
-def test_special_token_text_is_text_on_every_way_in(name, start, monkeypatch):
+def test_special_token_text_is_text_on_every_way_in(name):
     """Neither a prompt nor a response can hold the control token by spelling it."""
     t, text = get_tokenizer(name), "a<|endoftext|>b<|endoftext|>"
     (prompt, responses), = encode_groups(t, [(text, [text, "<|endoftext|>"])], 200)
