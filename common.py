@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from data import dataset, group_length, micro_batches, pack
+from data.files import shown
 from model import GPT, GPTConfig, PRETRAINED
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -48,12 +49,13 @@ def parse(Config, RECIPES, argv=None):
     recipes, kinds = ["animals", *RECIPES], {f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type) for f in fields(Config)}
     recipe, given = None, {}
     for arg in argv:
+        arg = arg.removeprefix("--recipe=")  # the positional argument by its name
         if not arg.startswith("-") and recipe is None:
             recipe = known("recipe", arg, recipes)
             continue
         name, equals, value = arg.removeprefix("--").partition("=")
         if not arg.startswith("--"):
-            raise SystemExit(f"{arg}: options are written --name=value (-h lists them)")
+            raise SystemExit(f"{shown(arg)[1:-1]}: options are written --name=value (-h lists them)")
         known("option", name, kinds)
         if not equals and kinds[name] != "bool":
             raise SystemExit(f"--{name} needs a value: --{name}=…")
@@ -70,7 +72,7 @@ def known(kind, name, names):
     if name in names:
         return name
     near = difflib.get_close_matches(name, names, 1, 0.4)
-    raise SystemExit(f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + " (-h lists them all)")
+    raise SystemExit(f"unknown {kind} {shown(name)}" + (f"; did you mean {near[0]!r}?" if near else "") + " (-h lists them all)")
 
 
 def convert(name, value, kind):
@@ -85,7 +87,7 @@ def convert(name, value, kind):
             return int(float(value))
         return {"float": float, "str": str}[kind](value)
     except (KeyError, ValueError, OverflowError):
-        raise SystemExit(f"--{name}={value}: expected {dict(int='a whole number', float='a number', bool='True or False')[kind]}")
+        raise SystemExit(f"--{name}={shown(value)[1:-1]}: expected {dict(int='a whole number', float='a number', bool='True or False')[kind]}")
 
 
 def usage(Config, RECIPES):
@@ -231,7 +233,7 @@ def load_checkpoint(path):
     for file in files:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            checkpoint["model_config"], checkpoint["model"], checkpoint["tokenizer"]
+            GPTConfig(**checkpoint["model_config"]), checkpoint["model"]["wte.weight"].shape, checkpoint["tokenizer"]
             return checkpoint
         except Exception as error:  # torch.load raises half a dozen kinds for a file that is cut short, flipped or foreign
             problem = f"{file}: not a checkpoint of this repository, or damaged ({type(error).__name__})"

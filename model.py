@@ -14,7 +14,6 @@ import json
 import os
 from dataclasses import dataclass, replace
 from functools import partial
-from urllib.error import URLError
 
 import torch
 import torch.nn as nn
@@ -22,10 +21,14 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from data.files import fetch, shown
+
 PRETRAINED = {  # n_layer, n_head, n_embd
     "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
 compiled_flex_attention = torch.compile(flex_attention)  # on CUDA one fused kernel that skips what the mask rules out
+SIZES = {  # of a config.json, in GPTConfig's order, and the most that is believed
+    "vocab_size": 2**20, "n_positions": 2**20, "n_layer": 1000, "n_head": 2**10, "n_embd": 2**20}
 CHUNK = 1024  # response tokens whose (tokens, vocabulary) logits exist at one time
 
 
@@ -352,18 +355,19 @@ class GPT(nn.Module):
             config, weights = GPTConfig(50257, 1024, *PRETRAINED[name_or_dir]), download(name_or_dir)
         else:
             config, weights = read_folder(name_or_dir)
-        model = cls(config)
-        weights = {k.removeprefix("transformer."): v for k, v in weights.items()}
-        own = model.state_dict()
+        with torch.device("meta"):  # shapes alone: nothing is allocated for a config.json that is not these weights'
+            own = cls(config).state_dict()
         missing = own.keys() - weights.keys()
         if missing:
             raise SystemExit(f"{name_or_dir}: not GPT-2 weights: {min(missing)} is missing")
         for name, parameter in own.items():
-            w = weights[name].t() if is_conv1d(name) else weights[name]
-            real = parameter[:config.vocab_size] if name == "wte.weight" else parameter
-            if real.shape != w.shape:
-                raise SystemExit(f"{name_or_dir}: {name} has shape {tuple(w.shape)}, config.json says {tuple(real.shape)}")
-            real.copy_(w)
+            w = weights[name] = weights[name].mT if is_conv1d(name) and weights[name].dim() == 2 else weights[name]
+            shape = (config.vocab_size, config.n_embd) if name == "wte.weight" else tuple(parameter.shape)
+            if tuple(w.shape) != shape:
+                raise SystemExit(f"{name_or_dir}: {name} has shape {tuple(w.shape)}, config.json says {shape}")
+        model = cls(config)
+        for name, parameter in model.state_dict().items():
+            parameter[:len(weights[name])].copy_(weights[name])
         return model
 
     def save_pretrained(self, dir):
@@ -415,32 +419,48 @@ def is_conv1d(name):
 
 
 def download(name):
-    """The published state dict of `name`, fetched once into torch.hub's cache (written aside, then renamed)."""
-    try:
-        return torch.hub.load_state_dict_from_url(URL.format(name), file_name=f"{name}.bin", map_location="cpu", weights_only=True)
-    except (URLError, OSError) as error:
-        raise SystemExit(f"{name}: cannot fetch {URL.format(name)} ({error}); put the file at "
-                         f"{os.path.join(torch.hub.get_dir(), 'checkpoints', name + '.bin')}")
+    """The published state dict of `name`, fetched once into torch.hub's cache."""
+    return read_weights(fetch(os.path.join(torch.hub.get_dir(), "checkpoints", name + ".bin"), URL.format(name)))
 
 
 def read_folder(dir):
     """GPTConfig and state dict of a folder in the Hugging Face format."""
-    path = os.path.join(dir, "config.json")
+    config = read_config(os.path.join(dir, "config.json"))
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        if os.path.exists(os.path.join(dir, name)):
+            return config, read_weights(os.path.join(dir, name))
+    raise SystemExit(f"{dir}: neither pytorch_model.bin nor model.safetensors is there")
+
+
+def read_config(path):
+    """The GPTConfig of a config.json; SystemExit where it is none of a GPT-2."""
     if not os.path.exists(path):
-        raise SystemExit(f"{dir}: no config.json there; expected a folder in the Hugging Face format, or one of {', '.join(PRETRAINED)}")
-    with open(path) as f:
-        c = json.load(f)
-    if c.get("model_type") != "gpt2":
-        raise SystemExit(f"{path}: model_type is {c.get('model_type')!r}, only 'gpt2' can be read")
-    config = GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"])
-    path = os.path.join(dir, "pytorch_model.bin")
-    if os.path.exists(path):
-        return config, torch.load(path, map_location="cpu", weights_only=True)
-    path = os.path.join(dir, "model.safetensors")
-    if not os.path.exists(path):
-        raise SystemExit(f"{dir}: neither pytorch_model.bin nor model.safetensors is there")
+        raise SystemExit(f"{path}: no config.json there; expected a folder in the Hugging Face format, or one of {', '.join(PRETRAINED)}")
     try:
-        from safetensors.torch import load_file
+        with open(path, "rb") as f:
+            c = dict(json.load(f))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise SystemExit(f"{path}: not the config.json of a model ({error})")
+    if c.get("model_type") != "gpt2":
+        raise SystemExit(f"{path}: model_type is {shown(c.get('model_type'))}, only 'gpt2' can be read")
+    for key, most in SIZES.items():
+        if type(c.get(key)) is not int or not 0 < c[key] <= most:
+            raise SystemExit(f"{path}: {key} is {shown(c.get(key))}, expected a whole number from 1 to {most}")
+    if c["n_embd"] % c["n_head"]:
+        raise SystemExit(f"{path}: n_embd {c['n_embd']} is not a multiple of n_head {c['n_head']}")
+    return GPTConfig(*(c[key] for key in SIZES))
+
+
+def read_weights(path):
+    """{name: tensor} of a file of torch.save or safetensors, of which nothing is executed; SystemExit where it is none."""
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        return {name.removeprefix("transformer."): w for name, w in weights.items() if torch.is_tensor(w)}
     except ImportError:
         raise SystemExit(f"{path}: reading it needs the safetensors package: pip install safetensors")
-    return config, load_file(path)
+    except Exception as error:  # half a dozen kinds, for a file that is cut short, flipped or foreign
+        raise SystemExit(f"{path}: not a model's weights, or damaged ({type(error).__name__}): delete it, and fetch or copy it again")

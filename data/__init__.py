@@ -22,7 +22,7 @@ def dataset(name, data_dir="data/files"):
     if name == "animals":
         from data import animals
         return animals
-    if name.split("/")[0] == "hh" and not os.path.exists(name):
+    if name.split("/")[0] == "hh" and not os.path.isfile(name):
         from data.hh import HH, SUBSETS
         subset = name.partition("/")[2]
         if subset and subset not in SUBSETS:

@@ -6,7 +6,8 @@ follows. One training comparison in a hundred is kept for validation; "test" is 
 """
 import os
 
-from data.jsonl import Jsonl, common_prompt, fetch, read_lines
+from data.files import check_text, fetch, read_lines
+from data.jsonl import Jsonl, common_prompt, keys, text
 
 SUBSETS = ["harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"]
 URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/{}/{}.jsonl.gz"
@@ -30,8 +31,9 @@ class HH(Jsonl):
                 if split != "test" and (i % 100 == 0) != (split == "validation"):
                     continue
                 if not {"chosen", "rejected"} <= record.keys():
-                    raise SystemExit(f"{where}: needs 'chosen' and 'rejected', found {', '.join(map(repr, sorted(record))) or 'nothing'}")
-                prompt, chosen, rejected = common_prompt(record["chosen"], record["rejected"])
+                    raise SystemExit(f"{where}: needs 'chosen' and 'rejected', found {keys(record)}")
+                prompt, chosen, rejected = common_prompt(text(record, "chosen", where), text(record, "rejected", where))
+                check_text(where, prompt, chosen, rejected)
                 if chosen and rejected:
                     examples.append((prompt, [chosen, rejected]))
                 else:

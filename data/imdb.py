@@ -36,7 +36,7 @@ from itertools import combinations
 if __name__ == "__main__":  # run as a file: modules are looked for beside the stages, not beside this one
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from data.jsonl import fetch  # noqa: E402
+from data.files import fetch  # noqa: E402
 from data.tokenizers import encode, encode_groups, encode_prompts, get_tokenizer  # noqa: E402
 
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"

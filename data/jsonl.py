@@ -9,55 +9,14 @@ Text is used as it stands: prompt and response are joined without a space, so le
 prompt, completion, chosen and rejected may be lists of messages too; turns are then written as in Anthropic's HH-RLHF,
 "\\n\\nHuman: …\\n\\nAssistant: …". Of every twenty lines, the first is kept for validation and the second for test.
 """
-import gzip
-import hashlib
-import json
 import os
-import zlib
 from functools import cache
-from urllib.error import URLError
 
-import torch
-
+from data.files import check_text, read_lines, shown
 from data.tokenizers import get_tokenizer
 
 ROLES = {"system": "", "user": "\n\nHuman: ", "human": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
 ASSISTANT = "\n\nAssistant:"
-
-
-def fetch(path, url, sha256=None):
-    """`path`, downloaded from `url` first where it is missing: with its progress, written aside, then renamed."""
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        print(f"fetching {url}")
-        try:
-            torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
-        except (URLError, OSError, RuntimeError) as error:  # RuntimeError: another sha256
-            raise SystemExit(f"{path} is missing and {url} cannot be fetched ({error}); put the file there, or point --data_dir at its folder")
-    elif sha256:
-        with open(path, "rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
-                raise SystemExit(f"{path} is not the published file (its sha256 differs); delete it and it is fetched again")
-    return path
-
-
-def read_lines(path):
-    """Yields ("path:line", object) for every line of a .jsonl or .jsonl.gz file that is not blank."""
-    line = 0
-    try:
-        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as f:
-            for line, text in enumerate(f, 1):
-                if not text.strip():
-                    continue
-                try:
-                    record = json.loads(text)
-                except (ValueError, RecursionError) as error:
-                    raise SystemExit(f"{path}:{line}: not JSON ({error})")
-                if not isinstance(record, dict):
-                    raise SystemExit(f"{path}:{line}: expected an object, found {type(record).__name__}")
-                yield f"{path}:{line}", record
-    except (OSError, EOFError, zlib.error) as error:
-        raise SystemExit(f"{path}:{line + 1}: cannot be read ({error})")
 
 
 def text(record, key, where):
@@ -75,6 +34,11 @@ def render(messages, where):
         return "".join(ROLES[m["role"]] + m["content"] for m in messages)
     except (KeyError, TypeError):
         raise SystemExit(f'{where}: a message must be {{"role": {" | ".join(ROLES)}, "content": text}}')
+
+
+def keys(record):
+    """The keys that were found, for an error's one line."""
+    return ", ".join(map(shown, sorted(record)[:6])) or "nothing"
 
 
 def common_prompt(chosen, rejected):
@@ -103,11 +67,12 @@ def parse(record, where):
         prompt, responses = text(record, "prompt", where), [text(record, "completion", where)]
     else:
         raise SystemExit(f"{where}: needs prompt and completion, [prompt,] chosen and rejected, or messages; "
-                         f"found {', '.join(map(repr, sorted(record))) or 'nothing'}")
+                         f"found {keys(record)}")
     if all(r.startswith(ASSISTANT) for r in responses):  # rendered turns: the marker belongs to the prompt
         prompt, responses = prompt + ASSISTANT, [r[len(ASSISTANT):] for r in responses]
     if "" in responses:
         raise SystemExit(f"{where}: an empty response")
+    check_text(where, prompt, *responses)
     return prompt, responses
 
 

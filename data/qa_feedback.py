@@ -13,7 +13,7 @@ import os
 from functools import cache
 from itertools import combinations
 
-from data.jsonl import fetch
+from data.files import check_text, fetch, shown
 from data.tokenizers import get_tokenizer
 
 URL = "https://raw.githubusercontent.com/allenai/FineGrainedRLHF/main/tasks/qa_feedback/data/{}_feedback.json"
@@ -35,7 +35,7 @@ class QAFeedback:
     def read(self, name):
         path = self.path or fetch(os.path.join(self.data_dir, "qa_feedback", name + "_feedback.json"), URL.format(name), SHA256.get(name))
         try:
-            with open(path, encoding="utf-8") as f:
+            with open(path, "rb") as f:
                 records = json.load(f)
         except (OSError, ValueError, RecursionError) as error:
             raise SystemExit(f"{path}: cannot be read ({error})")
@@ -113,11 +113,13 @@ def check(record, where):
     end_of_last, length = 0, len(record["prediction 1"])
     for error in sorted(feedback["errors"], key=lambda e: start_of(e, need)):
         start, end = error["start"], error.get("end")
-        need(error.get("error type") in CATEGORIES, f"unknown error type {error.get('error type')!r}; there are {', '.join(CATEGORIES)}")
-        need(type(end) is int and 0 <= start < end, f"the span {start}–{end} is empty, reversed or negative")
-        need(end <= length, f"the span {start}–{end} ends outside prediction 1, which has {length} characters")
-        need(start >= end_of_last, f"the span {start}–{end} overlaps the one that ends at {end_of_last}")
+        span = f"the span {shown(start)}–{shown(end)}"
+        need(error.get("error type") in CATEGORIES, f"unknown error type {shown(error.get('error type'))}; there are {', '.join(CATEGORIES)}")
+        need(type(end) is int and 0 <= start < end, f"{span} is empty, reversed or negative")
+        need(end <= length, f"{span} ends outside prediction 1, which has {length} characters")
+        need(start >= end_of_last, f"{span} overlaps the one that ends at {end_of_last}")
         end_of_last = end
+    check_text(where, prompt(record), record["gold"], *(record[p] for p in PREDICTIONS), feedback["corrected-prediction"])
     return record
 
 

@@ -13,7 +13,7 @@ added as prompts for PPO.
 import os
 from functools import cache
 
-from data.jsonl import fetch, read_lines
+from data.files import check_text, fetch, read_lines, shown
 from data.tokenizers import get_tokenizer
 
 URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback/"
@@ -74,14 +74,14 @@ def response(record, key, where):
 def comparison(record, split, where):
     """(prompt, [chosen, rejected]), or None for a record of another split; SystemExit naming file and line where it is no comparison."""
     if field(record, "split", str, where) not in SPLITS:
-        raise SystemExit(f"{where}: unknown split {record['split']!r}; there are {', '.join(SPLITS)}")
+        raise SystemExit(f"{where}: unknown split {shown(record['split'])}; there are {', '.join(SPLITS)}")
     if SPLITS[record["split"]] != split:
         return None
     info, summaries, choice = field(record, "info", dict, where), field(record, "summaries", list, where), record.get("choice")
     if len(summaries) != 2 or not all(isinstance(s, dict) for s in summaries):
         raise SystemExit(f"{where}: 'summaries' must be two objects with a 'text'")
     if type(choice) is not int or choice not in (0, 1):
-        raise SystemExit(f"{where}: 'choice' must be 0 or 1, the better of the two summaries; found {choice!r}")
+        raise SystemExit(f"{where}: 'choice' must be 0 or 1, the better of the two summaries; found {shown(choice)}")
     responses = [response(s, "text", where) for s in summaries]
     return prompt(info, where), [responses[choice], responses[1 - choice]]
 
@@ -91,4 +91,6 @@ def field(record, key, kind, where):
     if not isinstance(record.get(key), kind):
         found = f"found {type(record[key]).__name__}" if key in record else "it is missing"
         raise SystemExit(f"{where}: {key!r} must be {KINDS[kind]}, {found}")
+    if kind is str:
+        check_text(where, record[key])
     return record[key]

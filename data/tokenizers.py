@@ -5,6 +5,8 @@ from itertools import chain
 import numpy as np
 import tiktoken
 
+LONGEST = 2**19  # characters that tiktoken is given at once
+
 
 def get_tokenizer(name):
     """The tiktoken.Encoding called `name`: "gpt2", which tiktoken fetches once, or "animals", made here."""
@@ -21,10 +23,12 @@ def get_tokenizer(name):
 
 def encode(tokenizer, texts):
     """List of str -> list of int32 arrays. Special-token text inside is text, never a control token."""
+    def ids(text):  # in parts, where it is endless: a million spaces overflow the stack of tiktoken's regular expression
+        parts = (text[i:i + LONGEST] for i in range(0, len(text), LONGEST))
+        return np.array(sum(map(tokenizer.encode_ordinary, parts), []), dtype=np.int32)
     pieces = [texts[i:i + 512] for i in range(0, len(texts), 512)]
     with ThreadPoolExecutor() as pool:  # tiktoken lets go of the GIL; its own encode_ordinary_batch makes a task of every text
-        return list(chain.from_iterable(pool.map(
-            lambda piece: [np.array(tokenizer.encode_ordinary(text), dtype=np.int32) for text in piece], pieces)))
+        return list(chain.from_iterable(pool.map(lambda piece: list(map(ids, piece)), pieces)))
 
 
 def encode_prompts(tokenizer, texts):

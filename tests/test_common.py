@@ -61,6 +61,7 @@ def recorders(monkeypatch):
 def test_options_override_the_recipe_and_the_recipe_the_defaults():
     assert parse(Config, RECIPES, []) == Config()
     assert parse(Config, RECIPES, ["big", "--steps=3"]) == Config("big", "hh", 1e-5, 3)
+    assert parse(Config, RECIPES, ["--recipe=big"]) == parse(Config, RECIPES, ["big"])
     assert parse(Config, RECIPES, ["--lr=1", "big", "--flag"]) == Config("big", "hh", 1.0, flag=True)
 
 
@@ -75,6 +76,7 @@ def test_conversions(text, value):
 
 @pytest.mark.parametrize("argument, message", [
     ("--stpes=3", "unknown option 'stpes'; did you mean 'steps'?"),
+    ("--recipe=bigg", "unknown recipe 'bigg'; did you mean 'big'?"),
     ("bigg", "unknown recipe 'bigg'; did you mean 'big'?"),
     ("--zzzzz=3", "unknown option 'zzzzz' (-h lists them all)"),
     ("--steps=many", "--steps=many: expected a whole number"),

@@ -2,18 +2,23 @@
 import gzip
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
 import numpy as np
 import pytest
 import tiktoken
-import torch
-from conftest import SHARED
+from conftest import SHARED, make_model
 
-from data import animals, dataset, encode_groups, encode_prompts, get_tokenizer
+import evaluate
+import ppo
+from data import animals, dataset, encode_groups, encode_prompts, files, get_tokenizer, tokenizers
+from data.files import fetch, read_lines
 from data.hh import HH
-from data.jsonl import Jsonl, common_prompt, fetch, parse, read_lines
+from data.jsonl import Jsonl, common_prompt, parse
+from data.tokenizers import encode
 
+needs_gpt2 = pytest.mark.skipif(not (SHARED / "tiktoken").is_dir(), reason="the GPT-2 encoding is not beside the checkout")
 PROMPT = "Tell me about the owl: what it eats and how it moves."
 
 
@@ -116,6 +121,43 @@ def test_an_empty_prompt_begins_with_eos():
     assert [p.tolist() for p in encode_prompts(t, ["", " it"])] == [[t.eot_token], t.encode_ordinary(" it")]
 
 
+@pytest.mark.parametrize("name", ["animals", pytest.param("gpt2", marks=needs_gpt2)])
+def test_special_token_text_is_text_on_every_way_in(name):
+    """Neither a prompt nor a response can hold the control token by spelling it."""
+    t, text = get_tokenizer(name), "a<|endoftext|>b<|endoftext|>"
+    (prompt, responses), = encode_groups(t, [(text, [text, "<|endoftext|>"])], 200)
+    assert t.decode(prompt.tolist()) == text and t.eot_token not in prompt
+    assert [t.decode(r[:-1].tolist()) for r in responses] == [text, "<|endoftext|>"] and [r.tolist().count(t.eot_token) for r in responses] == [1, 1]
+    assert [t.decode(p.tolist()) for p in encode_prompts(t, [text])] == [text]
+    ids, = evaluate.fit_prompts([text], make_model(), t)
+    assert t.decode(ids) == text[-len(t.decode(ids)):] and t.eot_token not in ids
+
+
+def test_special_token_text_reaches_the_models_as_text(start, monkeypatch):
+    """evaluate.py --prompt, and the prompts of a rollout."""
+    t, seen = get_tokenizer("animals"), []
+    monkeypatch.setattr(evaluate, "respond", lambda model, ids, *rest, **more: seen.extend(ids) or [[t.eot_token]] * len(ids))
+    evaluate.main([str(start / "start"), "--prompt=a<|endoftext|>"])
+    path = write(start / "special.jsonl", [{"prompt": "a<|endoftext|>", "completion": " <|endoftext|>"}] * 20)
+    ppo.train(ppo.Config(data=path, init=str(start / "start"), out=str(start / "a"), steps=1, batch_size=4, minibatches=1, epochs=1, eval_n=0, device="cpu",
+                         ptx_coef=0.1), lambda prompts, responses: seen.extend(prompts) or [[0.0] * max(map(len, responses))] * len(responses))
+    assert len(seen) == 5 and all(t.decode(ids) == "a<|endoftext|>" and t.eot_token not in ids for ids in seen)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_encoding_is_the_same_whatever_the_pool(workers, monkeypatch):
+    t, texts = animals.tokenizer(), [f"{i} " * (i % 7) for i in range(3000)]  # six pieces
+    monkeypatch.setattr(tokenizers, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(workers))
+    assert [ids.tolist() for ids in encode(t, texts)] == [t.encode_ordinary(text) for text in texts]
+
+
+def test_a_text_without_end_is_encoded_in_parts():
+    t = animals.tokenizer()
+    n = tokenizers.LONGEST
+    ids, = encode(t, [" " * (2 * n) + "x"])  # at once, the spaces would be too many for GPT-2's pattern
+    assert t.decode(ids.tolist()) == " " * (2 * n) + "x"
+
+
 def test_the_gpt2_encoding_without_network(monkeypatch):
     def refuse(name):
         raise ConnectionError("no route")
@@ -171,6 +213,9 @@ OK = {"prompt": "p", "chosen": " a", "rejected": " b"}
     ({"messages": [{"role": "robot", "content": ""}]}, "mine.jsonl:4: a message must be"),
     ("[" * 100_000, "mine.jsonl:4: not JSON"),
     ("\udcff", "mine.jsonl:4: not JSON"),
+    ('{"prompt": "p", "completion": "\\ud800"}', "mine.jsonl:4: half of a surrogate pair"),
+    ({"messages": [{"role": "user", "content": "\udcff"}]}, "mine.jsonl:4: half of a surrogate pair"),
+    (" " * files.LONGEST, "mine.jsonl:4: a line of 16 MiB or more"),
 ])
 def test_a_bad_line_is_named(tmp_path, line, message):
     path = tmp_path / "mine.jsonl"
@@ -227,7 +272,7 @@ def test_hh_reads_the_published_files(hh_files, capsys):
 def test_hh_without_file_or_network(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no route")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(files, "urlopen", refuse)
     with pytest.raises(SystemExit, match="harmless-base/train.jsonl.gz is missing and https.*no route.*--data_dir") as error:
         dataset("hh", str(tmp_path)).comparisons("train")
     assert "\n" not in str(error.value)

@@ -13,7 +13,7 @@ from conftest import make_model, random_groups
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import model as model_module
-from data import pack
+from data import files, pack
 from model import CHUNK, GPT, GPTConfig, TokenLogprobs, sample
 
 
@@ -250,8 +250,9 @@ def test_published_weights_come_through_the_hub_cache(theirs, tmp_path, monkeypa
 def test_missing_weights_without_network(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise URLError("no route")
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
-    with pytest.raises(SystemExit, match="gpt2: cannot fetch https.*no route.*put the file at .*gpt2.bin"):
+    monkeypatch.setattr(files, "urlopen", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(SystemExit, match="checkpoints/gpt2.bin is missing and https.*cannot be fetched .*no route.*put the file there"):
         GPT.from_pretrained("gpt2")
 
 
