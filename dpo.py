@@ -38,7 +38,7 @@ class Config:
     init: str | None = None         # a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
     out: str | None = None          # the run's folder; None: out/dpo-RECIPE, or out/dpo-FILE
     beta: float = 1.0               # β of eq. 7: the price of KL
-    loss_type: str = "sigmoid"      # sigmoid, ipo (arXiv:2310.12036), hinge (arXiv:2305.10425), robust (arXiv:2403.00409)
+    loss_type: str = "sigmoid"      # sigmoid, ipo (arXiv:2310.12036), hinge (arXiv:2309.06657), robust (arXiv:2403.00409)
     label_smoothing: float = 0.0    # ε, the share of labels taken to be flipped (sigmoid and robust)
     precompute_ref: bool = True     # ask the reference once, before training; False keeps it in memory
     steps: int = 250                # optimizer steps
@@ -81,9 +81,10 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
     """DPO, arXiv:2305.18290 eq. 7, and its variants. Log-probs (B,), summed over response tokens, in nats.
 
     With h the difference of the two log-ratios and ε the label smoothing:
-        sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)                eq. 7 at ε = 0; ε may be (B,), a label's chance of being wrong
+        sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)                eq. 7 at ε = 0, else Mitchell's cDPO (https://ericmitchell.ai/cdpo.pdf
+                                                                 eq. 3); ε may be (B,), a label's chance of being wrong
         ipo       (h − 1/2β)²                                    arXiv:2310.12036 eq. 17
-        hinge     max(0, 1 − βh)                                 SLiC, arXiv:2305.10425
+        hinge     max(0, 1 − βh)                                 hinge-norm of arXiv:2309.06657: SLiC's (arXiv:2305.10425) on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)     arXiv:2403.00409
     Returns the mean loss (scalar) and the implicit rewards β · log-ratio of chosen and rejected, (B,) each, without gradient.
     """

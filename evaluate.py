@@ -194,7 +194,10 @@ def tilt(rewards, beta):
 
 
 def best_of(rewards, k):
-    """E[the largest of k samples], over all choices of k among n: (P, n) -> (P,). Its KL is log k − (k−1)/k, where no two tie."""
+    """E[the largest of k samples], over all choices of k among n: (P, n) -> (P,), unbiased (arXiv:2112.09332 App. I).
+
+    Its KL is log k − (k−1)/k, where no two tie (arXiv:2009.01325 G.3).
+    """
     n = rewards.size(1)
     smaller = torch.arange(n, dtype=rewards.dtype)  # how many of the others lie below, in order
     log_choose = torch.lgamma(smaller + 1) - torch.lgamma((smaller - k + 2).clamp(min=1)) - math.lgamma(k)  # log (i−1 choose k−1)

@@ -13,8 +13,9 @@ the segments, the reward models, and the function that lays their judgements on 
     python finegrained.py --reward=rm                the baseline: the same PPO from one holistic reward model
     python finegrained.py qa_feedback --init=gpt2    the paper's questions and its feedback
 
-Left out: the paper's filter of error spans shorter than five words, its reward models' separator tokens (a causal model can be read
-at a segment's last token), completeness labels from matching passages (data/qa_feedback.py says what stands in their place).
+Left out: the paper's filter of error spans shorter than five words (in its code for relevance alone), its reward models' separator
+tokens (a causal model can be read at a segment's last token), a relevance model that sees no passages (its code's does not),
+completeness labels from matching passages (data/qa_feedback.py says what stands in their place).
 """
 import codecs
 import json

@@ -25,7 +25,8 @@ which tokens there are; the EOS is an action and in it. grid[mask] is the flat a
 Or train(cfg, reward_fn), where reward_fn(prompts, responses), two lists of lists of token ids, returns the reward of each response
 token: (B, R) numbers, R the longest response's length, 0 after a response's end.
 
-Left out: several responses a prompt (GRPO, RLOO), an entropy bonus, generation that runs beside training.
+Left out: several responses a prompt (GRPO, RLOO), an entropy bonus, generation that runs beside training, and the pretraining text of
+eq. 2's second term, for which demonstrations stand, as a mean over their response tokens: its γ cannot be read as the paper's 27.8.
 """
 import copy
 import os
@@ -254,7 +255,8 @@ def whiten(x, mask, shift=True):
 def compute_gae(rewards, values, mask, gamma, lam):
     """Generalized advantage estimation, arXiv:1506.02438 eq. 16: Â_t = Σ_l (γλ)^l δ_{t+l}. All (B, R); mask True, then False.
 
-    What follows a response's last token is worth 0. Returns advantages and returns = advantages + values, 0 outside the mask.
+    What follows a response's last token is worth 0. Returns advantages and returns = advantages + values (its footnote 2, not the
+    Monte Carlo return of eq. 28, which they are at λ = 1), 0 outside the mask.
     """
     values = values * mask
     advantages = torch.zeros_like(rewards)
@@ -283,7 +285,10 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 
 def value_loss(values, old_values, returns, mask, clip):
-    """½ E max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²), as in the code of arXiv:1707.06347. All (B, R) -> scalar, mean over the mask."""
+    """½ E max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²): (V − R)² of arXiv:1707.06347 eq. 9, halved and clipped as in its code.
+
+    All (B, R) -> scalar, mean over the mask.
+    """
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
@@ -291,7 +296,7 @@ def value_loss(values, old_values, returns, mask, clip):
 class AdaptiveKL:
     """Ziegler's controller, arXiv:1909.08593 §2.2: β follows the KL, in nats a response, towards its target.
 
-    e = clip(KL / target − 1, ±0.2);  β ← β (1 + e n / horizon) for n episodes. target None: β is fixed.
+    e = clip(KL / target − 1, ±0.2);  β ← β (1 + K e), K = n / horizon for n episodes (0.1 in the paper). target None: β is fixed.
     """
 
     def __init__(self, coef, target, horizon):

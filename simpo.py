@@ -8,8 +8,8 @@ SimPO takes for the reward what generation follows, the mean log-prob of a token
 
 One model is in memory, no reference anywhere; so nothing holds the policy near to where it started but a small learning rate. The
 length |y| counts the EOS. Its known failure is a collapse of the length, so that is sampled and logged on the way: a token of a short
-response, its EOS above all, weighs 1/|y| in the loss, more than the next word of a long one. The SFT term, sft_weight times the mean
-of −log π of the chosen's tokens, weighs all tokens alike and holds against it.
+response, its EOS above all, weighs 1/|y| in the loss, more than the next word of a long one. The SFT term (App. H; 0 in the paper's own
+settings), sft_weight times the mean of −log π of the chosen's tokens, weighs all tokens alike and holds against it.
 
     python simpo.py                                              the animals world, from nothing, with the SFT that comes first
     python simpo.py hh --init=out/sft-hh                         Anthropic's HH-RLHF, GPT-2

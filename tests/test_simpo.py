@@ -43,7 +43,7 @@ def test_limits():
 
 
 def test_the_gradient_is_the_papers_and_weighs_a_token_of_a_short_response_more():
-    """∂L/∂ log π(y_w) = −β/|y_w| σ(−h), and +β/|y_l| σ(−h) for y_l (the gradient under eq. 6): by length, where DPO's is β for both."""
+    """∂L/∂ log π(y_w) = −β/|y_w| σ(−h), and +β/|y_l| σ(−h) for y_l (the gradient of App. F): by length, where DPO's is β for both."""
     chosen, rejected = CHOSEN.clone().requires_grad_(), REJECTED.clone().requires_grad_()
     simpo_loss(chosen, rejected, CHOSEN_LEN, REJECTED_LEN, 2.0, 0.4)[0].backward()
     sigma = 1 / (1 + math.exp(0.6))
