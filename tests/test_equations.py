@@ -1,4 +1,4 @@
-"""README.md's table from equation to line: each line still says it. Run as a script, this file puts the line numbers right."""
+"""README.md's table from equation to line, and its list of files: each line still says it. Run as a script, this file puts the numbers right."""
 import re
 from pathlib import Path
 
@@ -24,6 +24,15 @@ def renumber(text):
     return LINK.sub(right, text)
 
 
+def recount(text):
+    """`text` with the lines that the files of each row of the list have now; of a folder, of the .py files in it."""
+    def right(row):
+        paths = [ROOT / path for path in re.findall(r"\]\(([\w/.]+)\)", row[1])]
+        files = [file for path in paths for file in (path.glob("*.py") if path.is_dir() else [path])]
+        return f"{row[1]} | {sum(len(file.read_text(encoding='utf-8').splitlines()) for file in files):,} | "
+    return re.sub(r"^(\| \[`.*\)) \| [\d,]+ \| ", right, text, flags=re.M)
+
+
 @pytest.mark.parametrize("file, number, target, anchor, code", ROWS, ids=[":".join(row[:2]) for row in ROWS])
 def test_the_line_says_it(file, number, target, anchor, code):
     assert (target, anchor) == (file, number), f"README.md links {file}:{number} to {target}#L{anchor}"
@@ -44,5 +53,10 @@ def test_wrong_numbers_are_put_right():
     assert renumber(re.sub(r"(?<=\.py:)\d+(?=`\])|(?<=#L)\d+(?=\) `)", "1", TABLE)) == renumber(TABLE)
 
 
+def test_the_list_of_files_counts_their_lines():
+    text = README.read_text(encoding="utf-8")
+    assert text.count("`](") > 60 and recount(text) == text, "python tests/test_equations.py counts them anew"
+
+
 if __name__ == "__main__":
-    README.write_text(renumber(README.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(recount(renumber(README.read_text(encoding="utf-8"))), encoding="utf-8")
