@@ -16,26 +16,22 @@ import signal
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
+from itertools import combinations
 
 import torch
 import torch.distributed as dist
 
 from data import dataset, group_length, micro_batches, pack
-from data.files import shown
+from data.files import RANK, say, shown
 from model import GPT, GPTConfig, PRETRAINED
 
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-
-
-STOP = []  # the signals that asked this run to stop
+WORLD, LOCAL_RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+ASKED, STOP = [], []  # the signals that asked this process to stop; the one that all processes agreed to stop for
 PATIENCE = 10  # gradients in a row that may fail to be finite
-
-
-def say(*text):
-    if RANK == 0:
-        print(*text, flush=True)
+LEAST = {"warmup": 0, "eval_n": 0, "sample_n": 0, "seed": 0, "max_len": 2, "k": 2, "reward_batch_size": 4}  # of whole numbers; else 1
+ABOVE_0 = {"beta", "temperature", "kl_target", "kl_horizon", "grad_clip"}  # numbers that divide, or that nothing is learned with at 0
 
 
 # ------------------------------------------------------------------------------------------------ options
@@ -64,6 +60,9 @@ def parse(Config, RECIPES, argv=None):
         recipe = ("hh" if "hh" in RECIPES else [*RECIPES][0]) if os.path.isfile(given.get("data", "")) else "animals"
     for option in filter(given.get, ("wandb", "tensorboard")):
         optional(option)  # missing, it is said before any work is done
+    for name in ("lr", "value_lr", "reward_lr"):
+        if given.get(name) == 0:
+            say(f"--{name}=0: the weights that it is for stay as they are")
     return Config(**{"recipe": recipe, **RECIPES.get(recipe, {}), **given})
 
 
@@ -84,10 +83,20 @@ def convert(name, value, kind):
         if kind == "bool":
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
         if kind == "int" and float(value) == int(float(value)):
-            return int(float(value))
-        return {"float": float, "str": str}[kind](value)
+            return in_range(name, int(float(value)))
+        return in_range(name, float(value)) if kind == "float" else {"str": str}[kind](value)
     except (KeyError, ValueError, OverflowError):
         raise SystemExit(f"--{name}={shown(value)[1:-1]}: expected {dict(int='a whole number', float='a number', bool='True or False')[kind]}")
+
+
+def in_range(name, number):
+    """The number of an option, if a run can be made with it; else one line."""
+    least = LEAST.get(name, 1) if isinstance(number, int) else 0 if name.endswith("lr") or name == "weight_decay" else -math.inf
+    if not math.isfinite(number):
+        raise SystemExit(f"--{name}={number}: expected a finite number")
+    if number < least or name in ABOVE_0 and number <= 0:
+        raise SystemExit(f"--{name}={number}: expected {'a number above 0' if name in ABOVE_0 else f'at least {least}'}")
+    return number
 
 
 def usage(Config, RECIPES):
@@ -109,6 +118,42 @@ def usage(Config, RECIPES):
 def run_dir(stage, cfg):
     """out/STAGE-RECIPE, or out/STAGE-FILE for a data file of one's own."""
     return f"out/{stage}-" + (os.path.basename(cfg.data).split(".")[0] if os.path.isfile(cfg.data) else cfg.recipe)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+@contextmanager
+def writing(path, mode="w"):
+    """A file to write, whole or not at all: aside, flushed to disk, renamed; with mode "a" at the end of what is there.
+
+    The folder is made where it is missing. SystemExit with one line where anything fails: what was there before stands.
+    """
+    aside, size = path + ".tmp" * (mode != "a"), None
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(aside, mode) as f:
+            size = f.tell()
+            yield f
+            f.flush()
+            if mode != "a":
+                os.fsync(f.fileno())
+        if mode != "a":
+            os.replace(aside, path)
+    except (OSError, RuntimeError) as error:
+        problem = error if isinstance(error, OSError) else error.__context__  # torch.save covers what went wrong with an error of its own
+        if not isinstance(problem, OSError):
+            raise
+        with suppress(OSError):
+            if size is not None:
+                os.truncate(aside, size) if mode == "a" else os.remove(aside)
+        raise SystemExit(f"{path}: cannot be written ({problem}); what was there before stands: "
+                         "make room and go on with --resume, or name another --out")
+
+
+def open_run(out):
+    """Makes the run's folder; SystemExit with one line, before any work is done, where nothing can be written there."""
+    with writing(os.path.join(out, "log.jsonl"), "a"):
+        pass
 
 
 # ------------------------------------------------------------------------------------------------ device, precision, processes
@@ -198,6 +243,22 @@ def load_model(init, cfg=None):
     return model, tokenizer
 
 
+def check_pairs(groups, cfg, ranks=None):
+    """Says how many pairs of responses are identical, token by token; SystemExit where all are, or where none is ranked.
+
+    ranks: for each group those of its responses, 0 best; None: in the order in which they stand.
+    """
+    same = []
+    for i, (_, responses) in enumerate(groups):
+        rank, ids = ranks[i] if ranks else range(len(responses)), [r.tobytes() for r in responses]
+        same += [a == b for (a, m), (b, n) in combinations(zip(ids, rank), 2) if m != n]
+    if all(same):
+        why = f"all {len(same)} pairs are identical, as cut to --max_len={cfg.max_len}" if same else "all responses tie"
+        raise SystemExit(f"--data={cfg.data}: {why}: there is nothing to learn from them")
+    if any(same):
+        say(f"{sum(same)} of {len(same)} pairs are identical, as cut to max_len={cfg.max_len}: no loss can order them")
+
+
 @torch.no_grad()
 def score_groups(reward_model, groups, micro_tokens=16384, amp=nullcontext()):
     """The reward model's score of every response of every group, in order: (S,) on the CPU."""
@@ -244,15 +305,16 @@ def load_checkpoint(path):
 
 def ask_to_stop(number, frame):
     """SIGINT and SIGTERM: the loop ends after this step with a checkpoint; a second one ends it at once."""
-    STOP.append(number)
+    ASKED.append(number)
     signal.signal(number, signal.SIG_DFL)
     say("\nstopping after this step (once more: at once)")
 
 
 def due(step, cfg):
     """Whether a checkpoint follows this step: each cfg.ckpt_every-th, the last, and the one in which a signal asked any process to stop."""
-    if WORLD > 1:
-        asked = torch.tensor(sum(STOP[:1]), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    STOP[:] = ASKED[:1]
+    if WORLD > 1:  # a signal that comes while they are asked counts at the next step
+        asked = torch.tensor(sum(STOP), device="cuda" if dist.get_backend() == "nccl" else "cpu")
         STOP[:] = [signal.SIGTERM] if all_reduce(asked).item() else []
     if threading.current_thread() is threading.main_thread():  # from the first step to the last there is something to lose
         signal.signal(signal.SIGINT, signal.default_int_handler if step == cfg.steps else ask_to_stop)
@@ -267,19 +329,20 @@ def save_checkpoint(out, step, model, optimizer, cfg, tokenizer, **more):
     """
     path = os.path.join(out, "ckpt.pt")
     if RANK == 0:
-        with open(path + ".tmp", "wb") as f:
+        with writing(path, "wb") as f:
             torch.save(dict(step=step, model=model.state_dict(), model_config=asdict(model.config), tokenizer=tokenizer,
                             optimizer=optimizer.state_dict(), config=asdict(cfg), rng=rng_state(), **more), f)
             f.flush()
             os.fsync(f.fileno())
-        if os.path.exists(path):
-            os.replace(path, os.path.join(out, "ckpt-previous.pt"))
-        os.replace(path + ".tmp", path)
+            if os.path.exists(path):  # not before the new one is whole
+                os.replace(path, os.path.join(out, "ckpt-previous.pt"))
     if WORLD > 1:  # rank 0 writes, all may read it next
         dist.barrier()
     if STOP:
         own = type(cfg).__module__ == "__main__" and "--resume" not in sys.argv  # else a stage that comes before the one called: it goes on by itself
-        say(f"stopped after step {step}; go on with: python {' '.join(sys.argv)}" + " --resume" * own)
+        python = "python" if WORLD == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', WORLD)}"
+        say(f"stopped after step {step}; go on with: {python} {' '.join(sys.argv)}" + " --resume" * own)
+        ASKED.clear()
         raise SystemExit(128 + STOP.pop())
 
 
@@ -380,7 +443,7 @@ def copies(out, cfg, start):
         known_as = open(path).read() if start and os.path.exists(path) else None
         run = optional("wandb").init(project=cfg.wandb, dir=out, name=os.path.basename(os.path.normpath(out)), config=asdict(cfg),
                                      id=known_as, resume="allow")
-        with open(path, "w") as f:
+        with writing(path) as f:
             f.write(run.id)
         result.append(lambda step, values: run.log(values, step=step))
     if cfg.tensorboard:
@@ -404,15 +467,12 @@ class Log:
         self.tokens, self.since, self.headed = 0, self.begin, False
         if RANK != 0:
             return
-        path = os.path.join(out, "log.jsonl")
-        kept = []
-        if start:  # a resumed run: what was logged after the checkpoint happens again
-            with open(path) as f:
+        self.path, kept = os.path.join(out, "log.jsonl"), []
+        if start and os.path.exists(self.path):  # a resumed run: what was logged after the checkpoint happens again
+            with open(self.path) as f:
                 kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
-        with open(path + ".tmp", "w") as f:
+        with writing(self.path) as f:
             f.writelines(kept)
-        os.replace(path + ".tmp", path)
-        self.file = open(path, "a")
 
     def __call__(self, step, tokens, **values):
         """step counts from 1; tokens: useful tokens of this step (no padding, prompts once)."""
@@ -424,8 +484,8 @@ class Log:
         rate = self.tokens / max(now - self.since, 1e-9)
         record = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
         record |= {"tokens_per_s": round(rate), "time_s": round(now - self.begin, 3)}
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        with writing(self.path, "a") as f:
+            f.write(json.dumps(record) + "\n")
         for copy in self.copies:
             copy(step, {k: v for k, v in record.items() if v is not None and k != "step"})
         if step % self.every == 0 or step == self.steps:

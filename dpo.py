@@ -17,7 +17,6 @@ before training, and then leaves memory.
 Left out: the SFT term some add to the loss, iterated and online variants.
 """
 import copy
-import os
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -25,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (Log, all_reduce, clip_and_step, configure, due, known, learning_rate, load_model, make_optimizer, parse, require,
-                    resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
+from common import (Log, all_reduce, check_pairs, clip_and_step, configure, due, known, learning_rate, load_model, make_optimizer, open_run,
+                    parse, require, resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack, per_sequence
 
 
@@ -135,14 +134,16 @@ def reference_logp(ref_policy, pairs, lengths, order, cfg, device, amp):
 def train(cfg):
     """Runs the stage, building its SFT model first where that is missing; returns the trained policy."""
     known("loss_type", cfg.loss_type, LOSS_TYPES)
-    init, out = require("sft", cfg, cfg.init), cfg.out or run_dir("dpo", cfg)
-    os.makedirs(out, exist_ok=True)
+    out = cfg.out or run_dir("dpo", cfg)
+    open_run(out)
+    init = require("sft", cfg, cfg.init)
     device, amp = setup(cfg)
     data = dataset(cfg.data, cfg.data_dir)
     policy, tokenizer_name = load_model(init, cfg)
     tokenizer, policy = get_tokenizer(tokenizer_name), policy.to(device)
     comparisons = [(prompt, pair) for prompt, responses in data.comparisons("train") for pair in combinations(responses, 2)]
     pairs = encode_groups(tokenizer, comparisons, cfg.max_len)
+    check_pairs(pairs, cfg)
     lengths = list(map(group_length, pairs))
     order = batch_order(len(pairs), cfg.batch_size, cfg.steps, cfg.seed)
     say(f"dpo: {len(pairs)} pairs of {cfg.data}, {init} -> {out} on {device}")

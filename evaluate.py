@@ -37,7 +37,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from common import RANK, load_checkpoint, load_model, say, score_groups
+from common import RANK, load_checkpoint, load_model, say, score_groups, writing
 from data import dataset, encode_prompts, get_tokenizer, pack, per_sequence
 from model import PRETRAINED
 
@@ -117,6 +117,9 @@ def mean_se(x):
 def compare(models, data, tokenizer, n, reward_model=None):
     """models: [(name, GPT), …], the first the reference -> the rows of the table, the prompts, the texts and columns of each model."""
     prompts = data.prompts("test")[:n]
+    cut = sum(len(ids) > models[0][1].config.block_size // 2 for ids in encode_prompts(tokenizer, prompts))
+    if cut:
+        say(f"{cut} of {len(prompts)} prompts lost their beginning: they take more than half of the context")
     rows, texts, columns = [], [], []
     for name, model in models:
         ref_gold = columns[0].get("gold") if columns else None
@@ -176,7 +179,7 @@ def report(out, cfg, models, data, tokenizer, reward_model=None):
     rows, prompts, texts, _ = compare(models, data, tokenizer, cfg.eval_n, reward_model)
     if not prompts:
         return say("no held-out prompts: nothing to evaluate")
-    with open(os.path.join(out, "eval.json"), "w") as f:
+    with writing(os.path.join(out, "eval.json")) as f:
         json.dump(rows, f, indent=2)
     say(f"\n{len(prompts)} held-out prompts, mean±standard error\n\n{table(rows)}\n{samples(models, prompts, texts)}")
 
@@ -455,6 +458,9 @@ def arguments(argv):
     parser.add_argument("--data", help="default: what the checkpoints were trained on")
     parser.add_argument("--data_dir", help="likewise")
     args = parser.parse_args(argv)
+    for name in ("n", "samples"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"--{name}={getattr(args, name)}: expected at least 1")
     if args.curves:
         args.plot = args.plot or "curves.png"
     if args.plot and not (args.frontier or args.overoptimization or args.curves):

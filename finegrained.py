@@ -30,8 +30,8 @@ import torch.nn.functional as F
 import evaluate
 import ppo
 import reward
-from common import (RANK, Log, checkpoint_files, clip_and_step, configure, due, known, learning_rate, load_checkpoint, load_model,
-                    make_optimizer, parse, require, resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
+from common import (RANK, Log, check_pairs, checkpoint_files, clip_and_step, configure, due, known, learning_rate, load_checkpoint, load_model,
+                    make_optimizer, open_run, parse, require, resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks, writing)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches
 
 AXES = {"relevance": ["Irrelevant", "Redundant", "Incoherent"], "factuality": ["Wrong-Grounding", "Unverifiable"], "completeness": []}
@@ -196,9 +196,21 @@ def examples(data, split, axes, tokenizer, max_len, most=None):
     return sources
 
 
+def check_labels(sources, axes, cfg):
+    """Says of which axis all labels are alike: its head can learn no more than that. And what check_pairs does."""
+    for k, name in enumerate(axes):
+        if name != "completeness":
+            values = {value for marks in sources["spans"][1] for axis, _, value in marks if axis == k}
+            if len(values) < 2:
+                say(f"{'every' if values == {0} else 'no'} segment of {cfg.data} is marked {' or '.join(AXES[name])}: "
+                    f"the {name} of all text will be judged alike")
+    if "comparisons" in sources:
+        check_pairs(sources["comparisons"][0], cfg)
+
+
 def measure(model, axes, sources, cfg, amp):
     """A row an axis: accuracy; majority, the accuracy of the commoner answer (of a coin, between two responses); F1 of the errors."""
-    right, true, guess = {name: [] for name in axes}, {}, {}
+    right, true, guess = ({name: [] for name in axes} for _ in range(3))
     for groups, marks in sources.values():
         for _, axis, value, row, scores in judgements([model], groups, marks, cfg.micro_tokens, amp):
             for k, name in enumerate(axes):
@@ -206,11 +218,12 @@ def measure(model, axes, sources, cfg, amp):
                 if name == "completeness":
                     right[name] += [reward.ranking_loss(s[which == n], which[which == n], v[which == n])[1].item() for n in which.unique()]
                 else:
-                    true[name], guess[name] = true.get(name, []) + (v == 1).tolist(), guess.get(name, []) + (s > 0).tolist()
+                    true[name] += (v == 1).tolist()
+                    guess[name] += (s > 0).tolist()
     rows = []
     for name in axes:
-        row = {"checkpoint": name, "majority": 0.5, "majority_se": None, "f1": None, "f1_se": None}
-        if name != "completeness":
+        row = {"checkpoint": name, "majority": 0.5 if name == "completeness" else None, "majority_se": None, "f1": None, "f1_se": None}
+        if true[name]:
             right[name] = [t == g for t, g in zip(true[name], guess[name])]
             good, errors, called = sum(true[name]) / len(true[name]), true[name].count(False), guess[name].count(False)
             caught = sum(not t and not g for t, g in zip(true[name], guess[name]))
@@ -222,13 +235,14 @@ def measure(model, axes, sources, cfg, amp):
 
 def train_rewards(cfg, init, axes):
     """Trains one reward model with a head for each of `axes`, from `init`, into cfg.out; cfg is a reward.Config."""
-    os.makedirs(cfg.out, exist_ok=True)
+    open_run(cfg.out)
     device, amp = setup(cfg)
     data = dataset(cfg.data, cfg.data_dir)
     model, tokenizer_name = load_model(init, cfg)
     model.set_scalar_heads(len(axes))
     model, tokenizer = model.to(device), get_tokenizer(tokenizer_name)
     sources = examples(data, "train", axes, tokenizer, cfg.max_len)
+    check_labels(sources, axes, cfg)
     groups, marks = (sum(lists, []) for lists in zip(*sources.values()))  # one list, the sources one after the other
     lengths, order, first = list(map(group_length, groups)), [[] for _ in range(cfg.steps)], 0
     sizes = {"spans": cfg.batch_size, "comparisons": cfg.batch_size // 4}
@@ -269,7 +283,7 @@ def train_rewards(cfg, init, axes):
     save_checkpoint(cfg.out, cfg.steps, model, optimizer, cfg, tokenizer_name, axes=axes, completeness_mean=norm[0], completeness_std=norm[1])
     rows = measure(model, axes, examples(data, "validation", axes, tokenizer, cfg.max_len, cfg.eval_n), cfg, amp)
     if RANK == 0:
-        with open(os.path.join(cfg.out, "eval.json"), "w") as f:
+        with writing(os.path.join(cfg.out, "eval.json")) as f:
             json.dump(rows, f, indent=2)
         say(f"\nheld-out feedback\n\n{evaluate.table(rows)}\n")
 
@@ -338,7 +352,9 @@ def train(cfg):
     if not hasattr(data, "spans"):
         raise SystemExit(f"--data={cfg.data}: holds no span feedback")
     ppo.check(cfg, data, finegrained_reward)
-    cfg = replace(cfg, init=require("sft", cfg, cfg.init), out=cfg.out or run_dir("finegrained", cfg))
+    out = cfg.out or run_dir("finegrained", cfg)
+    open_run(out)
+    cfg = replace(cfg, init=require("sft", cfg, cfg.init), out=out)
     device, amp = setup(cfg)
     tokenizer_name = load_model(cfg.init, cfg)[1]
     models, axes, norm = load_rewards(cfg, cfg.init, tokenizer_name)

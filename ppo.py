@@ -39,8 +39,8 @@ import torch.distributed as dist
 
 import evaluate
 from common import (RANK, WORLD, Log, all_reduce, clip_and_step, configure, due, known, learning_rate, load_checkpoint, load_model,
-                    make_optimizer, parse, require, resume, run_dir, save_checkpoint, say, score_groups, setup, share,
-                    sum_over_ranks)
+                    make_optimizer, open_run, parse, require, resume, run_dir, save_checkpoint, say, score_groups, setup, share,
+                    sum_over_ranks, writing)
 from data import batch_order, dataset, encode_groups, encode_prompts, get_tokenizer, group_length, micro_batches, pack
 from model import CHUNK
 
@@ -442,7 +442,7 @@ def show_samples(out, step, prompts, responses, score, kl, tokenizer, n=3):
                      + evaluate.printable(tokenizer.decode(responses[i])))
     say("\n" + "\n".join(lines) + "\n")
     if RANK == 0:
-        with open(os.path.join(out, "samples.txt"), "a") as f:
+        with writing(os.path.join(out, "samples.txt"), "a") as f:
             f.write("\n".join(lines) + "\n")
 
 
@@ -452,7 +452,7 @@ def cut_samples(out, start):
     if RANK == 0 and os.path.exists(path):
         with open(path) as f:
             blocks = re.split(r"^(?=step \d)", f.read(), flags=re.M)
-        with open(path, "w") as f:
+        with writing(path) as f:
             f.writelines(b for b in blocks if b and int(b.split()[1]) <= start)
 
 
@@ -463,10 +463,11 @@ def train(cfg, reward_fn=None):
     """
     data = dataset(cfg.data, cfg.data_dir)
     check(cfg, data, reward_fn)
-    init, out = require("sft", cfg, cfg.init), cfg.out or run_dir("ppo", cfg)
+    out = cfg.out or run_dir("ppo", cfg)
+    open_run(out)
+    init = require("sft", cfg, cfg.init)
     if reward_fn is None and cfg.reward == "rm":
         cfg = replace(cfg, reward_model=require("reward", cfg, cfg.reward_model))
-    os.makedirs(out, exist_ok=True)
     device, amp = setup(cfg)
     *models, tokenizer_name = load_models(cfg, init, reward_fn)
     policy, ref_policy, value_model, reward_model = models = [model and model.to(device) for model in models]
@@ -522,7 +523,7 @@ def train(cfg, reward_fn=None):
         learn = time.time()
         for (_, optimizer), peak in zip(optimizers, (cfg.lr, cfg.value_lr)):
             for param_group in optimizer.param_groups:
-                param_group["lr"] = learning_rate(step, cfg) * peak / cfg.lr
+                param_group["lr"] = learning_rate(step, cfg) * peak / (cfg.lr or 1)
         at = step * cfg.epochs * cfg.minibatches
         ptx = (demonstrations, iter(ptx_order[at:])) if cfg.ptx_coef else None
         losses = update(policy, value_model, optimizers, groups, grids, epochs, ptx, cfg, device, amp)

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (RANK, Log, clip_and_step, configure, due, learning_rate, load_model, make_optimizer, parse, require, resume, run_dir,
-                    save_checkpoint, say, score_groups, setup, share, sum_over_ranks)
+from common import (RANK, Log, check_pairs, clip_and_step, configure, due, learning_rate, load_model, make_optimizer, open_run, parse, require,
+                    resume, run_dir, save_checkpoint, say, score_groups, setup, share, sum_over_ranks, writing)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
 
 
@@ -100,9 +100,14 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
     return (weight * loss).sum(), (weight * accuracy).sum()
 
 
+def rank_of(comparison):
+    """The ranks of (prompt, responses best first), which has them as a third where some tie."""
+    return comparison[2] if len(comparison) == 3 else range(len(comparison[1]))
+
+
 def ranks(comparisons, device="cpu"):
-    """group and rank (S,) of comparisons: (prompt, responses best first), or with their ranks as a third where some tie."""
-    each = [c[2] if len(c) == 3 else range(len(c[1])) for c in comparisons]
+    """group and rank (S,) of the responses of some comparisons."""
+    each = list(map(rank_of, comparisons))
     group = torch.tensor([i for i, rank in enumerate(each) for _ in rank], device=device)
     return group, torch.tensor([k for rank in each for k in rank], device=device)
 
@@ -146,8 +151,9 @@ def samples(scores, comparisons, data, n=3):
 
 def train(cfg):
     """Runs the stage, building its SFT model first where that is missing; returns the trained reward model."""
-    init, out = require("sft", cfg, cfg.init), cfg.out or run_dir("reward", cfg)
-    os.makedirs(out, exist_ok=True)
+    out = cfg.out or run_dir("reward", cfg)
+    open_run(out)
+    init = require("sft", cfg, cfg.init)
     device, amp = setup(cfg)
     data = dataset(cfg.data, cfg.data_dir)
     reward_model, tokenizer_name = load_model(init, cfg)
@@ -155,17 +161,18 @@ def train(cfg):
     reward_model, tokenizer = reward_model.to(device), get_tokenizer(tokenizer_name)
     training, comparisons = data.comparisons("train", cfg.k), data.comparisons("validation", cfg.k)[:cfg.eval_n]
     groups, validation = (encode_groups(tokenizer, [c[:2] for c in cs], cfg.max_len) for cs in (training, comparisons))
+    check_pairs(groups, cfg, [rank_of(c) for c in training])
     lengths = list(map(group_length, groups))
     order = batch_order(len(groups), cfg.batch_size, cfg.steps, cfg.seed)
     say(f"reward: {len(groups)} comparisons of {cfg.data}, {init} -> {out} on {device}")
 
     scores_before = score_groups(reward_model, validation, cfg.micro_tokens, amp) if validation else None
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, (0.9, 0.99))
-    start = resume(out, cfg, reward_model, optimizer)["step"] if cfg.resume else 0
-    log = Log(out, cfg, start)
+    checkpoint = resume(out, cfg, reward_model, optimizer) if cfg.resume else {"step": 0}
+    log = Log(out, cfg, checkpoint["step"])
     configure(reward_model, cfg)
 
-    for step in range(start, cfg.steps):
+    for step in range(checkpoint["step"], cfg.steps):
         stats = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "tokens": 0}
         for micro in micro_batches(share(order[step]), lengths, cfg.micro_tokens):
             batch = pack([groups[i] for i in micro], max(lengths[i] for i in micro)).to(device)
@@ -194,13 +201,15 @@ def train(cfg):
         if due(done, cfg) and done < cfg.steps:
             save_checkpoint(out, done, reward_model, optimizer, cfg, tokenizer_name)
 
-    demonstrations = [(prompt, [response]) for prompt, response in data.demonstrations("train")[:cfg.eval_n]]
-    score_std = center(reward_model, encode_groups(tokenizer, demonstrations, cfg.max_len), cfg, amp)
-    save_checkpoint(out, cfg.steps, reward_model, optimizer, cfg, tokenizer_name, score_std=score_std)
+    score_std = checkpoint.get("score_std")  # a run that ended after its last checkpoint is centred already
+    if score_std is None:
+        demonstrations = [(prompt, [response]) for prompt, response in data.demonstrations("train")[:max(2, cfg.eval_n)]]
+        score_std = center(reward_model, encode_groups(tokenizer, demonstrations, cfg.max_len), cfg, amp)
+        save_checkpoint(out, cfg.steps, reward_model, optimizer, cfg, tokenizer_name, score_std=score_std)
     if validation and RANK == 0:
         scores = score_groups(reward_model, validation, cfg.micro_tokens, amp)
         rows = [measure(init, scores_before, comparisons, data), measure(out, scores, comparisons, data)]
-        with open(os.path.join(out, "eval.json"), "w") as f:
+        with writing(os.path.join(out, "eval.json")) as f:
             json.dump(rows, f, indent=2)
         say(f"\n{len(comparisons)} held-out comparisons; demonstrations score 0 ± {score_std:.3f}\n\n{evaluate.table(rows)}\n{samples(scores, comparisons, data)}")
     return reward_model

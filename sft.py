@@ -13,14 +13,13 @@ What comes out is π_SFT: the policy that every later stage starts from, and the
 
 Left out: dropout, loss on prompts.
 """
-import os
 from dataclasses import dataclass
 
 import torch
 
 import evaluate
-from common import (Log, clip_and_step, configure, due, learning_rate, load_model, make_optimizer, parse, resume, run_dir, save_checkpoint,
-                    say, setup, share, sum_over_ranks)
+from common import (Log, clip_and_step, configure, due, learning_rate, load_model, make_optimizer, open_run, parse, resume, run_dir,
+                    save_checkpoint, say, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
 
 
@@ -101,7 +100,7 @@ def validation_loss(policy, groups, cfg, device, amp):
 def train(cfg):
     """Runs the stage; returns the trained policy."""
     out = cfg.out or run_dir("sft", cfg)
-    os.makedirs(out, exist_ok=True)
+    open_run(out)
     device, amp = setup(cfg)
     data = dataset(cfg.data, cfg.data_dir)
     policy, tokenizer_name = load_model(cfg.init, cfg)

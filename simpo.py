@@ -18,7 +18,6 @@ settings), sft_weight times the mean of −log π of the chosen's tokens, weighs
 
 Left out: the hinge loss of the authors' code.
 """
-import os
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -26,8 +25,8 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (RANK, Log, clip_and_step, configure, due, learning_rate, load_model, make_optimizer, parse, require, resume, run_dir,
-                    save_checkpoint, say, setup, share, sum_over_ranks)
+from common import (RANK, Log, check_pairs, clip_and_step, configure, due, learning_rate, load_model, make_optimizer, open_run, parse,
+                    require, resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack, per_sequence
 
 
@@ -109,14 +108,16 @@ def lengths_of(responses, eos):
 def train(cfg):
     """Runs the stage, building its SFT model first where that is missing; returns the trained policy."""
     gamma = cfg.gamma if cfg.gamma_beta_ratio is None else cfg.gamma_beta_ratio * cfg.beta
-    init, out = require("sft", cfg, cfg.init), cfg.out or run_dir("simpo", cfg)
-    os.makedirs(out, exist_ok=True)
+    out = cfg.out or run_dir("simpo", cfg)
+    open_run(out)
+    init = require("sft", cfg, cfg.init)
     device, amp = setup(cfg)
     data = dataset(cfg.data, cfg.data_dir)
     policy, tokenizer_name = load_model(init, cfg)
     tokenizer, policy = get_tokenizer(tokenizer_name), policy.to(device)
     comparisons = [(prompt, pair) for prompt, responses in data.comparisons("train") for pair in combinations(responses, 2)]
     pairs = encode_groups(tokenizer, comparisons, cfg.max_len)
+    check_pairs(pairs, cfg)
     lengths = list(map(group_length, pairs))
     order = batch_order(len(pairs), cfg.batch_size, cfg.steps, cfg.seed)
     prompts = evaluate.fit_prompts(data.prompts("validation")[:cfg.sample_n], policy, tokenizer)

@@ -9,9 +9,16 @@ from http.client import HTTPException
 from urllib.request import urlopen
 
 LONGEST = 2**24  # bytes of a line: thousands of contexts, and no .gz can fill the memory with one
+RANK = int(os.environ.get("RANK", 0))  # which process of torchrun's this is
 SHORT = reprlib.Repr()
 SHORT.maxlevel = 1
 shown = SHORT.repr  # repr on one line, its middle left out where it is long
+
+
+def say(*text, end="\n"):
+    """Prints, once and not once a process."""
+    if RANK == 0:
+        print(*text, end=end, flush=True)
 
 
 def fetch(path, url, sha256=None):
@@ -41,14 +48,14 @@ def download(url, path, sha256=None):
                 f.write(chunk)
                 digest.update(chunk)
                 done += len(chunk)
-                print(f"\rfetching {url}: {done / 2**20:.1f} MiB", end="", flush=True)
+                say(f"\rfetching {url}: {done / 2**20:.1f} MiB", end="")
             if response.length:  # http.client does not mind an early end
                 raise OSError(f"the connection ended {response.length} bytes early")
         if sha256 and digest.hexdigest() != sha256:
             raise OSError("its sha256 is not that of the published file")
         os.replace(part, path)
     finally:
-        print()
+        say()
         if os.path.exists(part):
             os.remove(part)
 

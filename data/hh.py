@@ -6,7 +6,7 @@ follows. One training comparison in a hundred is kept for validation; "test" is 
 """
 import os
 
-from data.files import check_text, fetch, read_lines
+from data.files import check_text, fetch, read_lines, say
 from data.jsonl import Jsonl, common_prompt, keys, text
 
 SUBSETS = ["harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"]
@@ -39,5 +39,5 @@ class HH(Jsonl):
                 else:
                     empty += 1
         if empty:
-            print(f"hh: left out {empty} comparisons of the {split} split with an empty response")
+            say(f"hh: left out {empty} comparisons of the {split} split with an empty response")
         return examples

@@ -151,7 +151,8 @@ def make_pairs(args):
     with open(args.out + ".tmp", "w") as f:
         f.writelines(json.dumps(pair) + "\n" for pair in pairs)
     os.replace(args.out + ".tmp", args.out)
-    print(f"{len(pairs)} pairs of {len(examples)} prefixes -> {args.out}")
+    left_out = len(examples) * COMPLETIONS * (COMPLETIONS - 1) // 2 - len(pairs)
+    print(f"{len(pairs)} pairs of {len(examples)} prefixes -> {args.out}; left out {left_out} that tie or have an empty side")
 
 
 def main(argv=None):

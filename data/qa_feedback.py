@@ -13,7 +13,7 @@ import os
 from functools import cache
 from itertools import combinations
 
-from data.files import check_text, fetch, shown
+from data.files import check_text, fetch, say, shown
 from data.tokenizers import get_tokenizer
 
 URL = "https://raw.githubusercontent.com/allenai/FineGrainedRLHF/main/tasks/qa_feedback/data/{}_feedback.json"
@@ -61,7 +61,7 @@ class QAFeedback:
         A rank is what the six preferences add up to, an answer's wins less its losses; where they contradict each other, or a tie
         does not pass on, the ranks are their compromise.
         """
-        result = []
+        result, ties = [], 0
         if k not in (2, 4):
             raise SystemExit(f"--k={k}: QA-Feedback compares four answers: K is 4, or 2 for their pairs")
         for r in self.records(split):
@@ -69,11 +69,15 @@ class QAFeedback:
             pairs = [(a, b) if p == 1 else (b, a) for (a, b), p in zip(PAIRS, r["preference"]) if p]
             if k == 2:
                 result += [(prompt(r), [answers[w], answers[l]]) for w, l in pairs]
+                ties += len(PAIRS) - len(pairs)
                 continue
             score = [sum((w == i) - (l == i) for w, l in pairs) for i in range(4)]
             order = sorted(range(4), key=lambda i: -score[i])
+            ties += not any(score)
             if any(score):  # not all of them tie
                 result.append((prompt(r), [answers[i] for i in order], [sum(s > score[i] for s in score) for i in order]))
+        if ties:
+            say(f"qa_feedback: left out {ties} comparisons of the {split} split that tie")
         return result
 
     def spans(self, split):

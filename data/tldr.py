@@ -13,7 +13,7 @@ added as prompts for PPO.
 import os
 from functools import cache
 
-from data.files import check_text, fetch, read_lines, shown
+from data.files import check_text, fetch, read_lines, say, shown
 from data.tokenizers import get_tokenizer
 
 URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback/"
@@ -51,7 +51,7 @@ class TLDR:
                 elif example:
                     examples.append(example)
         if empty:
-            print(f"tldr: left out {empty} comparisons of the {split} split with an empty summary")
+            say(f"tldr: left out {empty} comparisons of the {split} split with an empty summary")
         return examples
 
     def comparisons(self, split, k=2):

@@ -5,6 +5,8 @@ from itertools import chain
 import numpy as np
 import tiktoken
 
+from data.files import say
+
 LONGEST = 2**19  # characters that tiktoken is given at once
 
 
@@ -55,6 +57,6 @@ def encode_groups(tokenizer, examples, max_len):
         cut_responses += sum(len(prompt) + len(r) > max_len for r in responses)
         groups.append((prompt, [r[:max_len - len(prompt)] for r in responses]))
     if cut_prompts or cut_responses:
-        print(f"cut to max_len={max_len}: the beginning of {cut_prompts} prompts, the end of {cut_responses} responses, "
-              f"of {len(examples)} examples")
+        say(f"cut to max_len={max_len}: the beginning of {cut_prompts} prompts, the end of {cut_responses} responses, "
+            f"of {len(examples)} examples")
     return groups

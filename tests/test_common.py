@@ -93,6 +93,43 @@ def test_bad_arguments_get_one_line(argument, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("stage, argument, message", [
+    (sft, "--lr=nan", "--lr=nan: expected a finite number"),
+    (ppo, "--value_lr=inf", "--value_lr=inf: expected a finite number"),
+    (sft, "--lr=-1e-3", "--lr=-0.001: expected at least 0"),
+    (sft, "--weight_decay=-1", "--weight_decay=-1.0: expected at least 0"),
+    *((sft, f"--{name}=0", f"--{name}=0: expected at least 1") for name in (
+        "n_head", "n_layer", "n_embd", "batch_size", "steps", "micro_tokens", "log_every", "ckpt_every", "val_every")),
+    *((ppo, f"--{name}=0", f"--{name}=0: expected at least 1") for name in ("minibatches", "epochs", "max_new_tokens", "sample_every")),
+    (sft, "--steps=-5", "--steps=-5: expected at least 1"),
+    (sft, "--max_len=1", "--max_len=1: expected at least 2"),
+    (sft, "--eval_n=-1", "--eval_n=-1: expected at least 0"),
+    (sft, "--warmup=-1", "--warmup=-1: expected at least 0"),
+    (sft, "--seed=-1", "--seed=-1: expected at least 0"),
+    (sft, "--grad_clip=0", "--grad_clip=0.0: expected a number above 0"),
+    (reward, "--k=1", "--k=1: expected at least 2"),
+    (simpo, "--sample_n=-1", "--sample_n=-1: expected at least 0"),
+    (dpo, "--beta=0", "--beta=0.0: expected a number above 0"),
+    (ppo, "--temperature=0", "--temperature=0.0: expected a number above 0"),
+    (ppo, "--kl_target=0", "--kl_target=0.0: expected a number above 0"),
+    (ppo, "--kl_horizon=0", "--kl_horizon=0.0: expected a number above 0"),
+    (finegrained, "--reward_batch_size=3", "--reward_batch_size=3: expected at least 4"),
+    (finegrained, "--w1=nan", "--w1=nan: expected a finite number"),
+])
+def test_numbers_that_no_run_can_be_made_with_get_one_line(stage, argument, message):
+    with pytest.raises(SystemExit) as error:
+        parse(stage.Config, stage.RECIPES, [argument])
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_default_and_every_recipe_is_in_range(stage):
+    for settings in ({}, *stage.RECIPES.values()):
+        for name, value in asdict(stage.Config(**settings)).items():
+            if type(value) in (int, float):
+                assert common.in_range(name, value) == value
+
+
 def test_a_file_of_ones_own_takes_the_settings_for_real_text(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("")

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import tiktoken
-from conftest import SHARED, make_model
+from conftest import SHARED, feedback, make_model
 
 import evaluate
 import ppo
@@ -100,6 +100,14 @@ def test_animals_tokenizer_spells_anything_and_knows_its_words():
 
 
 # ------------------------------------------------------------------------------------------------ groups
+
+@pytest.mark.parametrize("k, ties", [(2, 24), (4, 0)])
+def test_comparisons_that_tie_are_counted_and_said(tmp_path, k, ties, capsys):
+    """Of the six preferences of each of eight records, three are ties; but its four answers do not all tie."""
+    (tmp_path / "my_feedback.json").write_text(json.dumps([feedback(preference=[1, 0, 2, 0, 2, 0])] * 10))
+    dataset(str(tmp_path / "my_feedback.json")).comparisons("train", k)
+    assert capsys.readouterr().out == (f"qa_feedback: left out {ties} comparisons of the train split that tie\n" if ties else "")
+
 
 def test_encode_groups_ends_responses_and_cuts_as_documented(capsys):
     t = animals.tokenizer()

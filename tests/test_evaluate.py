@@ -9,7 +9,7 @@ from conftest import make_model
 import evaluate
 import sft
 from common import load_model, make_optimizer, save_checkpoint
-from data import get_tokenizer
+from data import dataset, get_tokenizer
 
 # ------------------------------------------------------------------------------------------------ curves
 
@@ -104,3 +104,16 @@ def test_an_export_overwrites_nothing(start):
     with pytest.raises(SystemExit, match="--export takes one checkpoint"):
         evaluate.main([folder, folder, f"--export={start}/new"])
     assert os.listdir(folder) == before and not (start / "new").exists()
+
+
+def test_prompts_that_lose_their_beginning_are_counted_once(start, capsys):
+    (start / "mine.jsonl").write_text("".join(json.dumps({"prompt": "no " * (40 if i == 21 else 2), "completion": " yes"}) + "\n" for i in range(60)))
+    data, models = dataset(str(start / "mine.jsonl")), [(name, load_model(str(start / "start"))[0]) for name in "ab"]
+    evaluate.compare(models, data, get_tokenizer("animals"), 10)
+    assert capsys.readouterr().out == "1 of 3 prompts lost their beginning: they take more than half of the context\n"
+
+
+@pytest.mark.parametrize("argument", ["--n=0", "--n=-3", "--samples=0"])
+def test_numbers_that_nothing_can_be_made_with(argument):
+    with pytest.raises(SystemExit, match=f"^{argument}: expected at least 1$"):
+        evaluate.main(["gpt2", argument])

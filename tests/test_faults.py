@@ -1,32 +1,169 @@
-"""Runs that are interrupted, checkpoints that are damaged, gradients that are not finite: nothing is lost, nothing goes on in silence."""
+"""Runs that are interrupted, disks that are full, checkpoints that are damaged, losses that cannot fall: nothing is lost, nothing goes on in silence."""
+import importlib
 import json
+import multiprocessing
 import os
 import random
+import resource
 import signal
+import socket
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from test_stages import TINY, command, log_of
+from conftest import feedback
+from test_stages import TINY, command, here, log_of
 
 import common
 import dpo
-from common import checkpoint_files, load_checkpoint
+import evaluate
+import finegrained
+import ppo
+import reward
+from common import check_pairs, checkpoint_files, load_checkpoint, load_model, parse
+
+STAGES = ["sft", "reward", "ppo", "dpo", "simpo", "finegrained"]
 
 
 def settings(start, out, **options):
     return dpo.Config(**TINY | dict(data=str(start / "mine.jsonl"), init=str(start / "start"), out=str(start / out), steps=20, ckpt_every=5, eval_n=0) | options)
 
 
-def wait_for(log, lines, process):
-    while not log.exists() or log.read_text().count("\n") < lines:
-        time.sleep(0.01)
-        assert process.poll() is None
+def lines(log):
+    return log.read_text().count("\n") if log.exists() else 0
 
 
-@pytest.mark.parametrize("stage, number", [("dpo", signal.SIGINT), ("ppo", signal.SIGTERM)])
-def test_a_signal_saves_and_says_how_to_go_on(stage, number, start):
+def wait_for(log, n, process):
+    """Until the log has n lines."""
+    while lines(log) < n:
+        time.sleep(0.005)
+        assert (process.poll() if isinstance(process, subprocess.Popen) else process.exitcode) is None
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+@pytest.fixture(scope="module")
+def server():
+    """What starts processes that find torch imported: by a fork, of a process that has computed nothing yet."""
+    context, paths = multiprocessing.get_context("forkserver"), [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        context.set_forkserver_preload([__name__])
+        yield context
+
+
+def quietly(*args):
+    sys.stdout = open(os.devnull, "w")
+    here(*args)
+
+
+def begin(server, *args):
+    process = server.Process(target=quietly, args=args)
+    process.start()
+    return process
+
+
+def end(process, number):
+    os.kill(process.pid, number)
+    process.join()
+    return process.exitcode
+
+
+def equal(x, y):
+    """Of checkpoints and what they hold: to the bit."""
+    if isinstance(x, dict):
+        return x.keys() == y.keys() and all(equal(x[key], y[key]) for key in x)
+    if isinstance(x, (list, tuple)):
+        return len(x) == len(y) and all(map(equal, x, y))
+    return torch.equal(x, y) if torch.is_tensor(x) else x == y
+
+
+def same_run(a, b):
+    """Logs, samples and all that the last checkpoints hold: weights, optimizers, random state, controller."""
+    assert log_of(a) == log_of(b)
+    a_state, b_state = (load_checkpoint(str(out)) | {"config": None} for out in (a, b))
+    assert equal(a_state, b_state)
+    samples = [(out / "samples.txt").read_text() if (out / "samples.txt").exists() else None for out in (a, b)]
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(stage, start, server):
+    """kill -9 at three random moments, whatever the run is doing then, and a SIGTERM, after which no step is lost."""
+    rng, a, b = random.Random(stage), start / "a", start / "b"
+    steps = 24 if stage in ("ppo", "finegrained") else 100  # the others' are short
+    more = [f"--steps={steps}", "--ckpt_every=3", *(["--reward_steps=120"] if stage == "finegrained" else [])]
+    (start / "small_feedback.json").write_text(json.dumps([feedback(question=f"{i}?") for i in range(40)]))
+    here(stage, start, "a", *more)
+
+    def go_on():
+        return begin(server, stage, start, "b", *more, *["--resume"] * bool(checkpoint_files(str(b))))
+    if stage == "finegrained":  # the reward models come first; their checkpoint at step 100 is what they go on from
+        process = go_on()
+        wait_for(start / "b-rewards" / "log.jsonl", rng.randrange(101, 106), process)
+        assert end(process, signal.SIGKILL) == -signal.SIGKILL and load_checkpoint(str(start / "b-rewards"))["step"] >= 100
+    for n in sorted(rng.sample(range(3 * steps // 4), 3)):
+        process = go_on()
+        wait_for(b / "log.jsonl", n, process)
+        time.sleep(0.05 * rng.random())
+        assert end(process, signal.SIGKILL) == -signal.SIGKILL
+    before, process = lines(b / "log.jsonl"), go_on()
+    wait_for(b / "log.jsonl", before + 1, process)
+    assert end(process, signal.SIGTERM) == 128 + signal.SIGTERM
+    assert before < load_checkpoint(str(b))["step"] == lines(b / "log.jsonl") < steps
+    last = go_on()
+    last.join()
+    assert last.exitcode == 0 and lines(b / "log.jsonl") == steps
+    same_run(a, b)
+    if stage == "finegrained":
+        same_run(start / "a-rewards", start / "b-rewards")
+
+
+def test_a_reward_model_is_centred_once(start):
+    """A run that ended between its last checkpoint and its table goes on with the table alone."""
+    here("reward", start, "a", "--steps=3")
+    before = load_checkpoint(str(start / "a"))
+    (start / "a" / "eval.json").unlink()
+    here("reward", start, "a", "--steps=3", "--resume")
+    assert equal(before, load_checkpoint(str(start / "a"))) and (start / "a" / "eval.json").exists()
+
+
+def test_two_processes_stop_at_one_step_and_speak_with_one_voice(start):
+    """One of the two gets the signal. (They are started as torchrun starts them, which would hide the exit code of each.)"""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    argv = command("dpo", start, "b", "--steps=2000", "--ckpt_every=5000", "--max_len=8")
+    processes = [subprocess.Popen(argv, env=env | dict(RANK=str(i), LOCAL_RANK=str(i)), stdout=subprocess.PIPE, text=True) for i in (0, 1)]
+    wait_for(start / "b" / "log.jsonl", 5, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    out, nothing = (process.communicate(timeout=60)[0] for process in processes)
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2
+    step = load_checkpoint(str(start / "b"))["step"]
+    assert 5 <= step == lines(start / "b" / "log.jsonl") < 2000 and checkpoint_files(str(start / "b")) == [str(start / "b" / "ckpt.pt")]
+    assert nothing == "" and out.count("cut to max_len=8") == 1
+    assert f"stopped after step {step}; go on with: torchrun --nproc_per_node=2 {argv[1]} " in out
+
+
+def test_a_signal_that_comes_while_the_processes_ask_each_other_counts_at_the_next_step(monkeypatch):
+    """Or this process would stop alone, or never."""
+    cfg = dpo.Config(steps=9, ckpt_every=100)
+    monkeypatch.setattr(common, "WORLD", 2)
+    monkeypatch.setattr(common.dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(common, "all_reduce", lambda tensor: (common.ASKED.append(signal.SIGTERM), tensor)[1])
+    assert not common.due(1, cfg) and common.STOP == []
+    monkeypatch.setattr(common, "all_reduce", lambda tensor: tensor)
+    assert common.due(2, cfg) and common.STOP == [signal.SIGTERM]
+    common.ASKED.clear()
+    assert common.due(9, cfg) and common.STOP == []  # the last step; signals mean what they mean again
+
+
+def test_a_signal_saves_and_says_how_to_go_on(start):
+    stage, number = "dpo", signal.SIGINT  # as Ctrl-C
     process = subprocess.Popen(command(stage, start, "b", "--ckpt_every=1000"), stdout=subprocess.PIPE, text=True)
     wait_for(start / "b" / "log.jsonl", 5, process)
     process.send_signal(number)
@@ -37,19 +174,19 @@ def test_a_signal_saves_and_says_how_to_go_on(stage, number, start):
     last = out.splitlines()[-1]
     assert last.startswith(f"stopped after step {step}; go on with: python ") and last.endswith(" --resume")
     done = log_of(start / "b")
-    again = subprocess.run(command(stage, start, "b", "--ckpt_every=1000", "--resume"), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    here(stage, start, "b", "--ckpt_every=1000", "--resume")
     log = log_of(start / "b")
     assert log[:step] == done and [r["step"] for r in log] == list(range(1, 81))
 
 
-def test_a_second_signal_ends_at_once(start):
-    process = subprocess.Popen(command("dpo", start, "b"), stdout=subprocess.DEVNULL)
+def test_a_second_signal_ends_at_once(start, server):
+    process = begin(server, "dpo", start, "b")
     wait_for(start / "b" / "log.jsonl", 5, process)
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) in (128 + signal.SIGTERM, -signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
+    assert end(process, signal.SIGTERM) in (128 + signal.SIGTERM, -signal.SIGTERM)
 
+
+# ------------------------------------------------------------------------------------------------ checkpoints that are damaged
 
 def damage(path, how, rng):
     whole = path.read_bytes()
@@ -100,23 +237,69 @@ def test_two_damaged_checkpoints_are_an_error(start):
     assert "\n" not in str(error.value)
 
 
-def test_a_disk_that_is_full_leaves_the_last_checkpoint(start, monkeypatch):
-    real, calls = torch.save, []
+# ------------------------------------------------------------------------------------------------ disks that are full
 
-    def save(record, f):
+@pytest.fixture
+def disk(capsys):
+    """disk(n): no file of this process can grow beyond n bytes. (capsys: else what is printed goes to a file as well.)"""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n=before[0]: resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def refused(path, run, *args):
+    """run(*args) ends with one line about `path`."""
+    with pytest.raises(SystemExit) as error:
+        run(*args)
+    assert str(error.value).startswith(f"{path}: cannot be written (") and "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name, module, call, n, room, step", [
+    ("ckpt.pt", dpo, "due", 10, 20_000, 5), ("ckpt.pt", dpo, "due", 15, 100, 10), ("log.jsonl", dpo, "learning_rate", 13, None, 10),
+    ("eval.json", evaluate, "compare", 1, 64, 20), ("samples.txt", ppo, "show_samples", 3, None, 15)])
+def test_a_full_disk_leaves_what_was_whole_and_the_run_goes_on_from_there(name, module, call, n, room, step, start, disk, monkeypatch):
+    """The disk is full from the n-th call of module.call on: `room` is the most that a file can have; None: half a line more than it has."""
+    stage, a = ("ppo" if module is ppo else "dpo"), start / "a"
+    more = ["--steps=20", "--ckpt_every=5", "--eval_n=3"] + ["--sample_every=8"] * (stage == "ppo")
+    real, calls = getattr(module, call), []
+
+    def fill(*args, **kw):
         calls.append(1)
-        if len(calls) == 2:
-            f.write(b"half of it")
-            raise OSError(28, "No space left on device")
-        real(record, f)
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(OSError, match="No space left"):
-        dpo.train(settings(start, "a"))
-    assert load_checkpoint(str(start / "a"))["step"] == 5
-    dpo.train(settings(start, "a", resume=True))
-    dpo.train(settings(start, "b"))
-    assert log_of(start / "a") == log_of(start / "b")
+        if len(calls) == n:
+            disk(room or (a / name).stat().st_size + 50)
+        return real(*args, **kw)
+    monkeypatch.setattr(module, call, fill)
+    assert "File too large" in refused(a / name, here, stage, start, "a", *more)
+    disk()
+    assert load_checkpoint(str(a))["step"] == step and not list(a.glob("*.tmp"))
+    assert all(path.read_text().endswith("\n") for path in (a / "log.jsonl", a / "samples.txt") if path.exists())  # no half lines
+    here(stage, start, "a", *more, "--resume")
+    here(stage, start, "b", *more)
+    same_run(a, start / "b")
 
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_no_space_left_on_the_device(start):
+    (start / "a").mkdir()
+    os.symlink("/dev/full", start / "a" / "ckpt.pt.tmp")
+    message = refused(start / "a" / "ckpt.pt", here, "dpo", start, "a", "--steps=5")
+    assert "([Errno 28] No space left on device); what was there before stands: make room and go on with --resume, or name another --out" in message
+    assert os.listdir(start / "a") == ["log.jsonl"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(stage, start, monkeypatch):
+    """In place of the folder a file, a file above it, a folder in place of the log, a file system that takes no files."""
+    monkeypatch.chdir(start)
+    (start / "taken" / "log.jsonl").mkdir(parents=True)
+    module = importlib.import_module(stage)
+    for out in ("mine.jsonl", "mine.jsonl/below", "taken", "/proc/none"):
+        refused(f"{out}/log.jsonl", module.train, module.Config(**TINY, out=out))
+    assert not (start / "out").exists()  # where the models that come before it would be trained
+
+
+# ------------------------------------------------------------------------------------------------ losses that cannot fall
 
 def test_a_gradient_that_is_not_finite_is_skipped_counted_and_said(start, monkeypatch, capsys):
     real, calls = dpo.dpo_loss, []
@@ -138,3 +321,54 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_said(start, monkey
     with pytest.raises(SystemExit, match=f"{common.PATIENCE} gradients in a row were not finite: lower --lr .now"):
         dpo.train(settings(start, "a", steps=30))
     assert len(calls) == 11 + common.PATIENCE
+
+
+def pairs(path, same, n=60):
+    """A file of comparisons; those that are identical are among the 54 of the training split."""
+    path.write_text("".join(json.dumps({"prompt": f"{i}:", "chosen": " yes", "rejected": " yes" if i in same else " no"}) + "\n" for i in range(n)))
+
+
+@pytest.mark.parametrize("stage", ["dpo", "simpo", "reward"])
+def test_identical_pairs_are_counted_and_said_once(stage, start, capsys):
+    pairs(start / "mine.jsonl", range(2, 14))
+    here(stage, start, "a", "--steps=1")
+    assert capsys.readouterr().out.count("12 of 54 pairs are identical, as cut to max_len=64: no loss can order them\n") == 1
+    pairs(start / "mine.jsonl", range(60))
+    with pytest.raises(SystemExit, match="mine.jsonl: all 54 pairs are identical, as cut to --max_len=64: there is nothing to learn from them"):
+        here(stage, start, "a", "--steps=1")
+
+
+def test_pairs_that_are_cut_to_the_same_and_ranks_that_all_tie(start):
+    text = "".join(json.dumps({"prompt": "?", "chosen": " no" * 9 + end, "rejected": " no" * 9}) + "\n" for end in [" yes"] * 60)
+    (start / "mine.jsonl").write_text(text)
+    with pytest.raises(SystemExit, match="all 54 pairs are identical, as cut to --max_len=8"):
+        here("dpo", start, "a", "--max_len=8")
+    groups = [(torch.tensor([1]).numpy(), [torch.tensor([i]).numpy() for i in (2, 2, 3)])]
+    check_pairs(groups, dpo.Config(), [[0, 0, 1]])
+    with pytest.raises(SystemExit, match="--data=animals: all responses tie: there is nothing to learn from them"):
+        check_pairs(groups, dpo.Config(), [[0, 0, 0]])
+
+
+def test_feedback_without_a_mark_or_with_nothing_else_is_said(start, capsys):
+    whole = [{"error type": "Irrelevant", "start": 0, "end": 19}]
+    for errors, said in (([], ["no segment of {} is marked Irrelevant or Redundant or Incoherent: the relevance", "no segment of {} is marked Wrong-Grounding"]),
+                         (whole, ["every segment of {} is marked Irrelevant", "no segment of {} is marked Wrong-Grounding or Unverifiable: the factuality"])):
+        path = start / "small_feedback.json"
+        path.write_text(json.dumps([feedback(question=f"{i}?", errors=errors) for i in range(40)]))
+        cfg = reward.Config(**TINY | dict(data=str(path), out=str(start / f"r{len(errors)}"), steps=1))
+        finegrained.train_rewards(cfg, str(start / "start"), list(finegrained.AXES))
+        out = capsys.readouterr().out
+        assert all(out.count(line.format(path)) == 1 for line in said), out
+    r = feedback()
+    r["feedback"]["corrected-prediction"] = r["prediction 1"]
+    path.write_text(json.dumps([r] * 40))
+    with pytest.raises(SystemExit, match="all 32 pairs are identical"):
+        finegrained.train_rewards(cfg, str(start / "start"), list(finegrained.AXES))
+
+
+def test_a_learning_rate_of_0_is_said_and_changes_nothing(start, capsys):
+    argv = command("ppo", start, "a", "--steps=2", "--lr=0")[2:]
+    policy = ppo.train(parse(ppo.Config, ppo.RECIPES, argv))
+    assert capsys.readouterr().out.count("--lr=0: the weights that it is for stay as they are\n") == 1
+    before, after = load_model(str(start / "start"))[0].state_dict(), policy.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)

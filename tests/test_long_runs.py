@@ -1,0 +1,50 @@
+"""Two thousand iterations: memory does not grow, and the files grow by a line a step and a block of samples now and then."""
+import gc
+import json
+import os
+import sys
+
+import pytest
+import torch
+from conftest import make_model
+
+import ppo
+import sft
+from common import make_optimizer, save_checkpoint
+from data import get_tokenizer
+
+
+def memory():
+    """Bytes that this process has in memory, and how many tensors live in it."""
+    gc.collect()
+    with open("/proc/self/statm") as f:
+        pages = int(f.read().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE"), sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_two_thousand_iterations_of_ppo(tmp_path):
+    start, out, found, calls = str(tmp_path / "start"), tmp_path / "a", {}, []
+    model = make_model(vocab_size=get_tokenizer("animals").n_vocab, n_layer=1, n_embd=8, n_head=1)
+    save_checkpoint(start, 1, model, make_optimizer(model, 1e-3), sft.Config(), "animals")
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"prompt": f"{i}:", "completion": " yes"}) + "\n" for i in range(40)))
+
+    def reward_fn(prompts, responses):
+        calls.append(1)
+        if len(calls) in (200, 1000, 2000):
+            found[len(calls)] = memory()
+        return torch.zeros(len(responses), max(map(len, responses)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # nothing here is worth sharing
+    try:
+        ppo.train(ppo.Config(data=str(tmp_path / "mine.jsonl"), init=start, out=str(out), device="cpu", value_init="sft", steps=2000, batch_size=2, epochs=1,
+                             minibatches=1, max_new_tokens=4, max_len=16, sample_every=100, ckpt_every=100, log_every=1000, eval_n=0), reward_fn)
+    finally:
+        torch.set_num_threads(threads)
+    bytes_, tensors = zip(*found.values())
+    assert len(set(tensors)) == 1, tensors
+    assert bytes_[2] - bytes_[0] < 8 * 2**20 and bytes_[2] - bytes_[1] < 2**20, bytes_  # malloc's own come first; a kB an iteration would be 1 MiB
+    log = (out / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == list(range(1, 2001)) and max(map(len, log)) < 700
+    assert (out / "samples.txt").read_text().count("step ") == 21  # the first, and each hundredth
+    assert sorted(path.name for path in out.iterdir()) == ["ckpt-previous.pt", "ckpt.pt", "log.jsonl", "samples.txt"]
