@@ -1,6 +1,6 @@
 """Plumbing that every stage shares: options, device and precision, optimizer and schedule, checkpoints, the log.
 
-No equation lives here. A stage calls, in this order: parse, setup, load_model, make_optimizer, then in its loop
+No equation lives here. A stage calls, in this order: parse, setup, load_model, shard, make_optimizer, then in its loop
 learning_rate, sum_over_ranks, Log, save_checkpoint.
 """
 import atexit
@@ -22,6 +22,9 @@ from itertools import combinations
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import dataset, group_length, micro_batches, pack
 from data.files import RANK, say, shown
@@ -199,7 +202,7 @@ def all_reduce(tensor):
 
 def sum_over_ranks(model, stats):
     """Sums gradients over the processes, and a dict of scalars -> dict of floats. Scale losses and stats by the global batch."""
-    if WORLD > 1:
+    if WORLD > 1 and not isinstance(model, FSDPModule):  # a sharded model's are summed in its backward pass
         for parameter in model.parameters():
             dist.all_reduce(parameter.grad)
     values = [torch.as_tensor(value, dtype=torch.float64, device=model.device) for value in stats.values()]
@@ -213,7 +216,70 @@ def configure(model, cfg):
     """
     model.checkpoint_blocks = cfg.checkpoint_blocks
     if cfg.compile or cfg.compile is None and model.device.type == "cuda":
-        model.packed_hidden = torch.compile(model.hidden, dynamic=True)
+        torch._dynamo.config.recompile_limit = 32  # of PPO's four models: with gradients or not, frozen or not, one row or more
+        if not isinstance(model, FSDPModule):
+            model.packed_hidden = torch.compile(model.hidden, dynamic=True)
+        else:  # a graph ends where weights are gathered: one for all blocks
+            for block in model.h:
+                block.forward = torch.compile(block.forward, dynamic=True)
+
+
+# ------------------------------------------------------------------------------------------------ sharded models (FSDP2, arXiv:2304.11277)
+
+def shard(model, cfg, device):
+    """Puts a model on the device; with cfg.fsdp this process's part of each tensor, and a block's whole while the block runs.
+
+    What is outside the blocks (embeddings and tied head, ln_f, scalar heads) is gathered by `states` and stays until a backward pass.
+    """
+    if WORLD == 1 or not cfg.fsdp:
+        return model.to(device)
+    mesh = init_device_mesh(torch.device(device).type, (WORLD,))
+    for module in [*model.h, model]:
+        fully_shard(module, mesh=mesh)
+        module.set_gradient_divide_factor(1.0)  # the sum, not the mean: losses are scaled by the global batch
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other kind
+    register_fsdp_forward_method(model, "states")
+    return model
+
+
+def whole(model, dtype=torch.float32):
+    """The model in one piece, in this dtype. Of a sharded one that is a copy on every process; all must call."""
+    if not isinstance(model, FSDPModule) and model.wte.weight.dtype == dtype:
+        return model
+    with torch.device("meta"):
+        copy = GPT(model.config)
+    weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
+    copy.load_state_dict({name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}, assign=True)
+    return copy
+
+
+def level(micros, model):
+    """This process's micro-batches; a sharded model runs on all processes at once, so the largest are halved until all have as many."""
+    if isinstance(model, FSDPModule):
+        most = torch.tensor(len(micros), device=model.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        while len(micros) < most:
+            i = max(range(len(micros)), key=lambda i: len(micros[i]))
+            half = len(micros[i]) // 2
+            micros[i:i + 1] = micros[i][:half], micros[i][half:]
+    return micros
+
+
+def gathered(x):
+    """A dict, or one in a dict, with its sharded tensors in one piece: on rank 0, on the CPU. All processes must call."""
+    if isinstance(x, dict):
+        return {key: gathered(value) for key, value in x.items()}
+    if not isinstance(x, DTensor):
+        return x
+    x = x.full_tensor()  # one at a time
+    return x.cpu() if RANK == 0 else None
+
+
+def sharded(x, like):
+    """A tensor in one piece -> as `like` is held, a parameter of its shape."""
+    if not isinstance(like, DTensor) or x.shape != like.shape:
+        return x
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).clone()  # else a view, that holds all of it
 
 
 # ------------------------------------------------------------------------------------------------ models and checkpoints
@@ -263,7 +329,7 @@ def check_pairs(groups, cfg, ranks=None):
 def score_groups(reward_model, groups, micro_tokens=16384, amp=nullcontext()):
     """The reward model's score of every response of every group, in order: (S,) on the CPU."""
     lengths, scores = list(map(group_length, groups)), {}
-    for micro in micro_batches(range(len(groups)), lengths, micro_tokens):
+    for micro in level(micro_batches(range(len(groups)), lengths, micro_tokens), reward_model):
         batch = pack([groups[i] for i in micro], max(lengths[i] for i in micro)).to(reward_model.device)
         with amp:
             score = reward_model.score(batch).cpu()
@@ -273,8 +339,9 @@ def score_groups(reward_model, groups, micro_tokens=16384, amp=nullcontext()):
 
 def fit(model, weights, where):
     """load_state_dict, with one line where the shapes differ."""
+    own = model.state_dict()
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict({name: sharded(weight, own.get(name)) for name, weight in weights.items()})
     except RuntimeError as error:
         raise SystemExit(f"{where}: the weights are of another shape than the model: " + str(error).splitlines()[1].strip())
 
@@ -303,6 +370,13 @@ def load_checkpoint(path):
     raise SystemExit(problem)
 
 
+def restore(optimizer, state):
+    """load_state_dict of an optimizer, whose parameters may be sharded."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {i: {name: sharded(x, parameters[i]) for name, x in each.items()} for i, each in state["state"].items()}
+    optimizer.load_state_dict(state | {"state": moments})
+
+
 def ask_to_stop(number, frame):
     """SIGINT and SIGTERM: the loop ends after this step with a checkpoint; a second one ends it at once."""
     ASKED.append(number)
@@ -328,10 +402,11 @@ def save_checkpoint(out, step, model, optimizer, cfg, tokenizer, **more):
     `step` is the number of steps done. Where a signal asked the run to stop, it ends here.
     """
     path = os.path.join(out, "ckpt.pt")
+    checkpoint = gathered(dict(step=step, model=model.state_dict(), model_config=asdict(model.config), tokenizer=tokenizer,
+                               optimizer=optimizer.state_dict(), config=asdict(cfg), rng=rng_state(), **more))
     if RANK == 0:
         with writing(path, "wb") as f:
-            torch.save(dict(step=step, model=model.state_dict(), model_config=asdict(model.config), tokenizer=tokenizer,
-                            optimizer=optimizer.state_dict(), config=asdict(cfg), rng=rng_state(), **more), f)
+            torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
             if os.path.exists(path):  # not before the new one is whole
@@ -353,12 +428,12 @@ def rng_state():
 def resume(out, cfg, model, optimizer):
     """Puts a run back where its checkpoint left it and returns the checkpoint; the run must have been started alike."""
     checkpoint = load_checkpoint(out)
-    free = {"resume", "out", "device", "compile", "checkpoint_blocks", "log_every", "ckpt_every", "wandb", "tensorboard", "data_dir"}
+    free = {"resume", "out", "device", "compile", "checkpoint_blocks", "fsdp", "log_every", "ckpt_every", "wandb", "tensorboard", "data_dir"}
     for name, value in asdict(cfg).items():
         if name not in free and checkpoint["config"].get(name) != value:
             raise SystemExit(f"--resume: {out} was started with --{name}={checkpoint['config'].get(name)}, not {value}")
     fit(model, checkpoint["model"], out)
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    restore(optimizer, checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["rng"]["cpu"])
     if torch.cuda.is_available() and checkpoint["rng"]["cuda"]:
         torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
@@ -382,7 +457,7 @@ def require(stage, cfg, given):
         module = importlib.import_module(stage)
         say(f"no {dict(sft='SFT', reward='reward')[stage]} model in {out}: training it first")
         settings = {"recipe": cfg.recipe, **module.RECIPES.get(cfg.recipe, {})}
-        settings |= {k: getattr(cfg, k) for k in ("data", "data_dir", "device", "compile", "checkpoint_blocks", "max_len", "n_layer", "n_head", "n_embd")}
+        settings |= {k: getattr(cfg, k) for k in ("data", "data_dir", "device", "compile", "checkpoint_blocks", "fsdp", "max_len", "n_layer", "n_head", "n_embd")}
         module.train(module.Config(**settings, resume=bool(checkpoint_files(out))))
         say()
     return out
@@ -392,6 +467,8 @@ def require(stage, cfg, given):
 
 def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95)):
     """AdamW (arXiv:1711.05101); matrices decay, biases and LayerNorms do not."""
+    if isinstance(model, FSDPModule):
+        model.reshard()  # after a pass without a backward one, its parameters outside the blocks are whole still
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (Log, all_reduce, check_pairs, clip_and_step, configure, due, known, learning_rate, load_model, make_optimizer, open_run,
-                    parse, require, resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
+from common import (Log, all_reduce, check_pairs, clip_and_step, configure, due, known, learning_rate, level, load_model, make_optimizer,
+                    open_run, parse, require, resume, run_dir, save_checkpoint, say, setup, shard, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack, per_sequence
 
 
@@ -55,6 +55,7 @@ class Config:
     device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
     compile: bool | None = None     # torch.compile; None: on CUDA
     checkpoint_blocks: bool = False  # recompute each block in the backward pass: a third more work, the activations of one block at a time
+    fsdp: bool = False              # shard the model's weights, gradients and optimizer over the processes (torchrun)
     log_every: int = 10             # steps between lines on the console
     ckpt_every: int = 50            # steps between checkpoints
     wandb: str | None = None        # the project of Weights & Biases that gets the log too
@@ -123,7 +124,7 @@ def reference_logp(ref_policy, pairs, lengths, order, cfg, device, amp):
             continue
         new = set(share(batch)) - seen
         seen.update(batch)
-        for micro in micro_batches(share(batch), lengths, cfg.micro_tokens):
+        for micro in level(micro_batches(share(batch), lengths, cfg.micro_tokens), ref_policy):
             chosen, rejected = pair_logp(ref_policy, [pairs[i] for i in micro], device, amp)
             for i, w, l in zip(micro, chosen.tolist(), rejected.tolist()):
                 if i in new:
@@ -140,7 +141,9 @@ def train(cfg):
     device, amp = setup(cfg)
     data = dataset(cfg.data, cfg.data_dir)
     policy, tokenizer_name = load_model(init, cfg)
-    tokenizer, policy = get_tokenizer(tokenizer_name), policy.to(device)
+    tokenizer = get_tokenizer(tokenizer_name)
+    ref_policy = None if cfg.precompute_ref else shard(copy.deepcopy(policy).requires_grad_(False), cfg, device)
+    policy = shard(policy, cfg, device)
     comparisons = [(prompt, pair) for prompt, responses in data.comparisons("train") for pair in combinations(responses, 2)]
     pairs = encode_groups(tokenizer, comparisons, cfg.max_len)
     check_pairs(pairs, cfg)
@@ -149,7 +152,6 @@ def train(cfg):
     say(f"dpo: {len(pairs)} pairs of {cfg.data}, {init} -> {out} on {device}")
 
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
-    ref_policy = None if cfg.precompute_ref else copy.deepcopy(policy).requires_grad_(False)
     for model in [policy] if cfg.precompute_ref else [policy, ref_policy]:
         configure(model, cfg)
     checkpoint = resume(out, cfg, policy, optimizer) if cfg.resume else {"step": 0}
@@ -159,7 +161,7 @@ def train(cfg):
 
     for step in range(checkpoint["step"], cfg.steps):
         stats = dict.fromkeys(["loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "tokens"], 0.0)
-        for micro in micro_batches(share(order[step]), lengths, cfg.micro_tokens):
+        for micro in level(micro_batches(share(order[step]), lengths, cfg.micro_tokens), policy):
             micro_pairs = [pairs[i] for i in micro]
             chosen_logp, rejected_logp = pair_logp(policy, micro_pairs, device, amp)
             with torch.no_grad():

@@ -37,7 +37,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from common import RANK, load_checkpoint, load_model, say, score_groups, writing
+from common import RANK, load_checkpoint, load_model, say, score_groups, whole, writing
 from data import dataset, encode_prompts, get_tokenizer, pack, per_sequence
 from model import PRETRAINED
 
@@ -173,7 +173,10 @@ def printable(text, most=400):
 
 def report(out, cfg, models, data, tokenizer, reward_model=None):
     """What every stage ends with: before and after, in OUT/eval.json and on the console, with three samples."""
-    if RANK != 0 or not cfg.eval_n:
+    if not cfg.eval_n:
+        return
+    models, reward_model = [(name, whole(model)) for name, model in models], reward_model and whole(reward_model)
+    if RANK != 0:
         return
     models = [(name, model.to(models[-1][1].device)) for name, model in models]
     rows, prompts, texts, _ = compare(models, data, tokenizer, cfg.eval_n, reward_model)

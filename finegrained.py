@@ -30,8 +30,9 @@ import torch.nn.functional as F
 import evaluate
 import ppo
 import reward
-from common import (RANK, Log, check_pairs, checkpoint_files, clip_and_step, configure, due, known, learning_rate, load_checkpoint, load_model,
-                    make_optimizer, open_run, parse, require, resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks, writing)
+from common import (RANK, Log, check_pairs, checkpoint_files, clip_and_step, configure, due, known, learning_rate, level, load_checkpoint,
+                    load_model, make_optimizer, open_run, parse, require, resume, run_dir, save_checkpoint, say, setup, shard, share,
+                    sum_over_ranks, writing)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches
 
 AXES = {"relevance": ["Irrelevant", "Redundant", "Incoherent"], "factuality": ["Wrong-Grounding", "Unverifiable"], "completeness": []}
@@ -145,13 +146,13 @@ def pack_marks(groups, marks, rows, device):
     for n, i in enumerate(rows):
         table += [(axis, begin + token, value, n) for axis, token, value in marks[i]]
         begin += sum(map(len, groups[i][1]))
-    return ppo.pack_rows(groups, rows).to(device), *torch.tensor(table, device=device).unbind(1)
+    return ppo.pack_rows(groups, rows).to(device), *torch.tensor(table, dtype=torch.long, device=device).view(-1, 4).unbind(1)
 
 
 @torch.no_grad()
 def judgements(models, groups, marks, micro_tokens, amp):
     """Every mark judged by the head of its axis, micro-batch by micro-batch: yields the rows, then axis, value, row and score, (M,) each."""
-    for rows in micro_batches([i for i in range(len(groups)) if marks[i]], list(map(group_length, groups)), micro_tokens):
+    for rows in level(micro_batches(range(len(groups)), list(map(group_length, groups)), micro_tokens), models[0]):
         batch, axis, place, value, row = pack_marks(groups, marks, rows, models[0].device)
         with amp:
             scores = judge(models, batch, place).gather(1, axis[:, None])[:, 0]
@@ -240,7 +241,7 @@ def train_rewards(cfg, init, axes):
     data = dataset(cfg.data, cfg.data_dir)
     model, tokenizer_name = load_model(init, cfg)
     model.set_scalar_heads(len(axes))
-    model, tokenizer = model.to(device), get_tokenizer(tokenizer_name)
+    model, tokenizer = shard(model, cfg, device), get_tokenizer(tokenizer_name)
     sources = examples(data, "train", axes, tokenizer, cfg.max_len)
     check_labels(sources, axes, cfg)
     groups, marks = (sum(lists, []) for lists in zip(*sources.values()))  # one list, the sources one after the other
@@ -260,7 +261,7 @@ def train_rewards(cfg, init, axes):
         n = {name: max(1, sum(mark[0] == k for i in order[step] for mark in marks[i])) for k, name in enumerate(axes)}
         n |= {"completeness": sizes["comparisons"]}
         stats = {"loss": 0.0, "tokens": 0} | {f"{name}_accuracy": 0.0 for name in axes}
-        for micro in micro_batches([i for i in share(order[step]) if marks[i]], lengths, cfg.micro_tokens):
+        for micro in level(micro_batches(share(order[step]), lengths, cfg.micro_tokens), model):
             batch, *table = pack_marks(groups, marks, micro, device)
             with amp:
                 scores = judge([model], batch, table[1])
@@ -300,7 +301,7 @@ def load_rewards(cfg, init, tokenizer_name):
     out = cfg.reward_models or run_dir("rewards", cfg)
     parts = {out: list(AXES)} if cfg.share_trunk else {os.path.join(out, name): [name] for name in AXES}
     settings = {"recipe": cfg.recipe, **reward.RECIPES.get(cfg.recipe, {}), "steps": cfg.reward_steps, "batch_size": cfg.reward_batch_size, "lr": cfg.reward_lr}
-    settings |= {k: getattr(cfg, k) for k in ("data", "data_dir", "device", "compile", "checkpoint_blocks", "max_len", "micro_tokens", "n_layer", "n_head", "n_embd")}
+    settings |= {k: getattr(cfg, k) for k in ("data", "data_dir", "device", "compile", "checkpoint_blocks", "fsdp", "max_len", "micro_tokens", "n_layer", "n_head", "n_embd")}
     models, axes, norm = [], [], (0.0, 1.0)
     for part, names in parts.items():
         checkpoint = load_checkpoint(part) if checkpoint_files(part) else None
@@ -358,7 +359,7 @@ def train(cfg):
     device, amp = setup(cfg)
     tokenizer_name = load_model(cfg.init, cfg)[1]
     models, axes, norm = load_rewards(cfg, cfg.init, tokenizer_name)
-    models = [model.to(device) for model in models]
+    models = [shard(model, cfg, device) for model in models]
     return ppo.train(cfg, finegrained_reward(models, axes, norm, get_tokenizer(tokenizer_name), cfg, amp))
 
 

@@ -38,9 +38,9 @@ import torch
 import torch.distributed as dist
 
 import evaluate
-from common import (RANK, WORLD, Log, all_reduce, clip_and_step, configure, due, known, learning_rate, load_checkpoint, load_model,
-                    make_optimizer, open_run, parse, require, resume, run_dir, save_checkpoint, say, score_groups, setup, share,
-                    sum_over_ranks, writing)
+from common import (RANK, WORLD, Log, all_reduce, clip_and_step, configure, due, fit, known, learning_rate, level, load_checkpoint,
+                    load_model, make_optimizer, open_run, parse, require, restore, resume, run_dir, save_checkpoint, say, score_groups,
+                    setup, shard, share, sum_over_ranks, whole, writing)
 from data import batch_order, dataset, encode_groups, encode_prompts, get_tokenizer, group_length, micro_batches, pack
 from model import CHUNK
 
@@ -91,6 +91,7 @@ class Config:
     device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
     compile: bool | None = None     # torch.compile; None: on CUDA
     checkpoint_blocks: bool = False  # recompute each block in the backward pass: a third more work, the activations of one block at a time
+    fsdp: bool = False              # shard the model's weights, gradients and optimizer over the processes (torchrun)
     log_every: int = 1              # iterations between lines on the console
     sample_every: int = 20          # iterations between samples, on the console and in samples.txt
     ckpt_every: int = 20            # iterations between checkpoints
@@ -121,8 +122,7 @@ RUNAWAY = 1.0  # nats a token: the policy has left its reference
 
 def rollout(policy, prompts, eos, cfg, noise):
     """Samples a response to each prompt (lists of ids) at temperature τ -> responses, lists of ids, with the EOS where it was met."""
-    if policy.device.type == "cuda":
-        policy = copy.deepcopy(policy).to(torch.bfloat16)
+    policy = whole(policy, torch.bfloat16 if policy.device.type == "cuda" else torch.float32)
     return policy.generate(prompts, cfg.max_new_tokens, cfg.temperature, eos=eos, noise=noise)
 
 
@@ -341,7 +341,7 @@ def update(policy, value_model, optimizers, groups, grids, epochs, ptx, cfg, dev
     for minibatch in (minibatch for minibatches in epochs for minibatch in minibatches):
         n_tokens = grids[0][minibatch].sum().to(device)
         stats = dict.fromkeys(["policy_loss", "value_loss", "clip_frac", "approx_kl", "ptx_loss"], 0.0)
-        for micro in micro_batches(share(minibatch), lengths, cfg.micro_tokens):
+        for micro in level(micro_batches(share(minibatch), lengths, cfg.micro_tokens), policy):
             loss, parts = loss_of(policy, value_model, groups, micro, grids, n_tokens, cfg, device, amp)
             loss.backward()
             for key, value in parts.items():
@@ -350,7 +350,7 @@ def update(policy, value_model, optimizers, groups, grids, epochs, ptx, cfg, dev
             demonstrations, order = ptx
             rows, demo_lengths = next(order), [len(p) + len(r) for p, (r,) in demonstrations]
             demo_tokens = sum(len(demonstrations[i][1][0]) for i in rows)
-            for micro in micro_batches(share(rows), demo_lengths, cfg.micro_tokens):
+            for micro in level(micro_batches(share(rows), demo_lengths, cfg.micro_tokens), policy):
                 loss = ptx_loss(policy, demonstrations, micro, demo_tokens, cfg, device, amp)
                 (cfg.ptx_coef * loss).backward()  # on top of PPO's gradient
                 stats["ptx_loss"] += loss.detach()
@@ -470,7 +470,9 @@ def train(cfg, reward_fn=None):
         cfg = replace(cfg, reward_model=require("reward", cfg, cfg.reward_model))
     device, amp = setup(cfg)
     *models, tokenizer_name = load_models(cfg, init, reward_fn)
-    policy, ref_policy, value_model, reward_model = models = [model and model.to(device) for model in models]
+    policy, ref_policy, value_model, reward_model = models
+    for model in dict.fromkeys(filter(None, models)):  # a shared one once
+        shard(model, cfg, device)
     tokenizer = get_tokenizer(tokenizer_name)
     reward_fn = reward_fn or (holistic_reward(reward_model, cfg, amp) if reward_model else gold_reward(data, tokenizer))
     room = cfg.max_len - cfg.max_new_tokens
@@ -492,8 +494,8 @@ def train(cfg, reward_fn=None):
         checkpoint = resume(out, cfg, *optimizers[0])
         start, controller.coef = checkpoint["step"], checkpoint["kl_coef"]
         if not cfg.share_value:
-            value_model.load_state_dict(checkpoint["value_model"])
-            optimizers[1][1].load_state_dict(checkpoint["value_optimizer"])
+            fit(value_model, checkpoint["value_model"], out)
+            restore(optimizers[1][1], checkpoint["value_optimizer"])
     cut_samples(out, start)
     log = Log(out, cfg, start, console=CONSOLE)
     for model in filter(None, models):
@@ -507,7 +509,7 @@ def train(cfg, reward_fn=None):
         lengths = [len(p) + len(r) for p, (r,) in groups]
         ended = torch.tensor([r[-1] == tokenizer.eot_token for r in responses])
         epochs = [[rows.tolist() for rows in torch.randperm(cfg.batch_size).chunk(cfg.minibatches)] for _ in range(cfg.epochs)]
-        first = [micro for minibatch in epochs[0] for micro in micro_batches(share(minibatch), lengths, cfg.micro_tokens)]
+        first = [micro for minibatch in epochs[0] for micro in level(micro_batches(share(minibatch), lengths, cfg.micro_tokens), policy)]
         logprobs, ref_logprobs, values, kl, entropy = score_rollout((policy, ref_policy, value_model), groups, mask, first, cfg, device, amp)
 
         total = dense_reward(rewards, logprobs, ref_logprobs, ended, mask, controller.coef, cfg.reward_clip, cfg.missing_eos_penalty)

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (RANK, Log, check_pairs, clip_and_step, configure, due, learning_rate, load_model, make_optimizer, open_run, parse, require,
-                    resume, run_dir, save_checkpoint, say, score_groups, setup, share, sum_over_ranks, writing)
+from common import (RANK, Log, check_pairs, clip_and_step, configure, due, learning_rate, level, load_model, make_optimizer, open_run,
+                    parse, require, resume, run_dir, save_checkpoint, say, score_groups, setup, shard, share, sum_over_ranks, writing)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
 
 
@@ -54,6 +54,7 @@ class Config:
     device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
     compile: bool | None = None     # torch.compile; None: on CUDA
     checkpoint_blocks: bool = False  # recompute each block in the backward pass: a third more work, the activations of one block at a time
+    fsdp: bool = False              # shard the model's weights, gradients and optimizer over the processes (torchrun)
     val_every: int = 800            # steps between validation accuracies
     log_every: int = 50             # steps between lines on the console
     ckpt_every: int = 100           # steps between checkpoints
@@ -116,7 +117,7 @@ def center(reward_model, demonstrations, cfg, amp):
     """Sets the bias to where the demonstrations score 0 on average; returns the standard deviation of their scores."""
     scores = score_groups(reward_model, demonstrations, cfg.micro_tokens, amp)
     with torch.no_grad():
-        reward_model.scalar_head.bias -= scores.mean()
+        reward_model.state_dict()["scalar_head.bias"] -= scores.mean().item()  # of a sharded model this process's part
     return scores.std().item()
 
 
@@ -158,7 +159,7 @@ def train(cfg):
     data = dataset(cfg.data, cfg.data_dir)
     reward_model, tokenizer_name = load_model(init, cfg)
     reward_model.set_scalar_heads(1)
-    reward_model, tokenizer = reward_model.to(device), get_tokenizer(tokenizer_name)
+    reward_model, tokenizer = shard(reward_model, cfg, device), get_tokenizer(tokenizer_name)
     training, comparisons = data.comparisons("train", cfg.k), data.comparisons("validation", cfg.k)[:cfg.eval_n]
     groups, validation = (encode_groups(tokenizer, [c[:2] for c in cs], cfg.max_len) for cs in (training, comparisons))
     check_pairs(groups, cfg, [rank_of(c) for c in training])
@@ -174,7 +175,7 @@ def train(cfg):
 
     for step in range(checkpoint["step"], cfg.steps):
         stats = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "tokens": 0}
-        for micro in micro_batches(share(order[step]), lengths, cfg.micro_tokens):
+        for micro in level(micro_batches(share(order[step]), lengths, cfg.micro_tokens), reward_model):
             batch = pack([groups[i] for i in micro], max(lengths[i] for i in micro)).to(device)
             group, rank = ranks([training[i] for i in micro], device)
             with amp:
@@ -206,8 +207,8 @@ def train(cfg):
         demonstrations = [(prompt, [response]) for prompt, response in data.demonstrations("train")[:max(2, cfg.eval_n)]]
         score_std = center(reward_model, encode_groups(tokenizer, demonstrations, cfg.max_len), cfg, amp)
         save_checkpoint(out, cfg.steps, reward_model, optimizer, cfg, tokenizer_name, score_std=score_std)
+    scores = score_groups(reward_model, validation, cfg.micro_tokens, amp) if validation else None
     if validation and RANK == 0:
-        scores = score_groups(reward_model, validation, cfg.micro_tokens, amp)
         rows = [measure(init, scores_before, comparisons, data), measure(out, scores, comparisons, data)]
         with writing(os.path.join(out, "eval.json")) as f:
             json.dump(rows, f, indent=2)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 
 import evaluate
-from common import (Log, clip_and_step, configure, due, learning_rate, load_model, make_optimizer, open_run, parse, resume, run_dir,
-                    save_checkpoint, say, setup, share, sum_over_ranks)
+from common import (Log, clip_and_step, configure, due, learning_rate, level, load_model, make_optimizer, open_run, parse, resume,
+                    run_dir, save_checkpoint, say, setup, shard, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
 
 
@@ -45,6 +45,7 @@ class Config:
     device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
     compile: bool | None = None     # torch.compile; None: on CUDA
     checkpoint_blocks: bool = False  # recompute each block in the backward pass: a third more work, the activations of one block at a time
+    fsdp: bool = False              # shard the model's weights, gradients and optimizer over the processes (torchrun)
     val_every: int = 100            # steps between validation losses
     log_every: int = 50             # steps between lines on the console
     ckpt_every: int = 100           # steps between checkpoints
@@ -104,7 +105,7 @@ def train(cfg):
     device, amp = setup(cfg)
     data = dataset(cfg.data, cfg.data_dir)
     policy, tokenizer_name = load_model(cfg.init, cfg)
-    tokenizer, policy = get_tokenizer(tokenizer_name), policy.to(device)
+    tokenizer, policy = get_tokenizer(tokenizer_name), shard(policy, cfg, device)
     say(f"sft: {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters on {device}, {cfg.data} -> {out}")
 
     groups, validation = [encode_groups(tokenizer, by_prompt(data.demonstrations(split)), cfg.max_len) for split in ("train", "validation")]
@@ -118,7 +119,7 @@ def train(cfg):
     for step in range(start, cfg.steps):
         n_tokens = response_tokens([groups[i] for i in order[step]])  # over all processes
         stats = {"loss": 0.0, "tokens": 0}
-        for micro in micro_batches(share(order[step]), lengths, cfg.micro_tokens):
+        for micro in level(micro_batches(share(order[step]), lengths, cfg.micro_tokens), policy):
             batch = pack([groups[i] for i in micro], max(lengths[i] for i in micro)).to(device)
             with amp:
                 logprobs = policy(batch)  # (N,)

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (RANK, Log, check_pairs, clip_and_step, configure, due, learning_rate, load_model, make_optimizer, open_run, parse,
-                    require, resume, run_dir, save_checkpoint, say, setup, share, sum_over_ranks)
+from common import (RANK, Log, check_pairs, clip_and_step, configure, due, learning_rate, level, load_model, make_optimizer, open_run,
+                    parse, require, resume, run_dir, save_checkpoint, say, setup, shard, share, sum_over_ranks, whole)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack, per_sequence
 
 
@@ -57,6 +57,7 @@ class Config:
     device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
     compile: bool | None = None     # torch.compile; None: on CUDA
     checkpoint_blocks: bool = False  # recompute each block in the backward pass: a third more work, the activations of one block at a time
+    fsdp: bool = False              # shard the model's weights, gradients and optimizer over the processes (torchrun)
     log_every: int = 10             # steps between lines on the console
     sample_every: int = 25          # steps between looks at the length of sampled responses
     sample_n: int = 64              # validation prompts that are sampled for it
@@ -114,7 +115,7 @@ def train(cfg):
     device, amp = setup(cfg)
     data = dataset(cfg.data, cfg.data_dir)
     policy, tokenizer_name = load_model(init, cfg)
-    tokenizer, policy = get_tokenizer(tokenizer_name), policy.to(device)
+    tokenizer, policy = get_tokenizer(tokenizer_name), shard(policy, cfg, device)
     comparisons = [(prompt, pair) for prompt, responses in data.comparisons("train") for pair in combinations(responses, 2)]
     pairs = encode_groups(tokenizer, comparisons, cfg.max_len)
     check_pairs(pairs, cfg)
@@ -131,7 +132,7 @@ def train(cfg):
     for step in range(start, cfg.steps):
         stats = dict.fromkeys(["loss", "sft_loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "tokens"], 0.0)
         n_tokens = sum(len(pairs[i][1][0]) for i in order[step])  # of the chosen
-        for micro in micro_batches(share(order[step]), lengths, cfg.micro_tokens):
+        for micro in level(micro_batches(share(order[step]), lengths, cfg.micro_tokens), policy):
             chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(policy, [pairs[i] for i in micro], device, amp)
             loss, chosen_reward, rejected_reward = simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len,
                                                               cfg.beta, gamma, cfg.label_smoothing)
@@ -155,8 +156,8 @@ def train(cfg):
         grad_norm = clip_and_step(policy, optimizer, cfg)
 
         done, shape = step + 1, dict.fromkeys(["response_len", "empty", "unfinished"])
-        if prompts and RANK == 0 and (done % cfg.sample_every == 0 or done == cfg.steps):
-            shape = lengths_of(evaluate.respond(policy, prompts, tokenizer.eot_token), tokenizer.eot_token)
+        if prompts and (done % cfg.sample_every == 0 or done == cfg.steps):
+            shape = lengths_of(evaluate.respond(whole(policy), prompts, tokenizer.eot_token), tokenizer.eot_token)
         log(done, **stats, **shape, lr=lr, grad_norm=grad_norm)
         if due(done, cfg):
             save_checkpoint(out, done, policy, optimizer, cfg, tokenizer_name)

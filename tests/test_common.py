@@ -1,5 +1,6 @@
 """Options, help, schedule, checkpoints, the log."""
 import ast
+import copy
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import ppo
 import reward
 import sft
 import simpo
-from common import Log, learning_rate, load_checkpoint, load_model, make_optimizer, parse, save_checkpoint
+from common import Log, learning_rate, load_checkpoint, load_model, make_optimizer, parse, save_checkpoint, whole
 
 ROOT = Path(__file__).parents[1]
 STAGES = [sft, reward, ppo, dpo, simpo, finegrained]
@@ -136,6 +137,15 @@ def test_a_file_of_ones_own_takes_the_settings_for_real_text(tmp_path):
     assert parse(Config, RECIPES | {"hh": dict(lr=1e-6)}, [f"--data={path}"]).lr == 1e-6
     assert common.run_dir("dpo", Config(data=str(path))) == "out/dpo-mine"
     assert common.run_dir("dpo", Config(recipe="big", data="hh")) == "out/dpo-big"
+
+
+def test_a_whole_model_in_another_precision_is_a_copy():
+    model = make_model(n_scalars=1)
+    state, half = torch.get_rng_state(), whole(model, torch.bfloat16)
+    assert torch.equal(state, torch.get_rng_state()) and whole(model) is model
+    for name, weight in copy.deepcopy(model).to(torch.bfloat16).state_dict().items():
+        assert torch.equal(half.state_dict()[name], weight) and model.state_dict()[name].dtype == torch.float32
+    assert len(half.generate([[1, 2], [3]], 4)) == 2
 
 
 @pytest.mark.parametrize("stage", STAGES)

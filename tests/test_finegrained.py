@@ -155,6 +155,16 @@ def test_the_losses_do_not_depend_on_what_is_packed_together():
     torch.testing.assert_close(gradient([list(range(n))[::-1]]), alone, rtol=1e-4, atol=1e-4)
 
 
+def test_responses_without_a_mark_have_a_loss_of_nothing():
+    """A sharded model runs on all processes at once, whether or not one of them has marks to learn from."""
+    model = make_model(n_scalars=3)
+    batch, axis, place, value, row = pack_marks([([1, 2], [[3, 4]]), ([5], [[6]])], [[], []], [0, 1], "cpu")
+    losses, hits = reward_losses(finegrained.judge([model], batch, place), axis, value, row, list(AXES))
+    sum(losses.values()).backward()
+    assert list(losses.values()) == list(hits.values()) == [0, 0, 0]
+    assert all((parameter.grad == 0).all() for parameter in model.parameters())
+
+
 # ------------------------------------------------------------------------------------------------ the dense reward
 
 class Judge:
