@@ -17,7 +17,7 @@ import evaluate
 import ppo
 import reward
 import sft
-from common import make_optimizer, parse, save_checkpoint
+from common import load_checkpoint, make_optimizer, parse, save_checkpoint
 from data import get_tokenizer
 
 ROOT = Path(__file__).parents[1]
