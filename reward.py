@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (RANK, Log, clip_and_step, configure, due, learning_rate, level, load_model, make_optimizer, parse, require, resume, run_dir,
-                    save_checkpoint, say, score_groups, setup, shard, share, sum_over_ranks)
+from common import (RANK, Log, clip_and_step, configure, due, learning_rate, level, load_model, make_optimizer, parse, require, resume,
+                    run_dir, save_checkpoint, say, score_groups, setup, shard, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
 
 
