@@ -242,14 +242,18 @@ def shard(model, cfg, device):
     return model
 
 
+def full(x):
+    """A tensor in one piece; of a sharded one on every process, and all must call."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 def whole(model, dtype=torch.float32):
     """The model in one piece, in this dtype. Of a sharded one that is a copy on every process; all must call."""
     if not isinstance(model, FSDPModule) and model.wte.weight.dtype == dtype:
         return model
     with torch.device("meta"):
         copy = GPT(model.config)
-    weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
-    copy.load_state_dict({name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}, assign=True)
+    copy.load_state_dict({name: full(weight.to(dtype)) for name, weight in model.state_dict().items()}, assign=True)
     return copy
 
 
@@ -271,7 +275,7 @@ def gathered(x):
         return {key: gathered(value) for key, value in x.items()}
     if not isinstance(x, DTensor):
         return x
-    x = x.full_tensor()  # one at a time
+    x = full(x)  # one at a time
     return x.cpu() if RANK == 0 else None
 
 
@@ -488,7 +492,7 @@ def clip_and_step(model, optimizer, cfg):
 
     A gradient that is not finite is thrown away, and said; SystemExit after PATIENCE of them in a row.
     """
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
+    grad_norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)).item()
     if math.isfinite(grad_norm):
         optimizer.step()
         optimizer.skipped = 0
