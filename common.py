@@ -6,6 +6,7 @@ learning_rate, sum_over_ranks, Log, save_checkpoint.
 import atexit
 import ctypes
 import difflib
+import gc
 import importlib
 import inspect
 import json
@@ -32,6 +33,7 @@ from model import GPT, GPTConfig, PRETRAINED
 
 WORLD, LOCAL_RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
 ASKED, STOP = [], []  # the signals that asked this process to stop; the one that all processes agreed to stop for
+MESHES = []  # those that models are sharded over
 PATIENCE = 10  # gradients in a row that may fail to be finite
 LEAST = {"warmup": 0, "eval_n": 0, "sample_n": 0, "seed": 0, "max_len": 2, "k": 2, "reward_batch_size": 4}  # of whole numbers; else 1
 ABOVE_0 = {"beta", "temperature", "kl_target", "kl_horizon", "grad_clip"}  # numbers that divide, or that nothing is learned with at 0
@@ -173,10 +175,18 @@ def setup(cfg):
         keep_memory()
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        atexit.register(dist.destroy_process_group)  # its threads end before the interpreter does
+        atexit.register(leave)
     torch.manual_seed(cfg.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device, torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()
+
+
+def leave():
+    """Ends the process group's threads before the interpreter ends, which else may abort: what still holds the group lets go of it first."""
+    gc.collect()  # sharded models, in cycles
+    for mesh in MESHES:  # DTensor's caches keep them
+        vars(mesh).get("_pg_registry", {}).clear()
+    dist.destroy_process_group()
 
 
 def keep_memory():
@@ -234,6 +244,7 @@ def shard(model, cfg, device):
     if WORLD == 1 or not cfg.fsdp:
         return model.to(device)
     mesh = init_device_mesh(torch.device(device).type, (WORLD,))
+    MESHES.append(mesh)
     for module in [*model.h, model]:
         fully_shard(module, mesh=mesh)
         module.set_gradient_divide_factor(1.0)  # the sum, not the mean: losses are scaled by the global batch

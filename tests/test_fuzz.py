@@ -18,7 +18,7 @@ import finegrained
 import ppo
 import sft
 from common import parse
-from data import encode_groups, encode_prompts, get_tokenizer, pack
+from data import encode_groups, encode_prompts, get_tokenizer, pack, tldr
 from data.hh import HH
 from data.jsonl import Jsonl
 from data.qa_feedback import QAFeedback
@@ -164,6 +164,24 @@ def test_qa_feedback(tmp_path, capsys):
     def take(content):
         path.write_bytes(content)
         return trouble(lambda: read_all(QAFeedback("", str(path))), str(path))
+    run(inputs, take, capsys)
+
+
+def test_tldr(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tldr, "BATCHES", ["batch3"])
+    post, summary = {"id": "t3_1", "subreddit": "tifu", "title": "TIFU", "post": "It was."}, {"text": " a", "policy": "p", "note": None}
+    good = {"test.jsonl": post | {"summary": "Was."}, "comparisons/batch3.json": {
+        "info": post, "summaries": [summary, summary | {"text": " b"}], "choice": 1, "worker": "w", "batch": "batch3", "split": "valid2", "extra": {}}}
+    (tmp_path / "tldr" / "comparisons").mkdir(parents=True)
+    inputs = [(name, content) for content in EXTREMES for name in good]
+    for rng in (random.Random(f"tldr {i}") for i in range(2500)):
+        name = rng.choice([*good])
+        inputs.append((name, content_of(rng, good[name])))
+
+    def take(named):
+        for name, record in good.items():
+            (tmp_path / "tldr" / name).write_bytes(named[1] if name == named[0] else json.dumps(record).encode())
+        return trouble(lambda: read_all(tldr.TLDR(str(tmp_path)), ["test"]), str(tmp_path / "tldr" / named[0]))
     run(inputs, take, capsys)
 
 
