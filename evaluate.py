@@ -478,6 +478,7 @@ def arguments(argv):
 
 
 def main(argv=None):
+    """Does what the command line asks for: curves, a picture of over-optimization, an export, answers, or the table and the frontier."""
     args = arguments(argv)
     if args.curves:
         return plot_curves(args.plot, args.checkpoints)

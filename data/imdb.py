@@ -133,7 +133,7 @@ def complete(policy, tokenizer, prompts, max_new_tokens, batch_size=128):
 def make_pairs(args):
     """Completions of the SFT model for `n` training prefixes, scored as DPO will see them, cut to max_len; their pairs to a .jsonl."""
     import torch
-    from common import load_model, score_groups
+    from common import load_model, score_groups, writing
     (policy, name), (reward_model, its_name) = load_model(args.sft), load_model(args.reward_model)
     if reward_model.config.n_scalars != 1 or its_name != name:
         raise SystemExit(f"{args.reward_model}: not a reward model for the tokenizer {name}")
@@ -147,10 +147,8 @@ def make_pairs(args):
     examples = complete(policy, tokenizer, IMDB(args.data_dir).prompts("train")[:args.n], new_tokens)
     scores = score_groups(reward_model, encode_groups(tokenizer, examples, args.max_len)).view(-1, COMPLETIONS).tolist()
     pairs = [pair for (prompt, responses), s in zip(examples, scores) for pair in ordered_pairs(prompt, responses, s)]
-    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-    with open(args.out + ".tmp", "w") as f:
+    with writing(args.out) as f:
         f.writelines(json.dumps(pair) + "\n" for pair in pairs)
-    os.replace(args.out + ".tmp", args.out)
     left_out = len(examples) * COMPLETIONS * (COMPLETIONS - 1) // 2 - len(pairs)
     print(f"{len(pairs)} pairs of {len(examples)} prefixes -> {args.out}; left out {left_out} that tie or have an empty side")
 
