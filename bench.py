@@ -206,7 +206,7 @@ def training_rows(args, model, device, amp):
         return simpo_loss(logp[0::2], logp[1::2], n[0::2], n[1::2], 2.0, 1.0)[0]
 
     def reward():
-        batch = pack(groups, max(map(group_length, groups))).to(device)
+        batch = pack(groups).to(device)
         with amp:
             return ranking_loss(scorer.score(batch), group, rank)[0]
 

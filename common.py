@@ -345,7 +345,7 @@ def score_groups(reward_model, groups, micro_tokens=16384, amp=nullcontext()):
     """The reward model's score of every response of every group, in order: (S,) on the CPU."""
     lengths, scores = list(map(group_length, groups)), {}
     for micro in level(micro_batches(range(len(groups)), lengths, micro_tokens), reward_model):
-        batch = pack([groups[i] for i in micro], max(lengths[i] for i in micro)).to(reward_model.device)
+        batch = pack([groups[i] for i in micro]).to(reward_model.device)
         with amp:
             score = reward_model.score(batch).cpu()
         scores |= zip(micro, score.split([len(groups[i][1]) for i in micro]))

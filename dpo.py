@@ -106,7 +106,7 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
 
 def pair_logp(policy, pairs, device, amp):
     """log π(y_w|x) and log π(y_l|x) of packed pairs: (B,) each, summed over response tokens."""
-    batch = pack(pairs, max(map(group_length, pairs))).to(device)
+    batch = pack(pairs).to(device)
     with amp:
         logp = per_sequence(policy(batch), batch)  # (2B,)
     return logp[0::2], logp[1::2]

@@ -70,7 +70,7 @@ def exact_kl(policy, ref_policy, prompts, responses, batch_size=64):
     result = []
     for i in range(0, len(prompts), batch_size):
         groups = [(p, [r]) for p, r in zip(prompts[i:i + batch_size], responses[i:i + batch_size])]
-        batch = pack(groups, max(len(p) + len(r) for p, (r,) in groups)).to(policy.device)
+        batch = pack(groups).to(policy.device)
         kl = []
         for states, ref_states in zip(policy.states(batch).split(512), ref_policy.states(batch).split(512)):
             logp, ref_logp = policy.log_softmax(states), ref_policy.log_softmax(ref_states)

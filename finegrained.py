@@ -33,7 +33,7 @@ import reward
 from common import (RANK, Log, check_pairs, checkpoint_files, clip_and_step, configure, due, known, learning_rate, level, load_checkpoint,
                     load_model, make_optimizer, open_run, parse, require, resume, run_dir, save_checkpoint, say, setup, shard, share,
                     sum_over_ranks, writing)
-from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches
+from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
 
 AXES = {"relevance": ["Irrelevant", "Redundant", "Incoherent"], "factuality": ["Wrong-Grounding", "Unverifiable"], "completeness": []}
 MIN_WORDS = 5
@@ -146,7 +146,7 @@ def pack_marks(groups, marks, rows, device):
     for n, i in enumerate(rows):
         table += [(axis, begin + token, value, n) for axis, token, value in marks[i]]
         begin += sum(map(len, groups[i][1]))
-    return ppo.pack_rows(groups, rows).to(device), *torch.tensor(table, dtype=torch.long, device=device).view(-1, 4).unbind(1)
+    return pack([groups[i] for i in rows]).to(device), *torch.tensor(table, dtype=torch.long, device=device).view(-1, 4).unbind(1)
 
 
 @torch.no_grad()

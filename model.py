@@ -149,7 +149,7 @@ class Block(nn.Module):
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(s Wᵀ/τ)[y] for N states, without ever holding (N, V): chunk by chunk, recomputed in the backward pass.
+    """log softmax(s Wᵀ/τ)[y] for N states, without ever holding (N, V): chunk by chunk, all but the last recomputed in the backward pass.
 
     states (N, C), weight (V, C) of which the first vocab_size rows are real, target (N,) -> (N,) float32.
     With p the softmax and g the incoming gradient, ∂/∂logits = g · (onehot(y) − p)/τ.
@@ -163,7 +163,7 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def logsumexp(logits):
-        """(n, V) -> (n,); the logits are overwritten."""
+        """(n, V) -> (n,); the logits are overwritten by exp(logits − the largest of a row)."""
         largest = logits.amax(-1, keepdim=True)
         return logits.sub_(largest).exp_().sum(-1).log_() + largest[:, 0]
 
@@ -175,16 +175,20 @@ class TokenLogprobs(torch.autograd.Function):
             chosen = logits.gather(1, y[:, None])[:, 0]
             logsumexp.append(TokenLogprobs.logsumexp(logits))
             logprobs.append(chosen - logsumexp[-1])
-        ctx.save_for_backward(states, weight, target, torch.cat(logsumexp))
+        ctx.save_for_backward(states, weight, target, torch.cat(logsumexp), logits)  # the last chunk's, now exp(logits − …)
         ctx.vocab_size, ctx.temperature = vocab_size, temperature
         return torch.cat(logprobs)
 
     @staticmethod
     def backward(ctx, grad):
-        states, weight, target, logsumexp = ctx.saved_tensors
+        states, weight, target, logsumexp, last = ctx.saved_tensors
         grad_states, grad_weight = [], torch.zeros_like(weight, dtype=torch.float32)
-        for s, y, z, g in zip(*(a.split(CHUNK) for a in (states, target, logsumexp, grad / ctx.temperature))):
-            p = TokenLogprobs.logits(s, weight, ctx.vocab_size, ctx.temperature).sub_(z[:, None]).exp_()
+        chunks = list(zip(*(a.split(CHUNK) for a in (states, target, logsumexp, grad / ctx.temperature))))
+        for i, (s, y, z, g) in enumerate(chunks, 1):
+            if i < len(chunks):
+                p = TokenLogprobs.logits(s, weight, ctx.vocab_size, ctx.temperature).sub_(z[:, None]).exp_()
+            else:
+                p = last.div_(last.sum(-1, keepdim=True))
             dlogits = p.mul_(-g[:, None]).scatter_add_(1, y[:, None], g[:, None]).to(states.dtype)
             grad_states.append(dlogits @ weight)
             grad_weight += dlogits.t() @ s

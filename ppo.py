@@ -165,16 +165,12 @@ def score_rollout(models, groups, mask, micros, cfg, device, amp):
     """
     grids = torch.zeros(5, *mask.shape)
     for micro in micros:
-        batch = pack_rows(groups, micro).to(device)
+        batch = pack([groups[i] for i in micro]).to(device)
         with amp:
             flat = score_batch(*models, batch, cfg.temperature).cpu()
         rows = mask[micro]
         grids[:, micro] = torch.zeros(5, *rows.shape).masked_scatter(rows, flat)
     return all_reduce(grids.to(device)).cpu().unbind(0)
-
-
-def pack_rows(groups, rows):
-    return pack([groups[i] for i in rows], max(group_length(groups[i]) for i in rows))
 
 
 # ------------------------------------------------------------------------------------------------ reward
@@ -315,7 +311,7 @@ def loss_of(policy, value_model, groups, rows, grids, n_tokens, cfg, device, amp
 
     grids: mask, old_logprobs, old_values, advantages, returns, (B, R) each. -> loss, and a dict of its parts, without gradient.
     """
-    batch = pack_rows(groups, rows).to(device)
+    batch = pack([groups[i] for i in rows]).to(device)
     mask, old_logprobs, old_values, advantages, returns = (grid[rows].to(device) for grid in grids)
     with amp:
         flat = forward(policy, value_model, batch, cfg.temperature)
@@ -330,7 +326,7 @@ def loss_of(policy, value_model, groups, rows, grids, n_tokens, cfg, device, amp
 def ptx_loss(policy, demonstrations, rows, n_tokens, cfg, device, amp):
     """The second term of arXiv:2203.02155 eq. 2: −Σ log π(y_t | x, y_<t) of some demonstrations over n_tokens."""
     with amp:
-        return -policy.logprobs(pack_rows(demonstrations, rows).to(device), cfg.temperature).sum() / n_tokens
+        return -policy.logprobs(pack([demonstrations[i] for i in rows]).to(device), cfg.temperature).sum() / n_tokens
 
 
 def update(policy, value_model, optimizers, groups, grids, epochs, ptx, cfg, device, amp):

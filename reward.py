@@ -176,7 +176,7 @@ def train(cfg):
     for step in range(checkpoint["step"], cfg.steps):
         stats = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "tokens": 0}
         for micro in level(micro_batches(share(order[step]), lengths, cfg.micro_tokens), reward_model):
-            batch = pack([groups[i] for i in micro], max(lengths[i] for i in micro)).to(device)
+            batch = pack([groups[i] for i in micro]).to(device)
             group, rank = ranks([training[i] for i in micro], device)
             with amp:
                 scores = reward_model.score(batch)  # (S,)

@@ -92,7 +92,7 @@ def validation_loss(policy, groups, cfg, device, amp):
     """Mean over response tokens, in nats; None without validation data."""
     total, lengths = 0.0, list(map(group_length, groups))
     for micro in micro_batches(range(len(groups)), lengths, cfg.micro_tokens):
-        batch = pack([groups[i] for i in micro], max(lengths[i] for i in micro)).to(device)
+        batch = pack([groups[i] for i in micro]).to(device)
         with amp:
             total += policy.logprobs(batch).sum().item()
     return -total / response_tokens(groups) if groups else None
@@ -120,7 +120,7 @@ def train(cfg):
         n_tokens = response_tokens([groups[i] for i in order[step]])  # over all processes
         stats = {"loss": 0.0, "tokens": 0}
         for micro in level(micro_batches(share(order[step]), lengths, cfg.micro_tokens), policy):
-            batch = pack([groups[i] for i in micro], max(lengths[i] for i in micro)).to(device)
+            batch = pack([groups[i] for i in micro]).to(device)
             with amp:
                 logprobs = policy(batch)  # (N,)
             loss = sft_loss(logprobs, n_tokens)

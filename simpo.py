@@ -92,7 +92,7 @@ def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma
 
 def pair_logp(policy, pairs, device, amp):
     """log π of the chosen and of the rejected of packed pairs, summed over response tokens, then their lengths: (B,) each."""
-    batch = pack(pairs, max(map(group_length, pairs))).to(device)
+    batch = pack(pairs).to(device)
     with amp:
         logp = per_sequence(policy(batch), batch)  # (2B,)
     length = torch.bincount(batch.sequence)

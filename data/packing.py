@@ -65,40 +65,55 @@ def group_length(group):
     return len(prompt) + sum(map(len, responses))
 
 
-def pack(groups, max_tokens):
-    """groups: list of (prompt_ids, [response_ids, …]) -> Batch, its rows at most max_tokens long, longest groups first.
+def first_fit(lengths, max_tokens):
+    """Groups of these lengths into rows of at most max_tokens, first fit decreasing.
+
+    -> [(row, where in it the group begins), …], the number of rows, the length of the longest.
+    """
+    place, free = [None] * len(lengths), []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, room in enumerate(free) if room >= lengths[i]), len(free))
+        if row == len(free):
+            free.append(max_tokens)
+        place[i] = row, max_tokens - free[row]
+        free[row] -= lengths[i]
+    return place, len(free), max_tokens - min(free)
+
+
+def work(place, rows, T):
+    """What a model's blocks compute, padding included, up to a factor: linear layers go with T, attention with T² (as much at T = 6 n_embd)."""
+    return rows * T * (T + 2048)
+
+
+def pack(groups, max_tokens=None):
+    """groups: list of (prompt_ids, [response_ids, …]) -> Batch, its rows at most max_tokens long; None: as long as makes the least work.
 
     Raises ValueError where a prompt or a response is empty or a group does not fit a row.
     """
     assert groups, "nothing to pack"
-    free, row_of, start_of = [], {}, {}
-    for i in sorted(range(len(groups)), key=lambda i: -group_length(groups[i])):  # first fit decreasing
-        length = group_length(groups[i])
-        if length > max_tokens:
-            raise ValueError(f"pack: group {i} has {length} tokens, a row holds {max_tokens}")
-        row = next((r for r, room in enumerate(free) if room >= length), len(free))
-        if row == len(free):
-            free.append(max_tokens)
-        row_of[i], start_of[i] = row, max_tokens - free[row]
-        free[row] -= length
+    lengths = list(map(group_length, groups))
+    longest = max(lengths)
+    if max_tokens and longest > max_tokens:
+        raise ValueError(f"pack: group {lengths.index(longest)} has {longest} tokens, a row holds {max_tokens}")
+    limits = [max_tokens] if max_tokens else [longest * i // 16 for i in range(16, 33)]
+    place, rows, T = min((first_fit(lengths, limit) for limit in limits), key=lambda x: work(*x))
 
-    T = max_tokens - min(free)
-    tokens, segment, position = np.zeros((3, len(free), T), dtype=np.int64)
-    group = np.full((len(free), T), -1, dtype=np.int64)
+    tokens, segment, position = np.zeros((3, rows, T), dtype=np.int64)
+    group = np.full((rows, T), -1, dtype=np.int64)
     source, at, sequence, sequence_group = [], [], [], []
     for i, (prompt, responses) in enumerate(groups):
-        row, begin, P = row_of[i], start_of[i], len(prompt)
+        (row, begin), P = place[i], len(prompt)
         if not P or not all(map(len, responses)):
             raise ValueError(f"pack: group {i} has an empty prompt or response")
-        group[row, begin:begin + group_length(groups[i])] = i
+        group[row, begin:begin + lengths[i]] = i
         tokens[row, begin:begin + P], position[row, begin:begin + P] = prompt, np.arange(P)
         end = begin + P
         for k, response in enumerate(responses, 1):
             here = slice(end, end + len(response))
             tokens[row, here], segment[row, here], position[row, here] = response, k, np.arange(P, P + len(response))
-            place = row * T + np.arange(end, end + len(response))
-            at.append(place)
-            source.append(np.concatenate([[row * T + begin + P - 1], place[:-1]]))
+            own = row * T + np.arange(end, end + len(response))
+            at.append(own)
+            source.append(np.concatenate([[row * T + begin + P - 1], own[:-1]]))
             sequence.append(np.full(len(response), len(sequence)))
             sequence_group.append(i)
             end += len(response)

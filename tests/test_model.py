@@ -172,12 +172,29 @@ def test_padded_vocabulary_is_unreachable():
 
 
 def test_memory_of_logprobs_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
-    """Nothing kept for the backward pass is of the size of the logits."""
+    """Of the logits, no more than one chunk is kept for the backward pass."""
+    monkeypatch.setattr("model.CHUNK", 60)
     model, batch = make_model(vocab_size=5000, n_embd=8), pack(random_groups(n=100), 64)
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
         model.logprobs(batch)
-    assert max(sizes) < len(batch.at) * 5000 / 10
+    assert [shape for shape in shapes if 5056 in shape] == [(5056, 8), (len(batch.at) % 60, 5056)]  # the weight, the last chunk
+
+
+@pytest.mark.parametrize("n", [1, 59, 60, 61, 120])
+def test_gradient_of_logprobs_in_chunks(n, monkeypatch):
+    """Recomputed or kept: the gradient is that of the log-softmax in one piece."""
+    monkeypatch.setattr("model.CHUNK", 60)
+    states, target, incoming = torch.randn(n, 16), torch.randint(90, (n,)), torch.randn(n)
+    grads = []
+    for chunked in (True, False):
+        torch.manual_seed(0)
+        model, s = make_model(vocab_size=90, n_embd=16), states.clone().requires_grad_()
+        logprobs = model.token_logprobs(s, target, 0.7) if chunked else (model.logits(s) / 0.7).log_softmax(-1)[range(n), target]
+        (logprobs * incoming).sum().backward()
+        grads.append((s.grad, model.wte.weight.grad))
+    for chunked, whole in zip(*grads):
+        torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------ the Hugging Face format

@@ -55,7 +55,16 @@ def test_rows_are_filled_and_the_order_is_the_callers():
     assert batch.target.tolist() == [t for _, responses in groups for r in responses for t in r]
 
 
-@pytest.mark.parametrize("max_tokens", [40, 64, 200])
+def test_rows_are_as_long_as_makes_the_least_work():
+    """Groups of 6, 5, 5 and 4 tokens: a row each at the longest's length is 24 places, two rows of 10 are full."""
+    groups = [([1, 2], [[3] * n]) for n in (4, 3, 3, 2)]
+    assert pack(groups, 6).tokens.shape == (4, 6)
+    batch = pack(groups)
+    assert batch.tokens.shape == (2, 10) and batch.n_tokens == 20
+    assert [{i for i in row.tolist()} for row in batch.group] == [{0, 3}, {1, 2}]
+
+
+@pytest.mark.parametrize("max_tokens", [40, 64, 200, None])
 def test_packed_equals_one_sequence_a_row(model, max_tokens):
     groups = random_groups()
     packed = model.logprobs(pack(groups, max_tokens))
