@@ -34,7 +34,7 @@ import torch
 
 import evaluate
 import ppo
-from common import clip_and_step, configure, make_optimizer, setup
+from common import clip_and_step, configure, make_optimizer, setup, writing
 from data import group_length, micro_batches, pack
 from dpo import dpo_loss
 from dpo import pair_logp as dpo_pair_logp
@@ -341,7 +341,7 @@ def main(argv=None):
     rows += ppo_rows(args, model, clock, rate, amp)
     print(table(rows))
     if args.json:
-        with open(args.json, "w") as f:
+        with writing(args.json) as f:
             json.dump({"model": shape, "device": name, "torch": torch.__version__, "flops": rate, "bandwidth": bandwidth, "rows": rows}, f, indent=2)
 
 

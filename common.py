@@ -152,7 +152,7 @@ def writing(path, mode="w"):
             if size is not None:
                 os.truncate(aside, size) if mode == "a" else os.remove(aside)
         raise SystemExit(f"{path}: cannot be written ({problem}); what was there before stands: "
-                         "make room and go on with --resume, or name another --out")
+                         "make room, or name another place; a run goes on with --resume")
 
 
 def open_run(out):

@@ -270,6 +270,11 @@ def pyplot():
     return matplotlib.pyplot
 
 
+def draw(figure, path):
+    with writing(path, "wb") as f:
+        figure.savefig(f, dpi=120, format=path.rpartition(".")[2])
+
+
 def plot_frontier(path, key, rows, optimum, best):
     """Reward against exact KL: the optimum, best-of-n, and each checkpoint with its standard errors."""
     plt = pyplot()
@@ -286,7 +291,7 @@ def plot_frontier(path, key, rows, optimum, best):
                     textcoords="offset points", **[dict(xytext=(6, -10), ha="left"), dict(xytext=(-6, 8), ha="right")][i % 2])  # neighbours apart
     ax.set(xlabel="KL(π‖π_ref), exact, nats a response", ylabel={"gold": "true reward"}.get(key, "reward model's score"))
     ax.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+    draw(figure, path)
 
 
 def stage_of(name):
@@ -347,7 +352,7 @@ def plot_curves(path, runs):
         ax.remove()
     figure.supxlabel("step")
     figure.legend([plt.Line2D([], [], color=f"C{i}") for i in range(len(runs))], runs, loc="outside upper center", ncols=min(4, len(runs)))
-    figure.savefig(path, dpi=100)
+    draw(figure, path)
     print(f"{path}: {len(panels)} panels of {', '.join(runs)}")
 
 
@@ -367,7 +372,7 @@ def plot_overoptimization(path, run):
         ax.plot(means[:, 0], means[:, i], color=f"C{i}", label=label)
     ax.set(xlabel="√KL(π‖π_ref), nats", ylabel="reward", title=run)
     ax.legend()
-    figure.savefig(path, dpi=120)
+    draw(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -417,7 +422,10 @@ def export(name, dir):
     if os.path.isfile(dir) or os.path.isdir(dir) and os.listdir(dir):
         raise SystemExit(f"--export={dir}: something is there already; name a new folder")
     model, tokenizer = load_model(name)
-    model.save_pretrained(dir)
+    try:
+        model.save_pretrained(dir)
+    except (OSError, RuntimeError) as error:  # of torch.save
+        raise SystemExit(f"--export={dir}: cannot be written ({error})")
     print(f"{name} -> {dir}, which transformers' GPT2LMHeadModel.from_pretrained opens")
     theirs = {"gpt2": 'AutoTokenizer.from_pretrained("gpt2")', "animals": "that of data/animals.py, which transformers cannot open"}
     print(f"its tokenizer: {theirs[tokenizer]}")
@@ -469,6 +477,8 @@ def arguments(argv):
     if args.plot and not (args.frontier or args.overoptimization or args.curves):
         raise SystemExit("--plot draws --frontier, --overoptimization or --curves: say which")
     if args.plot:
+        if not args.plot.endswith((".png", ".pdf", ".svg")):
+            raise SystemExit(f"--plot={args.plot}: name a .png, a .pdf or an .svg file")
         pyplot()  # missing, it is said before the work is done
     if args.overoptimization and (not args.plot or len(args.checkpoints) != 1):
         raise SystemExit("--overoptimization takes one run of ppo.py and --plot=FILE")
@@ -503,7 +513,7 @@ def main(argv=None):
     keys = list(dict.fromkeys(key for row in rows + more for key in row))
     rows = [{key: row.get(key) for key in keys} for row in rows + more]
     if args.json:
-        with open(args.json, "w") as f:
+        with writing(args.json) as f:
             json.dump(rows, f, indent=2)
 
 

@@ -66,6 +66,23 @@ def test_logs_that_are_none_get_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("option, place", [("--plot", "file/x.png"), ("--json", "file/x.json"), ("--export", "file/x")])
+def test_a_place_that_cannot_be_written_gets_one_line(option, place, tmp_path, monkeypatch, start):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    write_log(tmp_path / "run", [{"step": 1, "loss": 1.0}])
+    command = ["run", "--curves"] if option == "--plot" else [str(start / "start"), "--n=2"]
+    with pytest.raises(SystemExit, match=f"{place}: cannot be written") as error:
+        evaluate.main([*command, f"{option}={place}"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_picture_is_a_png_a_pdf_or_an_svg(tmp_path):
+    with pytest.raises(SystemExit, match="--plot=curves.jpeg2: name a .png, a .pdf or an .svg file"):
+        evaluate.main([str(tmp_path), "--curves", "--plot=curves.jpeg2"])
+
+
 # ------------------------------------------------------------------------------------------------ for transformers
 
 def test_an_exported_reward_model_is_opened_by_transformers(start, capsys):

@@ -284,7 +284,7 @@ def test_no_space_left_on_the_device(start):
     (start / "a").mkdir()
     os.symlink("/dev/full", start / "a" / "ckpt.pt.tmp")
     message = refused(start / "a" / "ckpt.pt", here, "dpo", start, "a", "--steps=5")
-    assert "([Errno 28] No space left on device); what was there before stands: make room and go on with --resume, or name" in message
+    assert "([Errno 28] No space left on device); what was there before stands: make room, or name another place;" in message
     assert os.listdir(start / "a") == ["log.jsonl"]
 
 
