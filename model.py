@@ -13,7 +13,7 @@ Left out: dropout (none is used in preference or policy training), and any archi
 import json
 import os
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn as nn
@@ -26,7 +26,6 @@ from data.files import fetch, shown
 PRETRAINED = {  # n_layer, n_head, n_embd
     "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
-compiled_flex_attention = torch.compile(flex_attention)  # on CUDA one fused kernel that skips what the mask rules out
 SIZES = {  # of a config.json, in GPTConfig's order, and the most that is believed
     "vocab_size": 2**20, "n_positions": 2**20, "n_layer": 1000, "n_head": 2**10, "n_embd": 2**20}
 CHUNK = 1024  # response tokens whose (tokens, vocabulary) logits exist at one time
@@ -101,10 +100,17 @@ def slices(n, pieces):
     return [slice(i, min(i + -(-n // pieces), n)) for i in range(0, n, -(-n // pieces))]
 
 
+@cache
+def fused_flex_attention():
+    """On CUDA one kernel, which skips what the mask rules out. Made when it is needed: the compiler's import alone takes seconds."""
+    return torch.compile(flex_attention)
+
+
 def attention(q, k, v, mask):
     """softmax(q kᵀ/√d) v under `mask`: a flex_attention BlockMask, a boolean (True = may look), what is added to q kᵀ/√d, or None = causal."""
     if isinstance(mask, BlockMask):
-        return (compiled_flex_attention if q.is_cuda else flex_attention)(q, k, v, block_mask=mask)
+        flex = fused_flex_attention() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+        return flex(q, k, v, block_mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
