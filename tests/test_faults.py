@@ -6,7 +6,6 @@ import os
 import random
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import feedback
-from test_stages import TINY, command, here, log_of
+from test_stages import TINY, command, here, log_of, two_processes
 
 import common
 import dpo
@@ -132,13 +131,9 @@ def test_a_reward_model_is_centred_once(start):
 
 
 def test_two_processes_stop_at_one_step_and_speak_with_one_voice(start):
-    """One of the two gets the signal. (They are started as torchrun starts them, which would hide the exit code of each.)"""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    """One of the two gets the signal."""
     argv = command("dpo", start, "b", "--steps=2000", "--ckpt_every=5000", "--max_len=8")
-    processes = [subprocess.Popen(argv, env=env | dict(RANK=str(i), LOCAL_RANK=str(i)), stdout=subprocess.PIPE, text=True) for i in (0, 1)]
+    processes = two_processes(argv)
     wait_for(start / "b" / "log.jsonl", 5, processes[0])
     processes[1].send_signal(signal.SIGTERM)
     out, nothing = (process.communicate(timeout=60)[0] for process in processes)

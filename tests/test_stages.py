@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -204,7 +205,23 @@ def test_an_sft_run_that_was_cut_off_is_finished_before_it_is_used(tmp_path, mon
     assert stop == [5] and [r["step"] for r in log_of("out/sft-animals")] == list(range(1, 11))
 
 
+def two_processes(command):
+    """Started as torchrun starts them, which would hide the exit code of each, and takes seconds to start itself."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    return [subprocess.Popen(command, env=env | dict(RANK=str(i), LOCAL_RANK=str(i)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for i in (0, 1)]
+
+
 def on_two_processes(command):
+    for process in two_processes(command):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+
+
+def under_torchrun(command):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run = subprocess.run(torchrun + command[1:], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -231,7 +248,8 @@ def test_two_processes_give_the_run_of_one(stage, fsdp, start):
     (start / "small_feedback.json").write_text(json.dumps([feedback(question=f"{i}?") for i in range(40)]))
     options = ["--steps=6", "--ckpt_every=4", "--lr=1e-3", f"--micro_tokens={20 if stage == 'ppo' else 50}"]
     here(stage, start, "a", *options)
-    on_two_processes(command(stage, start, "b", *options, f"--fsdp={fsdp}"))
+    run = under_torchrun if (stage, fsdp) == ("sft", False) else on_two_processes
+    run(command(stage, start, "b", *options, f"--fsdp={fsdp}"))
     assert_one_run(start / "a", start / "b")
     if fsdp:
         os.remove(start / "b/ckpt.pt")
