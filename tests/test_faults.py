@@ -110,7 +110,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(stage, sta
         time.sleep(0.05 * rng.random())
         assert end(process, signal.SIGKILL) == -signal.SIGKILL
     before, process = lines(b / "log.jsonl"), go_on()
-    wait_for(b / "log.jsonl", before + 1, process)
+    wait_for(b / "log.jsonl", before + 2, process)  # from the end of a run's first step on, it listens
     assert end(process, signal.SIGTERM) == 128 + signal.SIGTERM
     assert before < load_checkpoint(str(b))["step"] == lines(b / "log.jsonl") < steps
     last = go_on()
