@@ -226,6 +226,7 @@ def configure(model, cfg):
     """
     model.checkpoint_blocks = cfg.checkpoint_blocks
     if cfg.compile or cfg.compile is None and model.device.type == "cuda":
+        model.packed_mask = "flex" if model.device.type == "cuda" else "dense"  # groups would be compiled anew for each batch's lengths
         torch._dynamo.config.recompile_limit = 32  # of PPO's four models: with gradients or not, frozen or not, one row or more
         if not isinstance(model, FSDPModule):
             model.packed_hidden = torch.compile(model.hidden, dynamic=True)

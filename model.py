@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from data.files import fetch, shown
+from data.packing import GroupMask
 
 PRETRAINED = {  # n_layer, n_head, n_embd
     "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
@@ -107,11 +108,23 @@ def fused_flex_attention():
 
 
 def attention(q, k, v, mask):
-    """softmax(q kᵀ/√d) v under `mask`: a flex_attention BlockMask, a boolean (True = may look), what is added to q kᵀ/√d, or None = causal."""
+    """softmax(q kᵀ/√d) v, (B, H, T, D) each, under `mask`.
+
+    That is a flex_attention BlockMask, a GroupMask, a boolean (True = may look), what is added to q kᵀ/√d, or None = causal.
+    """
+    if isinstance(mask, GroupMask):
+        return group_attention(q, k, v, mask)
     if isinstance(mask, BlockMask):
         flex = fused_flex_attention() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
         return flex(q, k, v, block_mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+def group_attention(q, k, v, mask):
+    """Each group of the rows by itself: of what no token may see, nothing is computed."""
+    groups = zip(*(x.transpose(1, 2).flatten(0, 1).split(mask.lengths) for x in (q, k, v)))  # (n, H, D)
+    y = [attention(*(x.transpose(0, 1)[None] for x in qkv), visible)[0].transpose(0, 1) for qkv, visible in zip(groups, mask.visible)]
+    return torch.cat(y).unflatten(0, (q.size(0), q.size(2))).transpose(1, 2)
 
 
 class SelfAttention(nn.Module):
@@ -244,11 +257,11 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     checkpoint_blocks = False
-    packed_hidden = hidden  # what --compile replaces by a compiled one; generation stays as it is
+    packed_hidden, packed_mask = hidden, None  # --compile puts a compiled one in its place, and a mask it can take; generation stays as it is
 
     def states(self, batch, at=None):
         """(N, C): the state s_t = (x, y_<t) that each response token of the packed batch is predicted from; or those `at`."""
-        return self.packed_hidden(batch.tokens, batch.position, batch.mask(), at=batch.source if at is None else at)
+        return self.packed_hidden(batch.tokens, batch.position, batch.mask(self.packed_mask), at=batch.source if at is None else at)
 
     def logits(self, states):
         """(…, C) -> (…, vocab_size) float32."""

@@ -18,6 +18,16 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 
+CALL = 100**2  # pairs of tokens on which the CPU's attention spends as long as a call of it takes
+
+
+@dataclass
+class GroupMask:
+    """Who sees whom in each group of the flattened rows, the padding between them being one too. No group sees another."""
+    lengths: list  # of the groups, in tokens: their sum is rows·T
+    visible: list  # of each, (n, n) boolean; None: causal
+
+
 @dataclass
 class Batch:
     tokens: torch.Tensor    # (rows, T) int64
@@ -48,16 +58,25 @@ class Batch:
         move = (lambda x: x.pin_memory().to(device, non_blocking=True)) if torch.device(device).type == "cuda" else (lambda x: x.to(device))
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
-    def mask(self, flex=None):
-        """Who sees whom: a BlockMask for flex_attention on CUDA, else (rows, 1, T, T) boolean. Padding sees padding."""
-        group, segment = self.group, self.segment
-        if flex if flex is not None else group.is_cuda:
+    def mask(self, kind=None):
+        """Who sees whom, padding sees padding: "flex", a BlockMask for flex_attention; "dense", (rows, 1, T, T) boolean; "groups", a GroupMask.
+
+        None: flex on CUDA; elsewhere groups where that saves more than their calls cost, else dense.
+        """
+        group, segment, (rows, T) = self.group, self.segment, self.group.shape
+        if kind is None and group.is_cuda or kind == "flex":
             def visible(b, h, q, k):
                 return (q >= k) & (group[b, q] == group[b, k]) & ((segment[b, k] == 0) | (segment[b, q] == segment[b, k]))
-            return create_block_mask(visible, *(len(group), None, group.size(1), group.size(1)), device=group.device)
-        same_group = group[:, :, None] == group[:, None, :]
-        same_segment = (segment[:, None, :] == 0) | (segment[:, :, None] == segment[:, None, :])
-        return (same_group & same_segment).tril()[:, None]
+            return create_block_mask(visible, rows, None, T, T, device=group.device)
+        lengths = torch.unique_consecutive(group, return_counts=True)[1].tolist()
+        if kind == "groups" or kind is None and sum(n**2 + CALL for n in lengths) < rows * T**2:
+            return GroupMask(lengths, [sees(s) if s.max() > 1 else None for s in segment.flatten().split(lengths)])
+        return (sees(segment) & (group[:, :, None] == group[:, None, :]))[:, None]
+
+
+def sees(segment):
+    """(…, T) -> (…, T, T) boolean: each place sees its group's segment 0 and its own segment, causally."""
+    return ((segment[..., None, :] == 0) | (segment[..., :, None] == segment[..., None, :])).tril()
 
 
 def group_length(group):
@@ -80,13 +99,8 @@ def first_fit(lengths, max_tokens):
     return place, len(free), max_tokens - min(free)
 
 
-def work(place, rows, T):
-    """What a model's blocks compute, padding included, up to a factor: linear layers go with T, attention with T² (as much at T = 6 n_embd)."""
-    return rows * T * (T + 2048)
-
-
 def pack(groups, max_tokens=None):
-    """groups: list of (prompt_ids, [response_ids, …]) -> Batch, its rows at most max_tokens long; None: as long as makes the least work.
+    """groups: list of (prompt_ids, [response_ids, …]) -> Batch, its rows at most max_tokens long; None: as long as leaves the least padding.
 
     Raises ValueError where a prompt or a response is empty or a group does not fit a row.
     """
@@ -96,7 +110,7 @@ def pack(groups, max_tokens=None):
     if max_tokens and longest > max_tokens:
         raise ValueError(f"pack: group {lengths.index(longest)} has {longest} tokens, a row holds {max_tokens}")
     limits = [max_tokens] if max_tokens else [longest * i // 16 for i in range(16, 33)]
-    place, rows, T = min((first_fit(lengths, limit) for limit in limits), key=lambda x: work(*x))
+    place, rows, T = min((first_fit(lengths, limit) for limit in limits), key=lambda fit: fit[1] * fit[2])
 
     tokens, segment, position = np.zeros((3, rows, T), dtype=np.int64)
     group = np.full((rows, T), -1, dtype=np.int64)

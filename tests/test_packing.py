@@ -8,7 +8,8 @@ from conftest import make_model, random_groups
 from torch._dynamo.testing import CompileCounter
 
 from common import configure
-from data import batch_order, group_length, micro_batches, pack, per_sequence
+from data import batch_order, group_length, micro_batches, pack, packing, per_sequence
+from data.packing import GroupMask
 from model import attention
 
 
@@ -39,13 +40,31 @@ def test_layout_by_hand():
     assert per_sequence(torch.tensor([1., 2, 3, 4, 5, 6]), batch).tolist() == [6, 9, 6]
 
 
+@pytest.fixture(params=["dense", "groups"])
+def kind(request, monkeypatch):
+    """Either mask, whatever the batch."""
+    monkeypatch.setattr(packing, "CALL", 10**9 if request.param == "dense" else -10**9)
+    return request.param
+
+
 def test_mask_by_hand():
-    mask = pack([([1, 2], [[3, 4], [5]])], 6).mask()[0, 0].int().tolist()
-    assert mask == [[1, 0, 0, 0, 0],   # the prompt, causally
-                    [1, 1, 0, 0, 0],
-                    [1, 1, 1, 0, 0],   # the first response
-                    [1, 1, 1, 1, 0],
-                    [1, 1, 0, 0, 1]]   # the second sees the prompt and itself
+    batch = pack([([1, 2], [[3, 4], [5]]), ([6], [[7]])], 6)
+    mask = [[1, 0, 0, 0, 0],   # the prompt, causally
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],   # the first response
+            [1, 1, 1, 1, 0],
+            [1, 1, 0, 0, 1]]   # the second sees the prompt and itself
+    assert batch.mask("dense")[0, 0].int().tolist() == mask
+    groups = batch.mask("groups")
+    assert groups.lengths == [5, 2, 3]  # the last is padding
+    assert groups.visible[0].int().tolist() == mask and groups.visible[1:] == [None, None]
+
+
+def test_groups_attend_one_by_one_where_that_is_less_work():
+    """Two groups of 400 tokens and eight of 50, in three rows: 2·400² + 8·50² pairs of tokens in 10 calls, against 3·400²."""
+    long, short = ([1] * 200, [[2] * 200]), ([1] * 25, [[2] * 25])
+    assert isinstance(pack([long] * 2 + [short] * 8).mask(), GroupMask)
+    assert torch.is_tensor(pack([long] * 3).mask()) and torch.is_tensor(pack([short] * 20).mask())
 
 
 def test_rows_are_filled_and_the_order_is_the_callers():
@@ -55,7 +74,7 @@ def test_rows_are_filled_and_the_order_is_the_callers():
     assert batch.target.tolist() == [t for _, responses in groups for r in responses for t in r]
 
 
-def test_rows_are_as_long_as_makes_the_least_work():
+def test_rows_are_as_long_as_leaves_the_least_padding():
     """Groups of 6, 5, 5 and 4 tokens: a row each at the longest's length is 24 places, two rows of 10 are full."""
     groups = [([1, 2], [[3] * n]) for n in (4, 3, 3, 2)]
     assert pack(groups, 6).tokens.shape == (4, 6)
@@ -65,13 +84,13 @@ def test_rows_are_as_long_as_makes_the_least_work():
 
 
 @pytest.mark.parametrize("max_tokens", [40, 64, 200, None])
-def test_packed_equals_one_sequence_a_row(model, max_tokens):
+def test_packed_equals_one_sequence_a_row(model, max_tokens, kind):
     groups = random_groups()
     packed = model.logprobs(pack(groups, max_tokens))
     torch.testing.assert_close(packed, torch.cat(alone(model, groups)), atol=1e-5, rtol=0)
 
 
-def test_gradients_packed_equal_one_sequence_a_row():
+def test_gradients_packed_equal_one_sequence_a_row(kind):
     groups, a, b = random_groups(), make_model(), make_model()
     weight = torch.randn(sum(len(r) for _, responses in groups for r in responses))
     (a.logprobs(pack(groups, 64)) * weight).sum().backward()
@@ -80,16 +99,17 @@ def test_gradients_packed_equal_one_sequence_a_row():
         torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-4, msg=lambda m: f"{name}: {m}")
 
 
-def test_flex_attention_equals_sdpa_under_the_packed_mask():
+@pytest.mark.parametrize("kind", ["dense", "groups"])
+def test_flex_attention_equals_sdpa_under_the_packed_mask(kind):
     batch = pack(random_groups(), 64)
     rows, T = batch.tokens.shape
     q, k, v = torch.randn(3, rows, 2, T, 16).unbind(0)
     real = batch.group[:, None, :, None] >= 0
-    flex = attention(q, k, v, batch.mask(flex=True)) * real
-    torch.testing.assert_close(flex, attention(q, k, v, batch.mask()) * real, atol=1e-5, rtol=1e-5)
+    flex = attention(q, k, v, batch.mask("flex")) * real
+    torch.testing.assert_close(flex, attention(q, k, v, batch.mask(kind)) * real, atol=1e-5, rtol=1e-5)
 
 
-def test_checkpointed_blocks_give_the_same_gradient_and_keep_less(model):
+def test_checkpointed_blocks_give_the_same_gradient_and_keep_less(model, kind):
     def run():
         batch, kept = pack(random_groups(20), 64), []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
@@ -103,20 +123,21 @@ def test_checkpointed_blocks_give_the_same_gradient_and_keep_less(model):
     assert torch.equal(loss, again) and all(map(torch.equal, grads, recomputed)) and less < kept / 3
 
 
-@pytest.mark.parametrize("flex", [False, True])
-def test_compiled_passes_compile_no_more_after_the_second_shape(model, monkeypatch, flex):
+@pytest.mark.parametrize("kind", ["dense", "flex"])
+def test_compiled_passes_compile_no_more_after_the_second_shape(model, monkeypatch, kind):
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     configure(model, SimpleNamespace(compile=True, checkpoint_blocks=False))
+    assert model.packed_mask == "dense"  # here; on CUDA flex
     for seed in range(8):
         batch = pack(random_groups(seed, n=1 + 3 * seed), 40 + 3 * seed)
         with torch.no_grad():
-            arguments = batch.tokens, batch.position, batch.mask(flex)
+            arguments = batch.tokens, batch.position, batch.mask(kind)
             assert torch.equal(model.packed_hidden(*arguments, at=batch.source), model.hidden(*arguments, at=batch.source))
         assert counter.frame_count <= 2
 
 
-def test_a_siblings_tokens_change_nothing_to_the_bit(model):
+def test_a_siblings_tokens_change_nothing_to_the_bit(model, kind):
     groups = random_groups(responses=(2, 4))
     changed = [(p, [rs[0]] + [[(t + 1) % 100 for t in r] for r in rs[1:]]) for p, rs in groups]
     one, other = pack(groups, 64), pack(changed, 64)
@@ -126,7 +147,7 @@ def test_a_siblings_tokens_change_nothing_to_the_bit(model):
     assert not torch.equal(model.logprobs(one), model.logprobs(other))
 
 
-def test_padding_and_neighbours_change_nothing_to_the_bit(model):
+def test_padding_and_neighbours_change_nothing_to_the_bit(model, kind):
     batch = pack(random_groups(), 64)
     before = model.logprobs(batch)
     batch.tokens[batch.group < 0] = 7
@@ -136,7 +157,7 @@ def test_padding_and_neighbours_change_nothing_to_the_bit(model):
     assert torch.equal(model.logprobs(batch)[mine], before[mine])
 
 
-def test_the_order_of_groups_changes_nothing(model):
+def test_the_order_of_groups_changes_nothing(model, kind):
     groups = random_groups()
     forward, backward = pack(groups, 64), pack(groups[::-1], 64)
     a = [x.tolist() for x in model.logprobs(forward).split(forward.sequence.bincount().tolist())]
