@@ -284,11 +284,14 @@ def plot_frontier(path, key, rows, optimum, best):
     ax.fill_between(x, y - se, y + se, color="black", alpha=0.15, lw=0)
     ax.plot([row["kl"] for row in best], [row[key] for row in best], ".--", color="gray", label="best of 1, 2, 4, …")
     stages = sorted({stage_of(row["checkpoint"]) for row in rows})
-    for i, row in enumerate(sorted(rows, key=lambda row: row["kl"])):
+    for row in rows:
+        nearest = min((other for other in rows if other is not row), key=lambda other: abs(other["kl"] - row["kl"]), default=row)
+        label = dict(xytext=(6, -10), ha="left") if row[key] <= nearest[key] else dict(xytext=(-6, 8), ha="right")
         color = f"C{stages.index(stage_of(row['checkpoint']))}"
         ax.errorbar(row["kl"], row[key], row[key + "_se"], row["kl_se"], "o", color=color, capsize=2, ms=4)
         ax.annotate(row["checkpoint"].removeprefix("out/"), (row["kl"], row[key]), color=color, fontsize=8,
-                    textcoords="offset points", **[dict(xytext=(6, -10), ha="left"), dict(xytext=(-6, 8), ha="right")][i % 2])  # neighbours apart
+                    textcoords="offset points", **label)  # below the lower of two neighbours, above the higher
+    ax.margins(x=0.12)
     ax.set(xlabel="KL(π‖π_ref), exact, nats a response", ylabel={"gold": "true reward"}.get(key, "reward model's score"))
     ax.legend(loc="lower right")
     draw(figure, path)
