@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -146,6 +147,12 @@ def test_a_whole_model_in_another_precision_is_a_copy():
     for name, weight in copy.deepcopy(model).to(torch.bfloat16).state_dict().items():
         assert torch.equal(half.state_dict()[name], weight) and model.state_dict()[name].dtype == torch.float32
     assert len(half.generate([[1, 2], [3]], 4)) == 2
+
+
+def test_a_stage_starts_without_the_compiler():
+    """Its import takes as long as all the rest."""
+    code = "import ppo, sys; assert 'torch._inductor.compile_fx' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(ppo.__file__).parent, check=True)
 
 
 @pytest.mark.parametrize("stage", STAGES)
