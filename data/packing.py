@@ -64,7 +64,7 @@ class Batch:
         None: flex on CUDA; elsewhere groups where that saves more than their calls cost, else dense.
         """
         group, segment, (rows, T) = self.group, self.segment, self.group.shape
-        if kind is None and group.is_cuda or kind == "flex":
+        if kind == "flex" or kind is None and group.is_cuda:
             def visible(b, h, q, k):
                 return (q >= k) & (group[b, q] == group[b, k]) & ((segment[b, k] == 0) | (segment[b, q] == segment[b, k]))
             return create_block_mask(visible, rows, None, T, T, device=group.device)
@@ -110,7 +110,7 @@ def pack(groups, max_tokens=None):
     if max_tokens and longest > max_tokens:
         raise ValueError(f"pack: group {lengths.index(longest)} has {longest} tokens, a row holds {max_tokens}")
     limits = [max_tokens] if max_tokens else [longest * i // 16 for i in range(16, 33)]
-    place, rows, T = min((first_fit(lengths, limit) for limit in limits), key=lambda fit: fit[1] * fit[2])
+    place, rows, T = min((first_fit(lengths, limit) for limit in limits), key=lambda fit: fit[1] * fit[2])  # rows · T
 
     tokens, segment, position = np.zeros((3, rows, T), dtype=np.int64)
     group = np.full((rows, T), -1, dtype=np.int64)

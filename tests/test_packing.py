@@ -99,7 +99,6 @@ def test_gradients_packed_equal_one_sequence_a_row(kind):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-4, msg=lambda m: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("kind", ["dense", "groups"])
 def test_flex_attention_equals_sdpa_under_the_packed_mask(kind):
     batch = pack(random_groups(), 64)
     rows, T = batch.tokens.shape
@@ -123,8 +122,8 @@ def test_checkpointed_blocks_give_the_same_gradient_and_keep_less(model, kind):
     assert torch.equal(loss, again) and all(map(torch.equal, grads, recomputed)) and less < kept / 3
 
 
-@pytest.mark.parametrize("kind", ["dense", "flex"])
-def test_compiled_passes_compile_no_more_after_the_second_shape(model, monkeypatch, kind):
+@pytest.mark.parametrize("compilable", ["dense", "flex"])
+def test_compiled_passes_compile_no_more_after_the_second_shape(model, monkeypatch, compilable):
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     configure(model, SimpleNamespace(compile=True, checkpoint_blocks=False))
@@ -132,7 +131,7 @@ def test_compiled_passes_compile_no_more_after_the_second_shape(model, monkeypat
     for seed in range(8):
         batch = pack(random_groups(seed, n=1 + 3 * seed), 40 + 3 * seed)
         with torch.no_grad():
-            arguments = batch.tokens, batch.position, batch.mask(kind)
+            arguments = batch.tokens, batch.position, batch.mask(compilable)
             assert torch.equal(model.packed_hidden(*arguments, at=batch.source), model.hidden(*arguments, at=batch.source))
         assert counter.frame_count <= 2
 

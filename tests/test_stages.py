@@ -216,9 +216,14 @@ def two_processes(command):
 
 
 def on_two_processes(command):
-    for process in two_processes(command):
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+    processes = two_processes(command)
+    try:
+        for process in processes:
+            _, err = process.communicate(timeout=120)
+            assert process.returncode == 0, err
+    finally:  # where one failed, the other waits for it
+        for process in processes:
+            process.kill()
 
 
 def under_torchrun(command):
