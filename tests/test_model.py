@@ -50,6 +50,21 @@ def test_decoding_as_on_cuda_gives_the_same_tokens(model, monkeypatch):
     assert here == model.generate(prompts, 30, noise=noise)
 
 
+@torch.no_grad()
+def test_decoding_with_copied_matrices_gives_the_same_tokens():
+    """The large ones: the vocabulary's and the MLP's, not the attention's."""
+    model, prompts, noise = make_model(vocab_size=700, n_embd=192), [[1, 2, 3], [4], list(range(30))], torch.rand(3, 20)
+    x, fc = torch.randn(3, 192), model.h[0].mlp.c_fc
+    plain = model.next_logits(x), fc(x)
+    with model.blocked_weights():
+        copied = [module for module in model.modules() if getattr(module, "blocked", None) is not None]
+        assert len(copied) == torch.backends.mkl.is_available() * 5 and model.h[0].attn.c_attn.blocked is None
+        for before, after in zip(plain, (model.next_logits(x), fc(x))):
+            torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    assert model.generate(prompts, 20, noise=noise) == uncached(model, prompts, 20, noise)
+    assert not any(getattr(module, "blocked", None) is not None for module in model.modules())  # and they are gone, for the next step of training
+
+
 def test_a_step_asks_nothing_of_the_device(model):
     """Tensors without numbers raise where the host wants to know one."""
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
