@@ -450,14 +450,14 @@ class GPT(nn.Module):
 def sample(logits, noise, temperature=1.0, top_k=None):
     """Logits of a vocabulary in K blocks of n, (B, K, n), and noise (B,) uniform on [0, 1) -> token (B,) ~ softmax(logits/τ) over the top_k largest.
 
-    By inverting its CDF, which tells the block and then, within it, the token. Temperature 0 takes the largest.
+    By inverting its CDF, which tells the block and then, within it, the token. Temperature 0 takes the largest. The logits are overwritten.
     """
     if temperature == 0:
         return logits.flatten(1).argmax(-1)
     if top_k is not None:
         flat = logits.flatten(1)
         logits = logits.masked_fill(logits < flat.topk(min(top_k, flat.size(1))).values[:, -1:, None], -torch.inf)
-    p = logits.sub(logits.amax((1, 2), keepdim=True)).div_(temperature).exp_()  # not normalised
+    p = logits.sub_(logits.amax((1, 2), keepdim=True)).div_(temperature).exp_()  # not normalised
     edge = F.pad(p.sum(2).cumsum(1, dtype=torch.float64), (1, 0))  # (B, K + 1): the CDF where blocks begin and end
     u = noise[:, None].double() * edge[:, -1:]
     block = torch.searchsorted(edge[:, 1:].contiguous(), u, right=True)  # the first that ends above the noise: never one of probability 0

@@ -107,7 +107,7 @@ def test_generate_says_what_does_not_fit(model):
 def test_sample_follows_its_distribution():
     torch.manual_seed(0)
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
-    count = lambda **k: sample(logits.view(2, 2).expand(40_000, 2, 2), torch.rand(40_000), **k).bincount(minlength=4) / 40_000  # noqa: E731
+    count = lambda **k: sample(logits.view(2, 2).repeat(40_000, 1, 1), torch.rand(40_000), **k).bincount(minlength=4) / 40_000  # noqa: E731
     torch.testing.assert_close(count(), logits.softmax(0), atol=0.01, rtol=0)
     torch.testing.assert_close(count(temperature=2.0), (logits / 2).softmax(0), atol=0.01, rtol=0)
     assert count(top_k=2)[1:3].tolist() == [0, 0] and count(temperature=0)[3] == 1
@@ -117,7 +117,7 @@ def test_sample_inverts_the_cdf():
     logits = torch.tensor([0, 0.25, 0, 0.5, 0, 0.25, 0, 0]).log()
     noise = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-24])
     for blocks in (1, 2, 4):  # never a token, or a block, of probability 0
-        assert sample(logits.view(blocks, -1).expand(6, blocks, 8 // blocks), noise).tolist() == [1, 1, 3, 3, 5, 5]
+        assert sample(logits.view(blocks, -1).repeat(6, 1, 1), noise).tolist() == [1, 1, 3, 3, 5, 5]
     torch.manual_seed(0)
     logits, noise = torch.randn(5000, 6, 64), torch.rand(5000)
     cdf = logits.flatten(1).double().softmax(-1).cumsum(-1)
