@@ -129,7 +129,7 @@ def group_attention(q, k, v, mask):
 
 
 def blocked(weight):
-    """A copy of a matrix (out, in) in the layout that oneDNN multiplies few rows with; None where that is no gain: too small, or not MKL's to do."""
+    """A copy of a matrix (out, in) in the layout in which oneDNN multiplies few rows fast; None for small ones and where torch has no MKL: no gain."""
     if weight.is_cuda or not torch.backends.mkl.is_available() or weight.numel() < 2**17:
         return None
     return torch.ops.mkldnn._reorder_linear_weight(weight)
