@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import dataset, group_length, micro_batches, pack
 from data.files import RANK, say, shown
-from model import GPT, GPTConfig, PRETRAINED
+from model import GPT, GPTConfig, PRETRAINED, compiled
 
 WORLD, LOCAL_RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
 ASKED, STOP = [], []  # the signals that asked this process to stop; the one that all processes agreed to stop for
@@ -166,11 +166,14 @@ def open_run(out):
 def setup(cfg):
     """Seeds, joins the other processes under torchrun, and returns the device and the autocast context of the forward passes."""
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit(f"--device={device}: torch sees no CUDA device here")
     if device == "cuda" and WORLD > 1:
         device = f"cuda:{LOCAL_RANK}"
-        torch.cuda.set_device(device)
+    if device.startswith("cuda"):
+        index = torch.device(device).index or 0
+        if index >= torch.cuda.device_count():
+            raise SystemExit(f"--device={device}: torch sees {torch.cuda.device_count() or 'no'} CUDA devices here")
+        torch.cuda.set_device(index)  # on which streams, and so graphs, are made
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new shape, and prompts bring one each time
     if device == "cpu" and sys.platform == "linux":
         keep_memory()
     if WORLD > 1 and not dist.is_initialized():
@@ -222,17 +225,19 @@ def sum_over_ranks(model, stats):
 def configure(model, cfg):
     """How this model's passes over packed batches are run: cfg.checkpoint_blocks, and cfg.compile (None: on CUDA).
 
-    Compiled for any shape at once: the second shape is the last one that compiles.
+    Raises SystemExit where the heads are too narrow for CUDA's attention.
     """
+    head = model.config.n_embd // model.config.n_head
+    if model.device.type == "cuda" and head < 16:
+        raise SystemExit(f"--n_head={model.config.n_head}: flex_attention on CUDA needs heads of 16 dimensions or more, these have {head}")
     model.checkpoint_blocks = cfg.checkpoint_blocks
     if cfg.compile or cfg.compile is None and model.device.type == "cuda":
         model.packed_mask = "flex" if model.device.type == "cuda" else "dense"  # groups would be compiled anew for each batch's lengths
-        torch._dynamo.config.recompile_limit = 32  # of PPO's four models: with gradients or not, frozen or not, one row or more
         if not isinstance(model, FSDPModule):
-            model.packed_hidden = torch.compile(model.hidden, dynamic=True)
+            model.packed_hidden = compiled(model.hidden)
         else:  # a graph ends where weights are gathered: one for all blocks
             for block in model.h:
-                block.forward = torch.compile(block.forward, dynamic=True)
+                block.forward = compiled(block.forward)
 
 
 # ------------------------------------------------------------------------------------------------ sharded models (FSDP2, arXiv:2304.11277)
@@ -419,7 +424,7 @@ def save_checkpoint(out, step, model, optimizer, cfg, tokenizer, **more):
     """
     path = os.path.join(out, "ckpt.pt")
     checkpoint = gathered(dict(step=step, model=model.state_dict(), model_config=asdict(model.config), tokenizer=tokenizer,
-                               optimizer=optimizer.state_dict(), config=asdict(cfg), rng=rng_state(), **more))
+                               optimizer=optimizer.state_dict(), config=asdict(cfg), rng=torch.get_rng_state(), **more))
     if RANK == 0:
         with writing(path, "wb") as f:
             torch.save(checkpoint, f)
@@ -437,10 +442,6 @@ def save_checkpoint(out, step, model, optimizer, cfg, tokenizer, **more):
         raise SystemExit(128 + STOP.pop())
 
 
-def rng_state():
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
 def resume(out, cfg, model, optimizer):
     """Puts a run back where its checkpoint left it and returns the checkpoint; the run must have been started alike."""
     checkpoint = load_checkpoint(out)
@@ -450,9 +451,7 @@ def resume(out, cfg, model, optimizer):
             raise SystemExit(f"--resume: {out} was started with --{name}={checkpoint['config'].get(name)}, not {value}")
     fit(model, checkpoint["model"], out)
     restore(optimizer, checkpoint["optimizer"])
-    torch.set_rng_state(checkpoint["rng"]["cpu"])
-    if torch.cuda.is_available() and checkpoint["rng"]["cuda"]:
-        torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
+    torch.set_rng_state(checkpoint["rng"])  # everything random is drawn on the CPU
     return checkpoint
 
 

@@ -55,7 +55,7 @@ def respond(model, prompts, eos, seed=0, max_new_tokens=MAX_NEW_TOKENS, temperat
     config, responses = model.config, []
     longest = min(config.block_size, max(map(len, prompts), default=0) + max_new_tokens)
     batch_size = max(1, 2**28 // (config.n_layer * config.n_embd * longest))  # a KV cache of 2 GiB at most
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for i in range(0, len(prompts), batch_size):
             part = prompts[i:i + batch_size]

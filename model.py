@@ -47,15 +47,17 @@ class KVCache:
     """Keys and values of every layer, (n_layer, B, n_head, max_len, head_dim), written in place. Rows are in order of length.
 
     length (B,) is what each row holds by now. A step reads no more columns than the longest row needs, rounded up to a whole block: of all rows
-    on CUDA, where a block more is another graph; of each of four pieces of the rows on the CPU.
+    on CUDA, where a block more is another graph; of each of four pieces of the rows on the CPU. There are ALIGN columns or a multiple, as CUDA's
+    attention wants them.
     """
     PIECES = {"cuda": 1, "cpu": 4}
     BLOCK = {"cuda": 128, "cpu": 1}
+    ALIGN = {"cuda": 16, "cpu": 1}
 
     def __init__(self, config, lengths, new_tokens, like):
-        self.block = self.BLOCK[like.device.type]
+        self.block, align = self.BLOCK[like.device.type], self.ALIGN[like.device.type]
         self.pieces = [(rows, lengths[rows][-1]) for rows in slices(len(lengths), self.PIECES[like.device.type])]  # and the longest row of each
-        max_len = -(-(lengths[-1] + new_tokens) // self.block) * self.block
+        max_len = -(-(lengths[-1] + new_tokens) // align) * align
         shape = (config.n_layer, len(lengths), config.n_head, max_len, config.n_embd // config.n_head)
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # masked is not unread: no garbage that may be NaN
         self.rows, self.columns = torch.arange(len(lengths), device=like.device), torch.arange(max_len, device=like.device)
@@ -67,7 +69,7 @@ class KVCache:
 
     def reach(self, t):
         """The columns that each piece reads in the t-th step after the prompts."""
-        return [-(-(longest + t) // self.block) * self.block for _, longest in self.pieces]
+        return [min(-(-(longest + t) // self.block) * self.block, len(self.columns)) for _, longest in self.pieces]
 
     def mask(self):
         """(B, 1, 1, max_len): 0 where a row may look, −inf where it may not; of a boolean, each attention would make that anew."""
@@ -102,10 +104,16 @@ def slices(n, pieces):
     return [slice(i, min(i + -(-n // pieces), n)) for i in range(0, n, -(-n // pieces))]
 
 
+def compiled(function):
+    """For any shape at once: the second shape is the last one that compiles, for each kind of call."""
+    torch._dynamo.config.recompile_limit = 32  # kinds, of PPO's four models: with gradients or not, frozen or not, one row or more
+    return torch.compile(function, dynamic=True)
+
+
 @cache
 def fused_flex_attention():
     """On CUDA one kernel, which skips what the mask rules out. Made when it is needed: the compiler's import alone takes seconds."""
-    return torch.compile(flex_attention)
+    return compiled(flex_attention)
 
 
 def attention(q, k, v, mask):
@@ -129,10 +137,9 @@ def group_attention(q, k, v, mask):
 
 
 def blocked(weight):
-    """A copy of a matrix (out, in) in the layout in which oneDNN multiplies few rows fast; None for small ones and where torch has no MKL: no gain."""
-    if weight.is_cuda or not torch.backends.mkl.is_available() or weight.numel() < 2**17:
-        return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight)
+    """A copy of a float32 matrix (out, in) in the layout in which oneDNN multiplies few rows fast; None where that is no gain: a small one, or no MKL."""
+    gain = not weight.is_cuda and weight.dtype == torch.float32 and weight.numel() >= 2**17 and torch.backends.mkl.is_available()
+    return torch.ops.mkldnn._reorder_linear_weight(weight) if gain else None
 
 
 def linear(x, module, bias=None):
@@ -189,6 +196,15 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def product(states, weight):
+    """s Wᵀ, (N, C) and (V, C) -> (N, V) float32. Not by way of bfloat16, where neighbours near 100, as GPT-2's logits are, lie 0.5 apart."""
+    if states.dtype == torch.float32:
+        return states @ weight.t()
+    if states.is_cuda:
+        return torch.mm(states, weight.t(), out_dtype=torch.float32)
+    return states.float() @ weight.float().t()
+
+
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(s Wᵀ/τ)[y] for N states, without ever holding (N, V): chunk by chunk, all but the last recomputed in the backward pass.
 
@@ -198,7 +214,7 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def logits(states, weight, vocab_size, temperature):
-        logits = (states @ weight.t()).float()  # (n, V)
+        logits = product(states, weight)  # (n, V)
         logits[:, vocab_size:] = -torch.inf
         return logits if temperature == 1 else logits.div_(temperature)
 
@@ -292,7 +308,8 @@ class GPT(nn.Module):
 
     def next_logits(self, states):
         """(B, C) -> (B, V/64, 64) float32: the padded vocabulary in blocks, −inf on the padding."""
-        logits = linear(states, self.wte).unflatten(1, (-1, 64)).float()
+        logits = product(states, self.wte.weight) if self.wte.blocked is None else linear(states, self.wte)
+        logits = logits.unflatten(1, (-1, 64))
         logits[:, -1, self.config.vocab_size - self.wte.num_embeddings + 64:] = -torch.inf
         return logits
 
@@ -320,8 +337,9 @@ class GPT(nn.Module):
         return self.token_logprobs(self.states(batch), batch.target, temperature)
 
     def scalars(self, states):
-        """(…, C) -> (…, n_scalars) float32."""
-        return self.scalar_head(states).float()
+        """(…, C) -> (…, n_scalars), in float32 throughout."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.scalar_head(states.float())
 
     def score(self, batch):
         """A reward model's score of each response of a packed batch, read at its last token: (S,)."""

@@ -23,6 +23,7 @@ import reward
 import sft
 import simpo
 from common import Log, learning_rate, load_checkpoint, load_model, make_optimizer, parse, save_checkpoint, whole
+from model import GPTConfig
 
 ROOT = Path(__file__).parents[1]
 STAGES = [sft, reward, ppo, dpo, simpo, finegrained]
@@ -147,6 +148,26 @@ def test_a_whole_model_in_another_precision_is_a_copy():
     for name, weight in copy.deepcopy(model).to(torch.bfloat16).state_dict().items():
         assert torch.equal(half.state_dict()[name], weight) and model.state_dict()[name].dtype == torch.float32
     assert len(half.generate([[1, 2], [3]], 4)) == 2
+
+
+def test_the_device_asked_for_is_made_the_current_one(monkeypatch):
+    """As it must be where a CUDA graph is recorded."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
+    monkeypatch.setattr(torch, "autocast", lambda *arguments: None)
+    for device in ("cuda", "cuda:0", "cuda:1"):
+        assert common.setup(SimpleNamespace(device=device, seed=0)) == (device, None)
+    assert chosen == [0, 0, 1]
+    with pytest.raises(SystemExit, match="--device=cuda:2: torch sees 2 CUDA devices here"):
+        common.setup(SimpleNamespace(device="cuda:2", seed=0))
+
+
+def test_heads_that_are_too_narrow_for_cuda():
+    model = SimpleNamespace(config=GPTConfig(n_head=4, n_embd=32), device=torch.device("cuda"))
+    with pytest.raises(SystemExit, match="--n_head=4: flex_attention on CUDA needs heads of 16 dimensions or more, these have 8"):
+        common.configure(model, SimpleNamespace())
 
 
 def test_a_stage_starts_without_the_compiler():

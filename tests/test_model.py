@@ -41,12 +41,14 @@ def test_cached_generation_equals_uncached_token_for_token(model, options):
     assert cached == model.generate(prompts, 20, **options)
 
 
-def test_decoding_as_on_cuda_gives_the_same_tokens(model, monkeypatch):
-    """There one piece of all rows reads the cache by blocks of 128 columns."""
+@pytest.mark.parametrize("block", [32, 128])
+def test_decoding_as_on_cuda_gives_the_same_tokens(model, monkeypatch, block):
+    """There one piece of all rows reads the cache by blocks of columns."""
     prompts, noise = [[1, 2, 3], [4], list(range(30)), [11, 12], [4]], torch.rand(5, 30)
     here = model.generate(prompts, 30, noise=noise)
     monkeypatch.setattr(model_module.KVCache, "PIECES", {"cpu": 1})
-    monkeypatch.setattr(model_module.KVCache, "BLOCK", {"cpu": 128})
+    monkeypatch.setattr(model_module.KVCache, "BLOCK", {"cpu": block})
+    monkeypatch.setattr(model_module.KVCache, "ALIGN", {"cpu": 16})
     assert here == model.generate(prompts, 30, noise=noise)
 
 
@@ -171,6 +173,22 @@ def test_token_logprobs_and_gradients_equal_the_full_softmax(temperature):
     (full * g).sum().backward()
     for x, y in zip(a, b):
         torch.testing.assert_close(x.grad, y.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_logits_scores_and_values_are_not_rounded_to_bfloat16():
+    """Their operands are, under autocast; GPT-2's own logits lie near 100, where bfloat16 knows every other half."""
+    torch.manual_seed(0)
+    model, states, target = make_model(n_scalars=1), torch.randn(50, 32), torch.randint(100, (50,))
+    with torch.no_grad():
+        model.wte.weight[:, 0], states[:, 0] = -10, 10  # a logit of -100 more, for each token
+        weight, rounded = (x.bfloat16().double() for x in (model.wte.weight[:100], states))
+        exact = (rounded @ weight.t()).log_softmax(-1).gather(1, target[:, None])[:, 0].float()
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model.token_logprobs(states, target), exact, atol=1e-4, rtol=0)
+            scores = model.scalars(states)
+        assert torch.equal(scores, model.scalars(states))
+        half = copy.deepcopy(model).bfloat16()
+        torch.testing.assert_close(half.next_logits(states.bfloat16()).flatten(1)[:, :100], (rounded @ weight.t()).float(), atol=1e-4, rtol=0)
 
 
 def test_padded_vocabulary_is_unreachable():

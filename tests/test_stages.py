@@ -155,7 +155,7 @@ def test_options_that_cannot_be_run_get_one_line(start):
             (dict(loss_type="igo"), "unknown loss_type 'igo'; did you mean 'ipo'?"),
             (dict(batch_size=64), "--batch_size=64: there are only 54 examples to train on"),
             (dict(max_len=100), "--max_len=100: the context of .* is 64 tokens"),
-            (dict(device="cuda:9"), "--device=cuda:9: torch sees no CUDA device here"),
+            (dict(device="cuda:9"), "--device=cuda:9: torch sees no CUDA devices here"),
             (dict(resume=True), "a/ckpt.pt: no checkpoint there"),
             (dict(init="scratch", n_embd=15), "--n_embd=15 is not a multiple of --n_head=2")]:
         with pytest.raises(SystemExit, match=message) as error:
