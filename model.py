@@ -197,7 +197,7 @@ class Block(nn.Module):
 
 
 def product(states, weight):
-    """s Wᵀ, (N, C) and (V, C) -> (N, V) float32. Not by way of bfloat16, where neighbours near 100, as GPT-2's logits are, lie 0.5 apart."""
+    """s Wᵀ, (N, C) and (V, C) -> (N, V) float32. Not by way of bfloat16, whose neighbours near 100, where GPT-2's logits often are, lie 0.5 apart."""
     if states.dtype == torch.float32:
         return states @ weight.t()
     if states.is_cuda:

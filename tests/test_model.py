@@ -176,7 +176,7 @@ def test_token_logprobs_and_gradients_equal_the_full_softmax(temperature):
 
 
 def test_logits_scores_and_values_are_not_rounded_to_bfloat16():
-    """Their operands are, under autocast; GPT-2's own logits lie near 100, where bfloat16 knows every other half."""
+    """Their operands are, under autocast; but near 100, where GPT-2's logits often lie, bfloat16's steps are 0.5."""
     torch.manual_seed(0)
     model, states, target = make_model(n_scalars=1), torch.randn(50, 32), torch.randint(100, (50,))
     with torch.no_grad():
