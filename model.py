@@ -47,16 +47,15 @@ class KVCache:
     """Keys and values of every layer, (n_layer, B, n_head, max_len, head_dim), written in place. Rows are in order of length.
 
     length (B,) is what each row holds by now. A step reads no more columns than the longest row needs, rounded up to a whole block: of all rows
-    on CUDA, where a block more is another graph; of each of four pieces of the rows on the CPU. There are ALIGN columns or a multiple, as CUDA's
-    attention wants them.
+    on CUDA, where a block more is another graph; of each of four pieces of the rows on the CPU.
     """
     PIECES = {"cuda": 1, "cpu": 4}
     BLOCK = {"cuda": 128, "cpu": 1}
-    ALIGN = {"cuda": 16, "cpu": 1}
 
     def __init__(self, config, lengths, new_tokens, like):
-        self.block, align = self.BLOCK[like.device.type], self.ALIGN[like.device.type]
+        self.block = self.BLOCK[like.device.type]
         self.pieces = [(rows, lengths[rows][-1]) for rows in slices(len(lengths), self.PIECES[like.device.type])]  # and the longest row of each
+        align = min(self.block, 16)  # CUDA's attention would copy a mask whose rows are not a multiple of 16
         max_len = -(-(lengths[-1] + new_tokens) // align) * align
         shape = (config.n_layer, len(lengths), config.n_head, max_len, config.n_embd // config.n_head)
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # masked is not unread: no garbage that may be NaN
@@ -142,18 +141,17 @@ def blocked(weight):
     return torch.ops.mkldnn._reorder_linear_weight(weight) if gain else None
 
 
-def linear(x, module, bias=None):
-    """x Wᵀ + b, W the module's weight or, without a gradient, its `blocked` copy."""
-    if module.blocked is None:
-        return F.linear(x, module.weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, module.blocked, bias, "none", [], "")
+def onednn(x, blocked, bias=None):
+    """x Wᵀ + b of a `blocked` W, without a gradient."""
+    return torch.ops.mkldnn._linear_pointwise(x, blocked, bias, "none", [], "")
 
 
 class Linear(nn.Linear):
+    """nn.Linear, by way of oneDNN while GPT.blocked_weights() lasts."""
     blocked = None
 
     def forward(self, x):
-        return linear(x, self, self.bias)
+        return super().forward(x) if self.blocked is None else onednn(x, self.blocked, self.bias)
 
 
 class SelfAttention(nn.Module):
@@ -308,7 +306,7 @@ class GPT(nn.Module):
 
     def next_logits(self, states):
         """(B, C) -> (B, V/64, 64) float32: the padded vocabulary in blocks, −inf on the padding."""
-        logits = product(states, self.wte.weight) if self.wte.blocked is None else linear(states, self.wte)
+        logits = product(states, self.wte.weight) if self.wte.blocked is None else onednn(states, self.wte.blocked)
         logits = logits.unflatten(1, (-1, 64))
         logits[:, -1, self.config.vocab_size - self.wte.num_embeddings + 64:] = -torch.inf
         return logits

@@ -48,7 +48,6 @@ def test_decoding_as_on_cuda_gives_the_same_tokens(model, monkeypatch, block):
     here = model.generate(prompts, 30, noise=noise)
     monkeypatch.setattr(model_module.KVCache, "PIECES", {"cpu": 1})
     monkeypatch.setattr(model_module.KVCache, "BLOCK", {"cpu": block})
-    monkeypatch.setattr(model_module.KVCache, "ALIGN", {"cpu": 16})
     assert here == model.generate(prompts, 30, noise=noise)
 
 
