@@ -166,6 +166,8 @@ def open_run(out):
 def setup(cfg):
     """Seeds, joins the other processes under torchrun, and returns the device and the autocast context of the forward passes."""
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise SystemExit(f"--device={device}: expected cpu, cuda, or one of several as cuda:1")
     if device == "cuda" and WORLD > 1:
         device = f"cuda:{LOCAL_RANK}"
     if device.startswith("cuda"):

@@ -156,6 +156,8 @@ def test_options_that_cannot_be_run_get_one_line(start):
             (dict(batch_size=64), "--batch_size=64: there are only 54 examples to train on"),
             (dict(max_len=100), "--max_len=100: the context of .* is 64 tokens"),
             (dict(device="cuda:9"), "--device=cuda:9: torch sees no CUDA devices here"),
+            (dict(device="cuda:x"), "--device=cuda:x: expected cpu, cuda, or one of several as cuda:1"),
+            (dict(device="gpu"), "--device=gpu: expected cpu, cuda, or one of several as cuda:1"),
             (dict(resume=True), "a/ckpt.pt: no checkpoint there"),
             (dict(init="scratch", n_embd=15), "--n_embd=15 is not a multiple of --n_head=2")]:
         with pytest.raises(SystemExit, match=message) as error:
