@@ -191,7 +191,7 @@ def training_rows(args, model, device, amp):
 
     def step(m, optimizer, loss):
         def work():
-            loss().backward()
+            loss().mean().backward()
             clip_and_step(m, optimizer, args)
         return work
 

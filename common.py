@@ -492,12 +492,29 @@ def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95)):
                              lr=lr, betas=betas, fused=True)
 
 
-def learning_rate(step, cfg):
-    """Linear warm-up over cfg.warmup steps, then half a cosine from cfg.lr down to 0."""
+def lr_schedule(step, cfg):
+    """The share of the peak learning rate at a step: a linear warm-up over cfg.warmup steps, then half a cosine from 1 down to 0."""
     if step < cfg.warmup:
-        return cfg.lr * (step + 1) / cfg.warmup
+        return (step + 1) / cfg.warmup
     progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Metrics:
+    """Sums of quantities over a step's micro-batches, and over the processes."""
+
+    def __init__(self):
+        self.sums = {}
+
+    def add(self, **values):
+        """Adds the sum of each tensor, without its gradient."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().sum()
+
+    def mean(self, n):
+        """Each sum, over all processes, divided by n: a dict of floats."""
+        totals = all_reduce(torch.stack([value.double() for value in self.sums.values()]))
+        return {name: total / n for name, total in zip(self.sums, totals.tolist())}
 
 
 def clip_and_step(model, optimizer, cfg):

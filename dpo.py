@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (Log, all_reduce, check_pairs, clip_and_step, configure, due, known, learning_rate, level, load_model, make_optimizer,
+from common import (Log, Metrics, all_reduce, check_pairs, clip_and_step, configure, due, known, lr_schedule, level, load_model, make_optimizer,
                     open_run, parse, require, resume, run_dir, save_checkpoint, say, setup, shard, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack, per_sequence
 
@@ -86,22 +86,22 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
         ipo       (h − 1/2β)²                                    arXiv:2310.12036 eq. 17
         hinge     max(0, 1 − βh)                                 hinge-norm of arXiv:2309.06657: SLiC's (arXiv:2305.10425) on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)     arXiv:2403.00409
-    Returns the mean loss (scalar) and the implicit rewards β · log-ratio of chosen and rejected, (B,) each, without gradient.
+    Returns the losses and the implicit rewards β · log-ratio of chosen and rejected, (B,) each, without gradient.
     """
     chosen_logratio = chosen_logp - ref_chosen_logp        # log π/π_ref (y_w|x)
     rejected_logratio = rejected_logp - ref_rejected_logp  # log π/π_ref (y_l|x)
     h = chosen_logratio - rejected_logratio
     if loss_type == "sigmoid":
-        loss = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
+        losses = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
     elif loss_type == "ipo":
-        loss = (h - 1 / (2 * beta)) ** 2
+        losses = (h - 1 / (2 * beta)) ** 2
     elif loss_type == "hinge":
-        loss = F.relu(1 - beta * h)
+        losses = F.relu(1 - beta * h)
     elif loss_type == "robust":
-        loss = (-(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)) / (1 - 2 * label_smoothing)
+        losses = (-(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)) / (1 - 2 * label_smoothing)
     else:
         raise ValueError(f"loss_type {loss_type!r}: there are {', '.join(LOSS_TYPES)}")
-    return loss.mean(), (beta * chosen_logratio).detach(), (beta * rejected_logratio).detach()
+    return losses, (beta * chosen_logratio).detach(), (beta * rejected_logratio).detach()
 
 
 def pair_logp(policy, pairs, device, amp):
@@ -160,28 +160,21 @@ def train(cfg):
     log = Log(out, cfg, checkpoint["step"])
 
     for step in range(checkpoint["step"], cfg.steps):
-        stats = dict.fromkeys(["loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "tokens"], 0.0)
+        stats, metrics = {"tokens": 0}, Metrics()
         for micro in level(micro_batches(share(order[step]), lengths, cfg.micro_tokens), policy):
             micro_pairs = [pairs[i] for i in micro]
             chosen_logp, rejected_logp = pair_logp(policy, micro_pairs, device, amp)
             with torch.no_grad():
                 ref_chosen_logp, ref_rejected_logp = (
                     ref_logp[micro].unbind(1) if cfg.precompute_ref else pair_logp(ref_policy, micro_pairs, device, amp))
-            loss, chosen_reward, rejected_reward = dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp,
-                                                            cfg.beta, cfg.label_smoothing, cfg.loss_type)
-            loss = loss * len(micro) / cfg.batch_size
-            loss.backward()
-
-            stats["loss"] += loss.detach()
-            stats["accuracy"] += (chosen_reward > rejected_reward).sum() / cfg.batch_size
-            stats["margin"] += (chosen_reward - rejected_reward).sum() / cfg.batch_size
-            stats["chosen_reward"] += chosen_reward.sum() / cfg.batch_size
-            stats["rejected_reward"] += rejected_reward.sum() / cfg.batch_size
-            stats["chosen_logp"] += chosen_logp.detach().sum() / cfg.batch_size
-            stats["rejected_logp"] += rejected_logp.detach().sum() / cfg.batch_size
+            losses, chosen_reward, rejected_reward = dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp,
+                                                              cfg.beta, cfg.label_smoothing, cfg.loss_type)
+            (losses.sum() / cfg.batch_size).backward()
+            metrics.add(loss=losses, accuracy=chosen_reward > rejected_reward, margin=chosen_reward - rejected_reward,
+                        chosen_reward=chosen_reward, rejected_reward=rejected_reward, chosen_logp=chosen_logp, rejected_logp=rejected_logp)
             stats["tokens"] += sum(lengths[i] for i in micro)
-        stats = sum_over_ranks(policy, stats)
-        lr = learning_rate(step, cfg)
+        stats = metrics.mean(cfg.batch_size) | sum_over_ranks(policy, stats)
+        lr = cfg.lr * lr_schedule(step, cfg)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
         grad_norm = clip_and_step(policy, optimizer, cfg)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import evaluate
 import ppo
 import reward
-from common import (RANK, Log, check_pairs, checkpoint_files, clip_and_step, configure, due, known, learning_rate, level, load_checkpoint,
+from common import (RANK, Log, Metrics, check_pairs, checkpoint_files, clip_and_step, configure, due, known, lr_schedule, level, load_checkpoint,
                     load_model, make_optimizer, open_run, parse, require, resume, run_dir, save_checkpoint, say, setup, shard, share,
                     sum_over_ranks, writing)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
@@ -260,7 +260,7 @@ def train_rewards(cfg, init, axes):
     for step in range(start, cfg.steps):
         n = {name: max(1, sum(mark[0] == k for i in order[step] for mark in marks[i])) for k, name in enumerate(axes)}
         n |= {"completeness": sizes["comparisons"]}
-        stats = {"loss": 0.0, "tokens": 0} | {f"{name}_accuracy": 0.0 for name in axes}
+        stats, metrics = {"tokens": 0}, Metrics()
         for micro in level(micro_batches(share(order[step]), lengths, cfg.micro_tokens), model):
             batch, *table = pack_marks(groups, marks, micro, device)
             with amp:
@@ -268,11 +268,9 @@ def train_rewards(cfg, init, axes):
             losses, hits = reward_losses(scores, table[0], table[2], table[3], axes)
             loss = sum(losses[name] / n[name] for name in axes)
             loss.backward()
-            stats["loss"] += loss.detach()
+            metrics.add(loss=loss, **{f"{name}_accuracy": hits[name] / n[name] for name in axes})
             stats["tokens"] += sum(lengths[i] for i in micro)
-            for name in axes:
-                stats[f"{name}_accuracy"] += hits[name] / n[name]
-        stats, lr = sum_over_ranks(model, stats), learning_rate(step, cfg)
+        stats, lr = metrics.mean(1) | sum_over_ranks(model, stats), cfg.lr * lr_schedule(step, cfg)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
         grad_norm = clip_and_step(model, optimizer, cfg)

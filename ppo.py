@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 
 import evaluate
-from common import (RANK, WORLD, Log, all_reduce, clip_and_step, configure, due, fit, known, learning_rate, level, load_checkpoint,
+from common import (RANK, WORLD, Log, all_reduce, clip_and_step, configure, due, fit, known, lr_schedule, level, load_checkpoint,
                     load_model, make_optimizer, open_run, parse, require, restore, resume, run_dir, save_checkpoint, say, score_groups,
                     setup, shard, share, sum_over_ranks, whole, writing)
 from data import batch_order, dataset, encode_groups, encode_prompts, get_tokenizer, group_length, micro_batches, pack
@@ -521,14 +521,14 @@ def train(cfg, reward_fn=None):
         learn = time.time()
         for (_, optimizer), peak in zip(optimizers, (cfg.lr, cfg.value_lr)):
             for param_group in optimizer.param_groups:
-                param_group["lr"] = learning_rate(step, cfg) * peak / (cfg.lr or 1)
+                param_group["lr"] = peak * lr_schedule(step, cfg)
         at = step * cfg.epochs * cfg.minibatches
         ptx = (demonstrations, iter(ptx_order[at:])) if cfg.ptx_coef else None
         losses = update(policy, value_model, optimizers, groups, grids, epochs, ptx, cfg, device, amp)
         controller.update(stats["kl"], cfg.batch_size)
 
         done = step + 1
-        stats |= losses | {"lr": learning_rate(step, cfg), "rollout_s": rollout_s, "score_s": learn - begin, "update_s": time.time() - learn}
+        stats |= losses | {"lr": cfg.lr * lr_schedule(step, cfg), "rollout_s": rollout_s, "score_s": learn - begin, "update_s": time.time() - learn}
         log(done, sum(lengths), **stats)
         if stats["kl"] > RUNAWAY * stats["response_len"] and not warned:
             warned = True

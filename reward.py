@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (RANK, Log, check_pairs, clip_and_step, configure, due, learning_rate, level, load_model, make_optimizer, open_run,
+from common import (RANK, Log, Metrics, check_pairs, clip_and_step, configure, due, lr_schedule, level, load_model, make_optimizer, open_run,
                     parse, require, resume, run_dir, save_checkpoint, say, score_groups, setup, shard, share, sum_over_ranks, writing)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
 
@@ -77,14 +77,15 @@ RECIPES = {
 }
 
 
-def ranked_pairs(group, rank):
-    """group, rank (S,) -> indices of winner and loser (P,) of all pairs of one group that are no ties, and the weight of each.
+def ranked_pairs(scores, rank):
+    """The scores of winner and loser of every pair of one prompt's responses that is no tie: (P,) each. scores, rank (K,)."""
+    winner, loser = (rank[:, None] < rank).nonzero(as_tuple=True)
+    return scores[winner], scores[loser]
 
-    A group's pairs weigh 1 together, and all groups that have any weigh 1 together.
-    """
-    winner, loser = ((group[:, None] == group) & (rank[:, None] < rank)).nonzero(as_tuple=True)
-    _, which, pairs = group[winner].unique(return_inverse=True, return_counts=True)
-    return winner, loser, 1 / (pairs[which] * len(pairs))
+
+def by_prompt(scores, group, rank):
+    """(scores, rank) of the responses of each prompt, (K,) each: how eq. 1 sees (S,)."""
+    return [(scores[group == g], rank[group == g]) for g in group.unique()]
 
 
 def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
@@ -94,11 +95,21 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
         −log σ(r_w − r_l − margin) + center_coef · (r_w + r_l)²
     Returns the loss (scalar, in nats) and the accuracy (scalar): the share of pairs with r_w > r_l, equal scores counting one half.
     """
-    winner, loser, weight = ranked_pairs(group, rank)
-    r_w, r_l = scores[winner], scores[loser]
-    loss = -F.logsigmoid(r_w - r_l - margin) + center_coef * (r_w + r_l) ** 2
-    accuracy = 0.5 + 0.5 * (r_w - r_l).detach().sign()
-    return (weight * loss).sum(), (weight * accuracy).sum()
+    losses, accuracies = [], []
+    for its_scores, its_rank in by_prompt(scores, group, rank):
+        r_w, r_l = ranked_pairs(its_scores, its_rank)
+        if len(r_w):
+            losses.append((-F.logsigmoid(r_w - r_l - margin) + center_coef * (r_w + r_l) ** 2).mean())
+            accuracies.append((0.5 + 0.5 * (r_w - r_l).detach().sign()).mean())
+    if not losses:
+        return 0 * scores.sum(), 0 * scores.detach().sum()
+    return torch.stack(losses).mean(), torch.stack(accuracies).mean()
+
+
+def margins(scores, group, rank):
+    """The mean over each prompt's pairs of r_w − r_l: (prompts,), without gradient."""
+    pairs = [ranked_pairs(*each) for each in by_prompt(scores.detach(), group, rank)]
+    return torch.stack([(r_w - r_l).mean() if len(r_w) else 0 * r_w.sum() for r_w, r_l in pairs])
 
 
 def rank_of(comparison):
@@ -174,23 +185,18 @@ def train(cfg):
     configure(reward_model, cfg)
 
     for step in range(checkpoint["step"], cfg.steps):
-        stats = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "tokens": 0}
+        stats, metrics = {"tokens": 0}, Metrics()
         for micro in level(micro_batches(share(order[step]), lengths, cfg.micro_tokens), reward_model):
             batch = pack([groups[i] for i in micro]).to(device)
             group, rank = ranks([training[i] for i in micro], device)
             with amp:
                 scores = reward_model.score(batch)  # (S,)
             loss, accuracy = ranking_loss(scores, group, rank, cfg.margin, cfg.center_coef)
-            loss = loss * len(micro) / cfg.batch_size
-            loss.backward()
-
-            winner, loser, weight = ranked_pairs(group, rank)
-            stats["loss"] += loss.detach()
-            stats["accuracy"] += accuracy * len(micro) / cfg.batch_size
-            stats["margin"] += (weight * (scores[winner] - scores[loser]).detach()).sum() * len(micro) / cfg.batch_size
+            (loss * len(micro) / cfg.batch_size).backward()
+            metrics.add(loss=loss * len(micro), accuracy=accuracy * len(micro), margin=margins(scores, group, rank))
             stats["tokens"] += sum(lengths[i] for i in micro)
-        stats = sum_over_ranks(reward_model, stats)
-        lr = learning_rate(step, cfg)
+        stats = metrics.mean(cfg.batch_size) | sum_over_ranks(reward_model, stats)
+        lr = cfg.lr * lr_schedule(step, cfg)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
         grad_norm = clip_and_step(reward_model, optimizer, cfg)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 import evaluate
-from common import (Log, clip_and_step, configure, due, learning_rate, level, load_model, make_optimizer, open_run, parse, resume,
+from common import (Log, Metrics, clip_and_step, configure, due, lr_schedule, level, load_model, make_optimizer, open_run, parse, resume,
                     run_dir, save_checkpoint, say, setup, shard, share, sum_over_ranks)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
 
@@ -118,17 +118,17 @@ def train(cfg):
 
     for step in range(start, cfg.steps):
         n_tokens = response_tokens([groups[i] for i in order[step]])  # over all processes
-        stats = {"loss": 0.0, "tokens": 0}
+        stats, metrics = {"tokens": 0}, Metrics()
         for micro in level(micro_batches(share(order[step]), lengths, cfg.micro_tokens), policy):
             batch = pack([groups[i] for i in micro]).to(device)
             with amp:
                 logprobs = policy(batch)  # (N,)
             loss = sft_loss(logprobs, n_tokens)
             loss.backward()
-            stats["loss"] += loss.detach()
+            metrics.add(loss=-logprobs)
             stats["tokens"] += sum(lengths[i] for i in micro)
-        stats = sum_over_ranks(policy, stats)
-        lr = learning_rate(step, cfg)
+        stats = metrics.mean(n_tokens) | sum_over_ranks(policy, stats)
+        lr = cfg.lr * lr_schedule(step, cfg)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
         grad_norm = clip_and_step(policy, optimizer, cfg)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (RANK, Log, check_pairs, clip_and_step, configure, due, learning_rate, level, load_model, make_optimizer, open_run,
+from common import (RANK, Log, Metrics, check_pairs, clip_and_step, configure, due, lr_schedule, level, load_model, make_optimizer, open_run,
                     parse, require, resume, run_dir, save_checkpoint, say, setup, shard, share, sum_over_ranks, whole)
 from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack, per_sequence
 
@@ -81,13 +81,13 @@ def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma
     """SimPO, arXiv:2405.14734 eq. 6. Log-probs (B,), summed over response tokens, in nats; lengths (B,) in tokens, the EOS included.
 
     With h = β/|y_w| log π(y_w|x) − β/|y_l| log π(y_l|x) − γ and ε the label smoothing: −(1−ε) log σ(h) − ε log σ(−h).
-    Returns the mean loss (scalar) and the rewards β/|y| log π(y|x) of chosen and rejected, (B,) each, without gradient.
+    Returns the losses and the rewards β/|y| log π(y|x) of chosen and rejected, (B,) each, without gradient.
     """
     chosen_reward = beta / chosen_len * chosen_logp        # β/|y_w| log π(y_w|x)
     rejected_reward = beta / rejected_len * rejected_logp  # β/|y_l| log π(y_l|x)
     h = chosen_reward - rejected_reward - gamma
-    loss = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
-    return loss.mean(), chosen_reward.detach(), rejected_reward.detach()
+    losses = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+    return losses, chosen_reward.detach(), rejected_reward.detach()
 
 
 def pair_logp(policy, pairs, device, amp):
@@ -130,27 +130,21 @@ def train(cfg):
     configure(policy, cfg)
 
     for step in range(start, cfg.steps):
-        stats = dict.fromkeys(["loss", "sft_loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "tokens"], 0.0)
+        stats, metrics = {"tokens": 0}, Metrics()
         n_tokens = sum(len(pairs[i][1][0]) for i in order[step])  # of the chosen
         for micro in level(micro_batches(share(order[step]), lengths, cfg.micro_tokens), policy):
             chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(policy, [pairs[i] for i in micro], device, amp)
-            loss, chosen_reward, rejected_reward = simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len,
-                                                              cfg.beta, gamma, cfg.label_smoothing)
+            losses, chosen_reward, rejected_reward = simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len,
+                                                                cfg.beta, gamma, cfg.label_smoothing)
             sft_loss = -chosen_logp.sum() / n_tokens
-            loss = loss * len(micro) / cfg.batch_size + cfg.sft_weight * sft_loss
+            loss = losses.sum() / cfg.batch_size + cfg.sft_weight * sft_loss
             loss.backward()
-
-            stats["loss"] += loss.detach()
-            stats["sft_loss"] += sft_loss.detach()
-            stats["accuracy"] += (chosen_reward > rejected_reward).sum() / cfg.batch_size
-            stats["margin"] += (chosen_reward - rejected_reward).sum() / cfg.batch_size
-            stats["chosen_reward"] += chosen_reward.sum() / cfg.batch_size
-            stats["rejected_reward"] += rejected_reward.sum() / cfg.batch_size
-            stats["chosen_logp"] += chosen_logp.detach().sum() / cfg.batch_size
-            stats["rejected_logp"] += rejected_logp.detach().sum() / cfg.batch_size
+            metrics.add(loss=loss * cfg.batch_size, sft_loss=sft_loss * cfg.batch_size, accuracy=chosen_reward > rejected_reward,
+                        margin=chosen_reward - rejected_reward, chosen_reward=chosen_reward, rejected_reward=rejected_reward,
+                        chosen_logp=chosen_logp, rejected_logp=rejected_logp)
             stats["tokens"] += sum(lengths[i] for i in micro)
-        stats = sum_over_ranks(policy, stats)
-        lr = learning_rate(step, cfg)
+        stats = metrics.mean(cfg.batch_size) | sum_over_ranks(policy, stats)
+        lr = cfg.lr * lr_schedule(step, cfg)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
         grad_norm = clip_and_step(policy, optimizer, cfg)

@@ -22,7 +22,7 @@ import ppo
 import reward
 import sft
 import simpo
-from common import Log, learning_rate, load_checkpoint, load_model, make_optimizer, parse, save_checkpoint, whole
+from common import Log, lr_schedule, load_checkpoint, load_model, make_optimizer, parse, save_checkpoint, whole
 from model import GPTConfig
 
 ROOT = Path(__file__).parents[1]
@@ -216,8 +216,8 @@ def test_schedule():
         lr: float = 2.0
         warmup: int = 4
         steps: int = 104
-    assert [learning_rate(s, C) for s in range(4)] == [0.5, 1.0, 1.5, 2.0]
-    assert learning_rate(4, C) == 2.0 and math.isclose(learning_rate(54, C), 1.0) and 0 < learning_rate(103, C) < 1e-3
+    assert [2.0 * lr_schedule(s, C) for s in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert lr_schedule(4, C) == 1.0 and math.isclose(lr_schedule(54, C), 0.5) and 0 < lr_schedule(103, C) < 5e-4
 
 
 def test_decay_groups():

@@ -18,24 +18,24 @@ LOGSIGMOID = {x: -math.log(1 + math.exp(-x)) for x in (1.5, -1.5, 2.0, -2.0)}
 
 
 @pytest.mark.parametrize("options, expected", [
-    (dict(), (-LOGSIGMOID[1.5] - LOGSIGMOID[-2.0]) / 2),
-    (dict(label_smoothing=0.1), (-0.9 * LOGSIGMOID[1.5] - 0.1 * LOGSIGMOID[-1.5] - 0.9 * LOGSIGMOID[-2.0] - 0.1 * LOGSIGMOID[2.0]) / 2),
-    (dict(loss_type="ipo"), ((3 - 1) ** 2 + (-4 - 1) ** 2) / 2),
-    (dict(loss_type="hinge"), (0 + 3) / 2),
+    (dict(), [-LOGSIGMOID[1.5], -LOGSIGMOID[-2.0]]),
+    (dict(label_smoothing=0.1), [-0.9 * LOGSIGMOID[1.5] - 0.1 * LOGSIGMOID[-1.5], -0.9 * LOGSIGMOID[-2.0] - 0.1 * LOGSIGMOID[2.0]]),
+    (dict(loss_type="ipo"), [(3 - 1) ** 2, (-4 - 1) ** 2]),
+    (dict(loss_type="hinge"), [0, 3]),
     (dict(loss_type="robust", label_smoothing=0.1),
-     (-0.9 * LOGSIGMOID[1.5] + 0.1 * LOGSIGMOID[-1.5] - 0.9 * LOGSIGMOID[-2.0] + 0.1 * LOGSIGMOID[2.0]) / 2 / 0.8),
+     [(-0.9 * LOGSIGMOID[1.5] + 0.1 * LOGSIGMOID[-1.5]) / 0.8, (-0.9 * LOGSIGMOID[-2.0] + 0.1 * LOGSIGMOID[2.0]) / 0.8]),
 ])
 def test_dpo_by_hand(options, expected):
-    loss, chosen_reward, rejected_reward = dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, 0.5, **options)
-    assert math.isclose(loss.item(), expected, rel_tol=1e-6)
+    losses, chosen_reward, rejected_reward = dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, 0.5, **options)
+    assert losses.tolist() == pytest.approx(expected, rel=1e-6)
     assert chosen_reward.tolist() == [1.0, -0.5] and rejected_reward.tolist() == [-0.5, 1.5]
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
 def test_dpo_is_log_2_at_the_reference(beta, label_smoothing):
-    loss, chosen_reward, rejected_reward = dpo_loss(CHOSEN, REJECTED, CHOSEN, REJECTED, beta, label_smoothing)
-    assert math.isclose(loss.item(), math.log(2), rel_tol=1e-6)
+    losses, chosen_reward, rejected_reward = dpo_loss(CHOSEN, REJECTED, CHOSEN, REJECTED, beta, label_smoothing)
+    assert losses.tolist() == pytest.approx([math.log(2)] * 2, rel=1e-6)
     assert not chosen_reward.any() and not rejected_reward.any()
 
 
@@ -43,16 +43,16 @@ def test_dpo_is_log_2_at_the_reference(beta, label_smoothing):
 def test_dpo_gradient_raises_the_chosen_and_lowers_the_rejected(loss_type):
     chosen, rejected = CHOSEN.clone().requires_grad_(), REJECTED.clone().requires_grad_()
     loss, chosen_reward, _ = dpo_loss(chosen, rejected, CHOSEN, REJECTED, 0.1, loss_type=loss_type)
-    loss.backward()
+    loss.sum().backward()
     assert (chosen.grad < 0).all() and torch.equal(chosen.grad, -rejected.grad)
     assert not chosen_reward.requires_grad
 
 
 def test_dpo_gradient_is_the_papers():
-    """∂L/∂ log π(y_w) = −β σ(−βh) (the gradient under eq. 7), here as a mean over the batch."""
+    """∂L/∂ log π(y_w) = −β σ(−βh) (the gradient under eq. 7)."""
     chosen = CHOSEN.clone().requires_grad_()
-    dpo_loss(chosen, REJECTED, REF_CHOSEN, REF_REJECTED, 0.5)[0].backward()
-    torch.testing.assert_close(chosen.grad, -0.5 * torch.sigmoid(-torch.tensor([1.5, -2.0])) / 2)
+    dpo_loss(chosen, REJECTED, REF_CHOSEN, REF_REJECTED, 0.5)[0].sum().backward()
+    torch.testing.assert_close(chosen.grad, -0.5 * torch.sigmoid(-torch.tensor([1.5, -2.0])))
 
 
 def test_ipo_is_smallest_at_its_margin():
@@ -79,7 +79,7 @@ def test_dpo_loss_of_packed_pairs_does_not_depend_on_their_order(model):
     def loss(pairs):
         batch = pack(pairs, 64)
         logp = per_sequence(model.logprobs(batch), batch)
-        return dpo_loss(logp[0::2], logp[1::2], torch.zeros(7), torch.zeros(7), 0.1)[0]
+        return dpo_loss(logp[0::2], logp[1::2], torch.zeros(7), torch.zeros(7), 0.1)[0].mean()
     torch.testing.assert_close(loss(pairs), loss(pairs[::-1]), atol=1e-6, rtol=0)
 
 
@@ -124,7 +124,7 @@ def test_dpo_reaches_the_closed_form(seed, beta):
         logp = per_sequence(policy.logprobs(batch), batch)
         loss, _, _ = dpo_loss(logp[i], logp[j], ref_logp[i], ref_logp[j], beta, label_smoothing=flipped)
         optimizer.zero_grad()
-        loss.backward()
+        loss.mean().backward()
         optimizer.step()
         scheduler.step()
 

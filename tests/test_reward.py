@@ -66,9 +66,13 @@ def test_order_of_responses_and_groups_changes_nothing():
 
 def test_all_pairs_of_a_group_weigh_one():
     group, rank = torch.tensor([0] * 5 + [1] * 2), torch.tensor([0, 1, 2, 3, 4, 1, 0])
-    winner, loser, weight = ranked_pairs(group, rank)
-    assert len(winner) == 11 and (rank[winner] < rank[loser]).all() and (group[winner] == group[loser]).all()
-    assert weight[group[winner] == 0].sum().item() == pytest.approx(0.5) == weight[group[winner] == 1].sum().item()
+    scores = torch.randn(7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ranking_loss(scores, group, rank)[0].backward()
+    pulls = [torch.autograd.grad(-F.logsigmoid(scores[i] - scores[j]), scores)[0] for i in range(5) for j in range(i + 1, 5)]
+    expected = torch.stack(pulls).mean(0) / 2 + torch.autograd.grad(-F.logsigmoid(scores[6] - scores[5]), scores)[0] / 2
+    torch.testing.assert_close(scores.grad, expected)
+    r_w, r_l = ranked_pairs(torch.arange(5.0), rank[:5])
+    assert len(r_w) == 10 and (r_w < r_l).all()  # here the score is the rank
 
 
 def test_loss_of_a_packed_group_is_that_of_its_pairs_one_by_one():

@@ -21,8 +21,8 @@ def nll(x):
 @pytest.mark.parametrize("gamma, smoothing, expected", [
     (0.0, 0.0, nll(1)), (0.4, 0.0, nll(0.6)), (1.5, 0.0, nll(-0.5)), (0.4, 0.1, 0.9 * nll(0.6) + 0.1 * nll(-0.6))])
 def test_simpo_by_hand(gamma, smoothing, expected):
-    loss, chosen_reward, rejected_reward = simpo_loss(CHOSEN, REJECTED, CHOSEN_LEN, REJECTED_LEN, 2.0, gamma, smoothing)
-    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    losses, chosen_reward, rejected_reward = simpo_loss(CHOSEN, REJECTED, CHOSEN_LEN, REJECTED_LEN, 2.0, gamma, smoothing)
+    assert losses.tolist() == pytest.approx([expected] * 2, abs=1e-6)
     assert chosen_reward.tolist() == [-4, -3] and rejected_reward.tolist() == [-5, -4] and not chosen_reward.requires_grad
 
 
@@ -30,25 +30,25 @@ def test_simpo_is_equation_6():
     g = torch.Generator().manual_seed(0)
     w, l = -30 * torch.rand(64, generator=g, dtype=torch.float64), -30 * torch.rand(64, generator=g, dtype=torch.float64)
     nw, nl = torch.randint(1, 40, (64,), generator=g), torch.randint(1, 40, (64,), generator=g)
-    direct = -torch.log(torch.sigmoid(10 / nw * w - 10 / nl * l - 3)).mean()
-    assert abs(simpo_loss(w, l, nw, nl, 10.0, 3.0)[0] - direct) < 1e-6
+    direct = -torch.log(torch.sigmoid(10 / nw * w - 10 / nl * l - 3))
+    torch.testing.assert_close(simpo_loss(w, l, nw, nl, 10.0, 3.0)[0], direct, atol=1e-6, rtol=0)
 
 
 def test_limits():
     """An equal pair costs −log σ(−γ); at γ = 0, log 2. With β → 0 nothing is left of the texts."""
     same = CHOSEN, CHOSEN, CHOSEN_LEN, CHOSEN_LEN
-    assert simpo_loss(*same, 2.0, 0.0)[0].item() == pytest.approx(math.log(2))
-    assert simpo_loss(*same, 2.0, 3.0)[0].item() == pytest.approx(nll(-3))
-    assert simpo_loss(CHOSEN, REJECTED, CHOSEN_LEN, REJECTED_LEN, 1e-9, 0.0)[0].item() == pytest.approx(math.log(2))
+    assert simpo_loss(*same, 2.0, 0.0)[0].tolist() == pytest.approx([math.log(2)] * 2)
+    assert simpo_loss(*same, 2.0, 3.0)[0].tolist() == pytest.approx([nll(-3)] * 2)
+    assert simpo_loss(CHOSEN, REJECTED, CHOSEN_LEN, REJECTED_LEN, 1e-9, 0.0)[0].tolist() == pytest.approx([math.log(2)] * 2)
 
 
 def test_the_gradient_is_the_papers_and_weighs_a_token_of_a_short_response_more():
     """∂L/∂ log π(y_w) = −β/|y_w| σ(−h), and +β/|y_l| σ(−h) for y_l (the gradient of App. F): by length, where DPO's is β for both."""
     chosen, rejected = CHOSEN.clone().requires_grad_(), REJECTED.clone().requires_grad_()
-    simpo_loss(chosen, rejected, CHOSEN_LEN, REJECTED_LEN, 2.0, 0.4)[0].backward()
+    simpo_loss(chosen, rejected, CHOSEN_LEN, REJECTED_LEN, 2.0, 0.4)[0].sum().backward()
     sigma = 1 / (1 + math.exp(0.6))
-    torch.testing.assert_close(chosen.grad, -2.0 / CHOSEN_LEN * sigma / 2)
-    torch.testing.assert_close(rejected.grad, 2.0 / REJECTED_LEN * sigma / 2)
+    torch.testing.assert_close(chosen.grad, -2.0 / CHOSEN_LEN * sigma)
+    torch.testing.assert_close(rejected.grad, 2.0 / REJECTED_LEN * sigma)
 
 
 def test_repeating_every_token_changes_nothing():
@@ -74,7 +74,7 @@ def test_the_order_of_pairs_changes_nothing():
     model, pairs = make_model(), random_groups(responses=(2, 3))
 
     def loss(pairs):
-        return simpo_loss(*pair_logp(model, pairs, "cpu", torch.autocast("cpu", enabled=False)), 10.0, 3.0)[0]
+        return simpo_loss(*pair_logp(model, pairs, "cpu", torch.autocast("cpu", enabled=False)), 10.0, 3.0)[0].mean()
     torch.testing.assert_close(loss(pairs), loss(pairs[::-1]), atol=1e-5, rtol=0)
 
 
