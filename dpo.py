@@ -1,92 +1,67 @@
 """Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
-RLHF maximises  E[r(x, y)] − β KL(π ‖ π_ref), whose optimum is  π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β).  Solved for the reward,
-r = β log π*/π_ref + β log Z(x): a policy is a reward model in disguise, and Z cancels in a comparison. So the Bradley–Terry
-likelihood of the comparisons (x, y_w ≻ y_l) can be maximised in the policy itself, with no reward model and no sampling:
+RLHF maximizes E[r(x, y)] − β KL(π ‖ π_ref). The optimum is π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β)      (eq. 4).
+Solved for the reward, that is r(x, y) = β log π*/π_ref (y|x) + β log Z(x)                          (eq. 5):
+a policy is a reward model in disguise. The unknown Z(x) cancels in a comparison of two responses to one prompt, so
+the Bradley–Terry likelihood of the comparisons (x, y_w ≻ y_l) can be maximized in the policy itself, without a
+reward model and without sampling:
 
-    L(θ) = − E log σ( β log π_θ/π_ref (y_w|x) − β log π_θ/π_ref (y_l|x) )                                          (eq. 7)
+    L(θ) = −E log σ( β log π_θ/π_ref (y_w|x) − β log π_θ/π_ref (y_l|x) )                            (eq. 7)
 
-    python dpo.py                                                the animals world, from nothing, with the SFT that comes first
+    python dpo.py                                                the animals world, from nothing: SFT first, then DPO
     python dpo.py hh --init=out/sft-hh                           Anthropic's HH-RLHF, GPT-2
-    python dpo.py tldr                                           summaries of Reddit posts; imdb: data/imdb.py has the commands
+    python dpo.py tldr                                           summaries of Reddit posts
+    python dpo.py imdb --beta=0.1                                the paper's Figure 2 (all commands: data/imdb.py)
     python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3       your own comparisons
 
-Chosen and rejected share their prompt, which is computed once (data/packing.py). The reference is asked once for every pair,
-before training, and then leaves memory.
-
-Left out: the SFT term some add to the loss, iterated and online variants.
+Left out: the SFT term that some add to the loss, iterated and online variants.
 """
 import copy
 from dataclasses import dataclass
-from itertools import combinations
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import (Log, Metrics, all_reduce, check_pairs, clip_and_step, configure, due, known, lr_schedule, level, load_model, make_optimizer,
-                    open_run, parse, require, resume, run_dir, save_checkpoint, say, setup, shard, share, sum_over_ranks)
-from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack, per_sequence
+from common.dist import all_reduce, sync_gradients
+from common.log import Metrics
+from common.optim import lr_schedule, make_optimizer, optimizer_step
+from common.options import PositiveFloat, RunConfig, parse
+from common.run import Run
+from data import dataset, encode_pairs
+from engine.packing import pack, per_sequence
 
 
 @dataclass
-class Config:
-    recipe: str = "animals"         # the positional argument
-    data: str = "animals"           # animals, hh, hh/SUBSET, qa_feedback, tldr, imdb, a .jsonl[.gz] or a _feedback.json file
-    data_dir: str = "data/files"    # where published files are looked for before they are fetched
-    init: str | None = None         # a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
-    out: str | None = None          # the run's folder; None: out/dpo-RECIPE, or out/dpo-FILE
-    beta: float = 1.0               # β of eq. 7: the price of KL
-    loss_type: str = "sigmoid"      # sigmoid, ipo (arXiv:2310.12036), hinge (arXiv:2309.06657), robust (arXiv:2403.00409)
-    label_smoothing: float = 0.0    # ε, the share of labels taken to be flipped (sigmoid and robust)
-    precompute_ref: bool = True     # ask the reference once, before training; False keeps it in memory
-    steps: int = 250                # optimizer steps
-    batch_size: int = 64            # pairs a step, over all processes
-    micro_tokens: int = 16384       # tokens a forward pass at most; a larger batch is accumulated
-    max_len: int = 64               # prompt and response together, in tokens
-    lr: float = 1e-3                # peak learning rate
-    warmup: int = 10                # steps of linear warm-up, before the cosine to 0
-    weight_decay: float = 0.0       # on matrices
-    grad_clip: float = 1.0          # largest norm of the gradient
-    n_layer: int = 4                # with --init=scratch
-    n_head: int = 4                 # with --init=scratch
-    n_embd: int = 64                # with --init=scratch
-    seed: int = 0                   # of weights, data order and sampling
-    device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
-    compile: bool | None = None     # torch.compile; None: on CUDA
-    checkpoint_blocks: bool = False  # recompute each block in the backward pass: a third more work, the activations of one block at a time
-    fsdp: bool = False              # shard the model's weights, gradients and optimizer over the processes (torchrun)
-    log_every: int = 10             # steps between lines on the console
-    ckpt_every: int = 50            # steps between checkpoints
-    wandb: str | None = None        # the project of Weights & Biases that gets the log too
-    tensorboard: bool = False       # the log also for TensorBoard, in OUT/tensorboard
-    eval_n: int = 500               # prompts in the closing table; 0: no table
-    resume: bool = False            # go on from the run's last checkpoint
+class Config(RunConfig):
+    beta: PositiveFloat = 1.0       # β of eq. 7: the price of a nat of KL
+    loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # see dpo_loss
+    label_smoothing: float = 0.0    # ε: the share of labels assumed to be flipped (sigmoid and robust)
+    precompute_ref: bool = True     # ask the reference once, before training; False keeps it in memory instead
 
 
 RECIPES = {
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
-    # arXiv:2305.18290 B: β 0.5 on TL;DR, else batch 64, 1e-6, 150 steps of warm-up (and RMSprop); one epoch of 92,858
+    # arXiv:2305.18290 App. B: β 0.5 on TL;DR, batch 64, lr 1e-6, 150 steps of warm-up (and RMSprop); one epoch of 92,858
     "tldr": dict(data="tldr", beta=0.5, steps=1450, max_len=640, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
-    # its C.1: the pairs that data/imdb.py makes, 6 for each of 25,000 prefixes; one epoch. β is 0.05, 0.1, 1 or 5 in its Figure 2
+    # App. C.1: the pairs that sample.py makes, 6 for each of 25,000 prefixes; one epoch. Figure 2 has β 0.05, 0.1, 1, 5
     "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", beta=0.1, steps=2100, max_len=136, lr=1e-6, warmup=150,
                  ckpt_every=500, eval_n=64),
 }
 
 
-LOSS_TYPES = ["sigmoid", "ipo", "hinge", "robust"]
+def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, beta, label_smoothing=0.0,
+             loss_type="sigmoid"):
+    """DPO, arXiv:2305.18290 eq. 7, and its variants. All log-probs are (B,), summed over response tokens, in nats.
 
-
-def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, beta, label_smoothing=0.0, loss_type="sigmoid"):
-    """DPO, arXiv:2305.18290 eq. 7, and its variants. Log-probs (B,), summed over response tokens, in nats.
-
-    With h the difference of the two log-ratios and ε the label smoothing:
-        sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)                eq. 7 at ε = 0, else Mitchell's cDPO (https://ericmitchell.ai/cdpo.pdf
-                                                                 eq. 3); ε may be (B,), a label's chance of being wrong
-        ipo       (h − 1/2β)²                                    arXiv:2310.12036 eq. 17
-        hinge     max(0, 1 − βh)                                 hinge-norm of arXiv:2309.06657: SLiC's (arXiv:2305.10425) on log-ratios
-        robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)     arXiv:2403.00409
-    Returns the losses and the implicit rewards β · log-ratio of chosen and rejected, (B,) each, without gradient.
+    With h = log π/π_ref (y_w|x) − log π/π_ref (y_l|x), and ε the label smoothing:
+        sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0; otherwise cDPO, Mitchell 2023,
+                                                                https://ericmitchell.ai/cdpo.pdf eq. 3; ε may be (B,)
+        ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17
+        hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
+        robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409
+    Returns the losses and the implicit rewards β · log-ratio of chosen and rejected, without gradient: (B,) each.
     """
     chosen_logratio = chosen_logp - ref_chosen_logp        # log π/π_ref (y_w|x)
     rejected_logratio = rejected_logp - ref_rejected_logp  # log π/π_ref (y_l|x)
@@ -98,93 +73,107 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
     elif loss_type == "hinge":
         losses = F.relu(1 - beta * h)
     elif loss_type == "robust":
-        losses = (-(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)) / (1 - 2 * label_smoothing)
+        losses = -(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)
+        losses = losses / (1 - 2 * label_smoothing)
     else:
-        raise ValueError(f"loss_type {loss_type!r}: there are {', '.join(LOSS_TYPES)}")
+        raise ValueError(f"loss_type {loss_type!r}: expected sigmoid, ipo, hinge or robust")
     return losses, (beta * chosen_logratio).detach(), (beta * rejected_logratio).detach()
 
 
-def pair_logp(policy, pairs, device, amp):
-    """log π(y_w|x) and log π(y_l|x) of packed pairs: (B,) each, summed over response tokens."""
-    batch = pack(pairs).to(device)
-    with amp:
-        logp = per_sequence(policy(batch), batch)  # (2B,)
+def pair_logp(policy, pairs):
+    """log π(y_w|x) and log π(y_l|x), summed over response tokens: (B,) each.
+
+    pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). Both responses share one row with their prompt.
+    """
+    batch = pack(pairs).to(policy.device)
+    logp = per_sequence(policy.logprobs(batch), batch)  # (2B,): chosen, rejected, chosen, …
     return logp[0::2], logp[1::2]
 
 
 @torch.no_grad()
-def reference_logp(ref_policy, pairs, lengths, order, cfg, device, amp):
-    """log π_ref of the chosen and the rejected of every pair that `order` visits: (len(pairs), 2); 0 for the others.
+def precompute_reference(ref_policy, pairs, batches, run):
+    """log π_ref of chosen and rejected for every pair that training will visit: (len(pairs), 2).
 
-    In the micro-batches of training, so that the first step's log-ratios are 0 to the bit.
+    Each pair is asked in the micro-batch in which training meets it first, so the first log-ratios are exactly 0.
     """
-    logp, seen = torch.zeros(len(pairs), 2), set()
-    for batch in order:
-        if seen.issuperset(batch):
-            continue
-        new = set(share(batch)) - seen
-        seen.update(batch)
-        for micro in level(micro_batches(share(batch), lengths, cfg.micro_tokens), ref_policy):
-            chosen, rejected = pair_logp(ref_policy, [pairs[i] for i in micro], device, amp)
-            for i, w, l in zip(micro, chosen.tolist(), rejected.tolist()):
+    logp = torch.zeros(len(pairs), 2, device=run.device)
+    visited = set()
+    for batch in batches:
+        new = set(batch) - visited
+        visited |= new
+        if not new:
+            continue  # a later epoch: all of these are known already
+        for rows in run.micro_batches(batch, pairs):
+            chosen_logp, rejected_logp = pair_logp(ref_policy, [pairs[i] for i in rows])
+            for i, chosen, rejected in zip(rows, chosen_logp, rejected_logp):
                 if i in new:
-                    logp[i, 0], logp[i, 1] = w, l
-    return all_reduce(logp.to(device))
+                    logp[i, 0] = chosen
+                    logp[i, 1] = rejected
+    return all_reduce(logp)  # each process has asked for its own share of the pairs
 
 
 def train(cfg):
-    """Runs the stage, building its SFT model first where that is missing; returns the trained policy."""
-    known("loss_type", cfg.loss_type, LOSS_TYPES)
-    out = cfg.out or run_dir("dpo", cfg)
-    open_run(out)
-    init = require("sft", cfg, cfg.init)
-    device, amp = setup(cfg)
+    """Runs the stage, after training the SFT model if that is missing. Returns the trained policy."""
+    run = Run("dpo", cfg)  # the device, the folder, the log and the checkpoints
+    init = cfg.init or run.train_if_missing("sft")
+
+    # Comparisons: a prompt x, the chosen response y_w and the rejected response y_l, as token ids.
     data = dataset(cfg.data, cfg.data_dir)
-    policy, tokenizer_name = load_model(init, cfg)
-    tokenizer = get_tokenizer(tokenizer_name)
-    ref_policy = None if cfg.precompute_ref else shard(copy.deepcopy(policy).requires_grad_(False), cfg, device)
-    policy = shard(policy, cfg, device)
-    comparisons = [(prompt, pair) for prompt, responses in data.comparisons("train") for pair in combinations(responses, 2)]
-    pairs = encode_groups(tokenizer, comparisons, cfg.max_len)
-    check_pairs(pairs, cfg)
-    lengths = list(map(group_length, pairs))
-    order = batch_order(len(pairs), cfg.batch_size, cfg.steps, cfg.seed)
-    say(f"dpo: {len(pairs)} pairs of {cfg.data}, {init} -> {out} on {device}")
+    policy, tokenizer = run.load_model(init)
+    pairs = encode_pairs(tokenizer, data.comparisons("train"), cfg.max_len, cfg.data)
+    batches = run.shuffled_batches(pairs)
+    run.print0(f"dpo: {len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
 
+    # The reference π_ref is the policy before its first step.
+    if not cfg.precompute_ref:
+        ref_policy = run.prepare(copy.deepcopy(policy).requires_grad_(False))
+    policy = run.prepare(policy)
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
-    for model in [policy] if cfg.precompute_ref else [policy, ref_policy]:
-        configure(model, cfg)
-    checkpoint = resume(out, cfg, policy, optimizer) if cfg.resume else {"step": 0}
-    if cfg.precompute_ref:  # before the first step, the policy is the reference
-        ref_logp = checkpoint["ref_logp"].to(device) if cfg.resume else reference_logp(policy, pairs, lengths, order, cfg, device, amp)
-    log = Log(out, cfg, checkpoint["step"])
+    checkpoint = run.resume(policy, optimizer)
 
-    for step in range(checkpoint["step"], cfg.steps):
-        stats, metrics = {"tokens": 0}, Metrics()
-        for micro in level(micro_batches(share(order[step]), lengths, cfg.micro_tokens), policy):
-            micro_pairs = [pairs[i] for i in micro]
-            chosen_logp, rejected_logp = pair_logp(policy, micro_pairs, device, amp)
-            with torch.no_grad():
-                ref_chosen_logp, ref_rejected_logp = (
-                    ref_logp[micro].unbind(1) if cfg.precompute_ref else pair_logp(ref_policy, micro_pairs, device, amp))
-            losses, chosen_reward, rejected_reward = dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp,
-                                                              cfg.beta, cfg.label_smoothing, cfg.loss_type)
+    # reference(rows) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs.
+    ref_logp = None
+    if cfg.precompute_ref:
+        ref_logp = checkpoint["ref_logp"].to(run.device) if cfg.resume else precompute_reference(policy, pairs, batches, run)
+
+        def reference(rows):
+            return ref_logp[rows].unbind(1)
+    else:
+        @torch.no_grad()
+        def reference(rows):
+            return pair_logp(ref_policy, [pairs[i] for i in rows])
+
+    for step in range(run.start, cfg.steps):
+        metrics = Metrics()
+
+        # 1. The gradients of the micro-batches add up to the gradient of the batch.
+        for rows in run.micro_batches(batches[step], pairs):
+            chosen_logp, rejected_logp = pair_logp(policy, [pairs[i] for i in rows])  # (b,) each
+            ref_chosen_logp, ref_rejected_logp = reference(rows)
+
+            # eq. 7: −log σ(β [log π/π_ref (y_w|x) − log π/π_ref (y_l|x)])
+            losses, chosen_reward, rejected_reward = dpo_loss(
+                chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp,
+                cfg.beta, cfg.label_smoothing, cfg.loss_type)
             (losses.sum() / cfg.batch_size).backward()
+
+            # The accuracy of the policy as a reward model, and the quantities to watch.
             metrics.add(loss=losses, accuracy=chosen_reward > rejected_reward, margin=chosen_reward - rejected_reward,
-                        chosen_reward=chosen_reward, rejected_reward=rejected_reward, chosen_logp=chosen_logp, rejected_logp=rejected_logp)
-            stats["tokens"] += sum(lengths[i] for i in micro)
-        stats = metrics.mean(cfg.batch_size) | sum_over_ranks(policy, stats)
+                        chosen_reward=chosen_reward, rejected_reward=rejected_reward,
+                        chosen_logp=chosen_logp, rejected_logp=rejected_logp)
+
+        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of the gradient.
+        sync_gradients(policy)
         lr = cfg.lr * lr_schedule(step, cfg)
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = lr
-        grad_norm = clip_and_step(policy, optimizer, cfg)
+        grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        done = step + 1
-        log(done, **stats, lr=lr, grad_norm=grad_norm)
-        if due(done, cfg):
-            save_checkpoint(out, done, policy, optimizer, cfg, tokenizer_name, ref_logp=ref_logp.cpu() if cfg.precompute_ref else None)
+        # 3. Log, and save a checkpoint when one is due or when Ctrl-C asked for it.
+        run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
+        run.save_if_due(step + 1, policy, optimizer, ref_logp=ref_logp)
 
-    evaluate.report(out, cfg, [(init, load_model(init, cfg)[0]), (out, policy)], data, tokenizer)
+    # Policy and reference on held-out prompts.
+    del optimizer
+    evaluate.report(run, policy, init, data)
     return policy
 
 

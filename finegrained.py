@@ -1,28 +1,27 @@
-"""Fine-Grained RLHF (Wu et al. 2023, arXiv:2306.01693): a reward for each span and each kind of error, in place of one number a response.
+"""Fine-Grained RLHF (Wu et al. 2023, arXiv:2306.01693): a reward for each segment and each kind of error.
 
-Three reward models, one a kind of error, each as dense as the error is local. With y cut into L_k segments by the k-th of them,
-the reward at token t, which PPO sees before its KL penalty, is
+Three reward models, one per kind of error, replace the one number per response. Each judges segments that are as short
+as its errors are local. With the response y cut into L_k segments by the k-th reward model, the reward at token t is
 
-    r_t = Σ_k Σ_j 1(t = T_j^k) · w_k · R_k(x, y, j)                                                                (§2)
+    r_t = Σ_k Σ_j 1(t = T_j^k) · w_k · R_k(x, y, j)                                                 (§2)
 
-T_j^k the last token of the j-th segment. R_1, relevance, judges sub-sentences and R_2, factuality, sentences, ±1 each; R_3,
-completeness, judges the response and is the score of a model of comparisons, normalised. PPO is ppo.py's, untouched: here are
-the segments, the reward models, and the function that lays their judgements on the (B, R) grid.
+where T_j^k is the last token of the j-th segment. R_1, relevance, judges sub-sentences; R_2, factuality, judges
+sentences; both are ±1. R_3, completeness, judges the whole response: it is the normalized score of a model trained on
+comparisons. PPO is that of ppo.py, which subtracts its KL penalty from r_t. This page has the segments, the training of
+the reward models, and the reward_fn that puts their judgements on the (B, R) grid.
 
-    python finegrained.py                            the animals world, from nothing, with the SFT and the reward models before it
-    python finegrained.py --reward=rm                the baseline: the same PPO from one holistic reward model
-    python finegrained.py qa_feedback --init=gpt2    the paper's questions and its feedback
+    python finegrained.py                            the animals world, from nothing: SFT and reward models first
+    python finegrained.py --reward=rm                the baseline: the same PPO from one reward model per response
+    python finegrained.py qa_feedback --init=gpt2    the paper's questions and feedback
 
-Left out: the paper's filter of error spans shorter than five words (in its code for relevance alone), its reward models' separator
-tokens (a causal model can be read at a segment's last token), a relevance model that sees no passages (its code's does not),
-completeness labels from matching passages (data/qa_feedback.py says what stands in their place).
+Left out: the paper's filter of error spans shorter than five words (its code has it for relevance only), the separator
+tokens of its reward models (a causal model can be read at a segment's last token), a relevance model that does not see
+the passages (its code has that), completeness labels from matching passages (see data/qa_feedback.py).
 """
-import codecs
 import json
 import os
-import re
-from bisect import bisect_left
 from dataclasses import dataclass, replace
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,335 +29,450 @@ import torch.nn.functional as F
 import evaluate
 import ppo
 import reward
-from common import (RANK, Log, Metrics, check_pairs, checkpoint_files, clip_and_step, configure, due, known, lr_schedule, level, load_checkpoint,
-                    load_model, make_optimizer, open_run, parse, require, resume, run_dir, save_checkpoint, say, setup, shard, share,
-                    sum_over_ranks, writing)
-from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
+from common import batches, checkpoints, dist, files
+from common.log import Metrics
+from common.optim import lr_schedule, make_optimizer, optimizer_step
+from common.options import AtLeast, NonNegativeFloat, PositiveInt, parse
+from common.run import Run, run_dir
+from data import check_pairs, dataset, encode_groups, segments
+from engine.packing import pack
 
-AXES = {"relevance": ["Irrelevant", "Redundant", "Incoherent"], "factuality": ["Wrong-Grounding", "Unverifiable"], "completeness": []}
-MIN_WORDS = 5
+# The axes, and the kinds of errors that annotators mark for them. Completeness is learned from comparisons.
+AXES = {
+    "relevance": ["Irrelevant", "Redundant", "Incoherent"],
+    "factuality": ["Wrong-Grounding", "Unverifiable"],
+    "completeness": [],
+}
 
 
 @dataclass
 class Config(ppo.Config):
-    init: str | None = None         # the policy, its reference and the reward models' start: a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
-    out: str | None = None          # the run's folder; None: out/finegrained-RECIPE, with --reward=rm out/holistic-RECIPE
-    data: str = "animals"           # animals, qa_feedback, or a file of its format, …_feedback.json
-    reward: str = "finegrained"     # finegrained: spans; rm: one holistic reward model, the paper's baseline; gold: the true reward
+    reward: Literal["finegrained", "rm", "gold"] = "finegrained"  # rm: one reward model per response, the paper's baseline
     reward_models: str | None = None  # the folder of the three; None: out/rewards-…, trained first if missing
-    share_trunk: bool = True        # three heads on one trunk; False: three models
-    value_init: str = "sft"         # what the value model starts from: sft, or with --reward=rm reward
-    kl_coef: float = 0.1            # β: the price of a nat of KL; where kl_target is set, its first value
-    w1: float = 0.3                 # weight of relevance, ±w1 for each sub-sentence
-    w2: float = 0.3                 # weight of factuality, ±w2 for each sentence
-    w3: float = 0.3                 # weight of completeness, in standard deviations of its model's scores
-    soft: bool = False              # segments are worth 2p − 1, p the probability that they are good, in place of ±1
-    reward_steps: int = 2000        # optimizer steps of the reward models
-    reward_batch_size: int = 64     # responses with spans a step of theirs; comparisons are a quarter as many
-    reward_lr: float = 2e-3         # peak learning rate of theirs
+    share_trunk: bool = True          # three heads on one trunk; False: three models
+    value_init: Literal["reward", "sft"] = "sft"  # what the value model starts from; reward only with --reward=rm
+    kl_coef: float = 0.1              # β: the price of a nat of KL; with kl_target, its first value
+    w1: float = 0.3                   # weight of relevance: ±w1 for each sub-sentence
+    w2: float = 0.3                   # weight of factuality: ±w2 for each sentence
+    w3: float = 0.3                   # weight of completeness: in standard deviations of its model's scores
+    soft: bool = False                # 2p − 1 instead of ±1, with p the probability that the segment is good
+    reward_steps: PositiveInt = 2000  # optimizer steps of the reward models
+    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # responses with spans per step; a quarter as many comparisons
+    reward_lr: NonNegativeFloat = 2e-3  # peak learning rate of the reward models
 
 
 RECIPES = {
-    "qa_feedback": dict(data="qa_feedback", w1=0.3, w2=0.5, w3=0.3, kl_coef=0.3, max_new_tokens=200, steps=500, batch_size=64, max_len=1024,
-                        lr=3e-6, value_lr=1e-5, warmup=10, ckpt_every=50, eval_n=64, reward_steps=700, reward_lr=1e-5),
+    "qa_feedback": dict(data="qa_feedback", w1=0.3, w2=0.5, w3=0.3, kl_coef=0.3, max_new_tokens=200, steps=500,
+                        batch_size=64, max_len=1024, lr=3e-6, value_lr=1e-5, warmup=10, ckpt_every=50, eval_n=64,
+                        reward_steps=700, reward_lr=1e-5),
 }
 
 
 # ------------------------------------------------------------------------------------------------ segments
 
-def sentences(text):
-    """[(start, end), …] in characters: every character that is no space lies in one, none begins or ends with a space.
-
-    A sentence ends at a line's end, or at . ! ? with what closes after it, where a space and no small letter follow; not after an
-    initial ("J. Smith") or a title.
-    """
-    spans = []
-    for line in re.finditer(r"\S[^\n]*", text):
-        start = line.start()
-        for stop in re.finditer(r"(\S*[.!?][\"'”’)\]]*)\s+(?=[^\sa-z])", line[0]):
-            if not re.fullmatch(r"[\"'“(\[]*([A-Z]|Mr|Mrs|Ms|Dr|St|Jr|Sr|No|vs)\.", stop[1]):
-                spans.append((start, line.start() + stop.end(1)))
-                start = line.start() + stop.end()
-        if text[start:line.end()].strip():
-            spans.append((start, start + len(text[start:line.end()].rstrip())))
-    return spans
+class Segment(NamedTuple):
+    axis: str
+    token: int  # T_j^k: the index, in the response, of the token in which the segment ends
+    start: int  # in characters of the response
+    end: int
 
 
-def segments(text):
-    """[(start, end), …] in characters: sentences cut after , ; ! ? into sub-sentences, as in the code of arXiv:2306.01693.
+def cut_response(tokenizer, response):
+    """The segments of a response (token ids) for every axis: a list of Segment.
 
-    Of a sentence, a first piece of fewer than MIN_WORDS words joins the next, a later one the one before it, and the last has more.
-    """
-    spans = []
-    for start, end in sentences(text):
-        words = [(start + m.start(), start + m.end()) for m in re.finditer(r"\S+", text[start:end])]
-        begins = [0]  # the word that each piece begins with
-        for i in range(1, len(words) - MIN_WORDS):
-            if text[words[i - 1][1] - 1] in ",;!?":
-                if i - begins[-1] >= MIN_WORDS:
-                    begins.append(i)
-                elif len(begins) > 1:
-                    begins[-1] = i
-        spans += [(words[a][0], words[b - 1][1]) for a, b in zip(begins, [*begins[1:], len(words)])]
-    return spans
-
-
-def spell(tokenizer, tokens):
-    """The text of some tokens, and for each of them how many of its characters are complete where the token ends."""
-    decoder, text, ends = codecs.getincrementaldecoder("utf-8")("replace"), "", []
-    for token in tokens:
-        text += decoder.decode(tokenizer.decode_single_token_bytes(token))
-        ends.append(len(text))
-    text += decoder.decode(b"", final=True)
-    return text, ends[:-1] + [len(text)] * bool(ends)
-
-
-def segment_ends(tokenizer, response):
-    """Where a response, a list of ids, is judged: [(axis, index of the last token, start, end), …], axis by axis.
-
-    A segment's last token is the one that completes its last character; the response's is its EOS, where it has one.
+    A segment ends in the token that completes its last character. The whole response ends in its EOS, if it has one.
     """
     words = response[:-1] if response[-1] == tokenizer.eot_token else response
-    text, ends = spell(tokenizer, words)
-    cuts = [("relevance", s) for s in segments(text)] + [("factuality", s) for s in sentences(text)]
-    return [(axis, bisect_left(ends, end), start, end) for axis, (start, end) in cuts] + [("completeness", len(response) - 1, 0, len(text))]
+    text, ends = segments.decode_with_ends(tokenizer, words)
+    cuts = []
+    for start, end in segments.segments(text):
+        cuts.append(Segment("relevance", segments.last_token(ends, end), start, end))
+    for start, end in segments.sentences(text):
+        cuts.append(Segment("factuality", segments.last_token(ends, end), start, end))
+    cuts.append(Segment("completeness", len(response) - 1, 0, len(text)))
+    return cuts
 
 
-def label(axis, start, end, spans):
-    """1 for a good segment, 0 for one that a span of the axis overlaps; None, where only spans of another kind do and the axis is
-    factuality: nobody asked whether what is beside the point is true (the code of arXiv:2306.01693 does likewise)."""
-    kinds = [kind for s, e, kind in spans if s < end and start < e]
-    if any(kind in AXES[axis] for kind in kinds):
+def segment_label(segment, spans):
+    """1 for a good segment, 0 if a span of its axis overlaps it, None if the segment teaches nothing.
+
+    Nobody asked whether a segment that is beside the point is true: where only spans of other axes overlap, factuality
+    is unknown (as in the code of arXiv:2306.01693). spans: [(start, end, category), …] in characters.
+    """
+    overlapping = [category for start, end, category in spans if start < segment.end and segment.start < end]
+    if any(category in AXES[segment.axis] for category in overlapping):
         return 0
-    return None if kinds and axis == "factuality" else 1
+    if overlapping and segment.axis == "factuality":
+        return None
+    return 1
+
+
+# ------------------------------------------------------------------------------------------------ feedback
+
+class Mark(NamedTuple):
+    """What an annotator said about one place of a response."""
+    axis: str
+    token: int  # counted over all response tokens of the group
+    value: int  # relevance and factuality: 1 good, 0 bad; completeness: the rank of the response, 0 best
+
+
+@dataclass
+class Feedback:
+    groups: list  # (prompt_ids, [response_ids, …])
+    marks: list   # for each group a list of Mark
+
+
+def load_feedback(data, split, axes, tokenizer, max_len, most=None):
+    """What some axes learn from: {"spans": Feedback, "comparisons": Feedback}, as far as they need it."""
+    feedback = {}
+    if "relevance" in axes or "factuality" in axes:
+        examples = data.spans(split)[:most]
+        groups = encode_groups(tokenizer, [(prompt, [response]) for prompt, response, _ in examples], max_len)
+        marks = [span_marks(tokenizer, group, spans, axes) for group, (_, _, spans) in zip(groups, examples)]
+        feedback["spans"] = Feedback(groups, marks)
+    if "completeness" in axes:
+        comparisons = data.completeness(split)[:most]
+        groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], max_len)
+        marks = [rank_marks(group, c.ranks) for group, c in zip(groups, comparisons)]
+        feedback["comparisons"] = Feedback(groups, marks)
+    return feedback
+
+
+def span_marks(tokenizer, group, spans, axes):
+    """The marks of a group with one response: a label for each segment of the axes relevance and factuality."""
+    _, (response,) = group
+    marks = []
+    for segment in cut_response(tokenizer, response.tolist()):
+        if segment.axis == "completeness" or segment.axis not in axes:
+            continue
+        value = segment_label(segment, spans)
+        if value is not None:
+            marks.append(Mark(segment.axis, segment.token, value))
+    return marks
+
+
+def rank_marks(group, ranks):
+    """The marks of a comparison: the rank of each response, at its last token."""
+    marks = []
+    end = 0
+    for response, rank in zip(group[1], ranks):
+        end += len(response)
+        marks.append(Mark("completeness", end - 1, rank))
+    return marks
+
+
+def check_feedback(feedback, axes, run):
+    """Prints for which axis all labels are alike: its head can learn nothing more. Exits if no comparison can be learned."""
+    for axis in axes:
+        if axis == "completeness":
+            continue
+        values = {mark.value for marks in feedback["spans"].marks for mark in marks if mark.axis == axis}
+        if len(values) < 2:
+            quantity = "every" if values == {0} else "no"
+            run.print0(f"{quantity} segment of {run.cfg.data} is marked {' or '.join(AXES[axis])}: "
+                       f"the {axis} of all text will be judged alike")
+    if "comparisons" in feedback:
+        comparisons = feedback["comparisons"]
+        ranks = [[mark.value for mark in marks] for marks in comparisons.marks]
+        check_pairs(comparisons.groups, ranks, run.cfg.max_len, run.cfg.data)
 
 
 # ------------------------------------------------------------------------------------------------ reward models
 
-def judge(models, batch, places):
-    """The heads of some reward models at `places`, indices into the packed batch's response tokens: (M,) -> (M, heads) float32."""
-    return torch.cat([model.scalars(model.states(batch, batch.at[places])) for model in models], 1)
+@dataclass
+class Marks:
+    """The marks of a packed batch, side by side: (M,) each."""
+    axis: torch.Tensor   # index into the axes of the reward model
+    place: torch.Tensor  # index into the batch's N response tokens
+    value: torch.Tensor
+    group: torch.Tensor  # index into the batch's groups
+
+    def of_axis(self, k):
+        """Which marks belong to the k-th axis: (M,) boolean."""
+        return self.axis == k
 
 
-def pack_marks(groups, marks, rows, device):
-    """The packed batch of some groups, and their marks side by side -> Batch; axis, place, value (M,) and the mark's row, (M,)"""
-    table, begin = [], 0
-    for n, i in enumerate(rows):
-        table += [(axis, begin + token, value, n) for axis, token, value in marks[i]]
-        begin += sum(map(len, groups[i][1]))
-    return pack([groups[i] for i in rows]).to(device), *torch.tensor(table, dtype=torch.long, device=device).view(-1, 4).unbind(1)
+def pack_marks(groups, marks, axes, device):
+    """The packed batch of some groups, and their marks -> Batch, Marks. marks: for each group a list of Mark."""
+    columns = {"axis": [], "place": [], "value": [], "group": []}
+    first = 0  # response token of the group, in the batch
+    for i, ((_, responses), group_marks) in enumerate(zip(groups, marks)):
+        for mark in group_marks:
+            columns["axis"].append(axes.index(mark.axis))
+            columns["place"].append(first + mark.token)
+            columns["value"].append(mark.value)
+            columns["group"].append(i)
+        first += sum(map(len, responses))
+    tensors = {name: torch.tensor(column, dtype=torch.long, device=device) for name, column in columns.items()}
+    return pack(groups).to(device), Marks(**tensors)
+
+
+def judge(models, batch, marks):
+    """The score of each mark by the head of its axis: (M,) float32. models: their heads together are the axes, in order."""
+    positions = batch.token_index[marks.place]
+    heads = [model.scalars(model.states(batch, positions)) for model in models]
+    return torch.cat(heads, 1).gather(1, marks.axis[:, None])[:, 0]
+
+
+def reward_losses(scores, marks, axes):
+    """The summed loss of each axis, and how often each was right: two dicts. scores: (M,), one per mark.
+
+    Relevance and factuality: the cross-entropy of σ(score) with the label, over segments. Completeness: −log σ(r_w − r_l),
+    over comparisons.
+    """
+    losses, right = {}, {}
+    for k, axis in enumerate(axes):
+        of_axis = marks.of_axis(k)
+        s = scores[of_axis]
+        value = marks.value[of_axis]
+        if axis == "completeness":
+            group = marks.group[of_axis]
+            n = len(group.unique())
+            loss, accuracy = reward.ranking_loss(s, group, value)
+            losses[axis] = n * loss
+            right[axis] = n * accuracy
+        else:
+            losses[axis] = F.binary_cross_entropy_with_logits(s, value.float(), reduction="sum")
+            right[axis] = ((s > 0) == (value == 1)).sum()
+    return losses, right
 
 
 @torch.no_grad()
-def judgements(models, groups, marks, micro_tokens, amp):
-    """Every mark judged by the head of its axis, micro-batch by micro-batch: yields the rows, then axis, value, row and score, (M,) each."""
-    for rows in level(micro_batches(range(len(groups)), list(map(group_length, groups)), micro_tokens), models[0]):
-        batch, axis, place, value, row = pack_marks(groups, marks, rows, models[0].device)
-        with amp:
-            scores = judge(models, batch, place).gather(1, axis[:, None])[:, 0]
-        yield rows, axis, value, row, scores
+def judgements(models, feedback, axes, micro_tokens):
+    """Judges every mark: yields the rows of a micro-batch, its Marks, and their scores (M,)."""
+    for rows in batches.local_micro_batches(feedback.groups, micro_tokens, models[0]):
+        groups = [feedback.groups[i] for i in rows]
+        batch, marks = pack_marks(groups, [feedback.marks[i] for i in rows], axes, models[0].device)
+        yield rows, marks, judge(models, batch, marks)
 
 
-def reward_losses(scores, axis, value, row, axes):
-    """The losses that reward models learn by, each of `axes` a sum over what it is about, and how often each was right.
+def train_rewards(cfg, init, axes):
+    """Trains one reward model, which starts from `init` and has a head for each of `axes`, into cfg.out.
 
-    scores (M, len(axes)); axis (M,) indices into axes; value (M,). Relevance and factuality: cross-entropy of σ(score) with value, 1 good
-    and 0 bad, over segments. Completeness: −log σ(r_w − r_l), value a response's rank and row (M,) its comparison, over comparisons.
+    cfg is a reward.Config.
     """
-    losses, hits = {}, {}
-    for k, name in enumerate(axes):
-        s, v = scores[axis == k, k], value[axis == k]
-        if name == "completeness":
-            n = len(row[axis == k].unique())
-            losses[name], hits[name] = (n * x for x in reward.ranking_loss(s, row[axis == k], v))
-        else:
-            losses[name], hits[name] = F.binary_cross_entropy_with_logits(s, v.float(), reduction="sum"), ((s > 0) == (v == 1)).sum()
-    return losses, hits
+    run = Run("rewards", cfg)
+    data = dataset(cfg.data, cfg.data_dir)
+    model, tokenizer = run.load_model(init)
+    model.set_scalar_heads(len(axes))
+    model = run.prepare(model)
 
+    # Two sources in one list of groups: responses with spans, then comparisons.
+    feedback = load_feedback(data, "train", axes, tokenizer, cfg.max_len)
+    check_feedback(feedback, axes, run)
+    groups, marks = [], []
+    step_batches = [[] for _ in range(cfg.steps)]
+    batch_sizes = {"spans": cfg.batch_size, "comparisons": cfg.batch_size // 4}
+    for kind, source in feedback.items():
+        first = len(groups)
+        order = batches.shuffled_batches(len(source.groups), batch_sizes[kind], cfg.steps, cfg.seed + first)
+        for batch, rows in zip(step_batches, order):
+            batch += [first + i for i in rows]
+        groups += source.groups
+        marks += source.marks
+    sizes = ", ".join(f"{len(source.groups)} {kind}" for kind, source in feedback.items())
+    run.print0(f"finegrained: {sizes} of {cfg.data}, {init} -> {run.out} on {run.device}")
 
-def examples(data, split, axes, tokenizer, max_len, most=None):
-    """What `axes` learn from: {"spans": (groups, marks), "comparisons": (groups, marks)}, as far as some axis needs them.
+    optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
+    run.resume(model, optimizer)
 
-    marks: for each group [(index into axes, token among the group's response tokens, value), …], value as in reward_losses.
-    """
-    sources = {}
-    if {"relevance", "factuality"} & set(axes):
-        marked = data.spans(split)[:most]
-        groups, marks = encode_groups(tokenizer, [(prompt, [response]) for prompt, response, _ in marked], max_len), []
-        for (_, (response,)), (_, _, spans) in zip(groups, marked):
-            labels = [(axis, token, label(axis, start, end, spans)) for axis, token, start, end in segment_ends(tokenizer, response.tolist())
-                      if axis in axes and axis != "completeness"]
-            marks.append([(axes.index(axis), token, value) for axis, token, value in labels if value is not None])
-        sources["spans"] = groups, marks
+    for step in range(run.start, cfg.steps):
+        metrics = Metrics()
+
+        # How many segments, or comparisons, each axis has in this batch: its loss is a mean over them.
+        n = dict.fromkeys(axes, 0)
+        for i in step_batches[step]:
+            for mark in marks[i]:
+                n[mark.axis] += 1
+        if "completeness" in axes:
+            n["completeness"] = batch_sizes["comparisons"]
+
+        # 1. The gradients of the micro-batches add up to the gradient of the batch.
+        for rows in run.micro_batches(step_batches[step], groups):
+            batch, batch_marks = pack_marks([groups[i] for i in rows], [marks[i] for i in rows], axes, run.device)
+            scores = judge([model], batch, batch_marks)  # (M,)
+            losses, right = reward_losses(scores, batch_marks, axes)
+            loss = sum(losses[axis] / max(1, n[axis]) for axis in axes)
+            loss.backward()
+            metrics.add(loss=loss)
+            metrics.add(**{f"{axis}_accuracy": right[axis] / max(1, n[axis]) for axis in axes})
+
+        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of the gradient.
+        dist.sync_gradients(model)
+        lr = cfg.lr * lr_schedule(step, cfg)
+        grad_norm = optimizer_step(model, optimizer, lr, cfg.grad_clip)
+
+        # 3. Log, and save a checkpoint when one is due. The last one waits for the normalizer, below.
+        run.log(step + 1, **metrics.mean(1), lr=lr, grad_norm=grad_norm)
+        if step + 1 < cfg.steps:
+            run.save_if_due(step + 1, model, optimizer, axes=axes)
+
+    # R_3 is normalized: what its scores are on the comparisons that it learned from.
+    mean, std = 0.0, 1.0
     if "completeness" in axes:
-        groups = encode_groups(tokenizer, data.completeness(split)[:most], max_len)
-        ends = [torch.tensor([len(r) for r in responses]).cumsum(0).tolist() for _, responses in groups]
-        sources["comparisons"] = groups, [[(axes.index("completeness"), end - 1, rank) for rank, end in enumerate(each)] for each in ends]
-    return sources
+        mean, std = completeness_normalizer(model, feedback["comparisons"], axes, cfg)
+    run.save(cfg.steps, model, optimizer, axes=axes, completeness_mean=mean, completeness_std=std)
+
+    # The accuracy on held-out feedback.
+    held_out = load_feedback(data, "validation", axes, tokenizer, cfg.max_len, cfg.eval_n)
+    rows = accuracy_rows(model, axes, held_out, cfg)
+    if dist.is_main():
+        with files.write_atomically(os.path.join(run.out, "eval.json")) as f:
+            json.dump(rows, f, indent=2)
+        print(f"\nheld-out feedback\n\n{evaluate.table(rows)}\n")
 
 
-def check_labels(sources, axes, cfg):
-    """Says of which axis all labels are alike: its head can learn no more than that. And what check_pairs does."""
-    for k, name in enumerate(axes):
-        if name != "completeness":
-            values = {value for marks in sources["spans"][1] for axis, _, value in marks if axis == k}
-            if len(values) < 2:
-                say(f"{'every' if values == {0} else 'no'} segment of {cfg.data} is marked {' or '.join(AXES[name])}: "
-                    f"the {name} of all text will be judged alike")
-    if "comparisons" in sources:
-        check_pairs(sources["comparisons"][0], cfg)
+def completeness_normalizer(model, feedback, axes, cfg):
+    """The mean and standard deviation of the completeness scores of some comparisons."""
+    n = max(2, cfg.eval_n)
+    some = Feedback(feedback.groups[:n], feedback.marks[:n])
+    scores = torch.cat([scores for _, _, scores in judgements([model], some, axes, cfg.micro_tokens)])
+    return scores.mean().item(), scores.std().item()
 
 
-def measure(model, axes, sources, cfg, amp):
-    """A row an axis: accuracy; majority, the accuracy of the commoner answer (of a coin, between two responses); F1 of the errors."""
-    right, true, guess = ({name: [] for name in axes} for _ in range(3))
-    for groups, marks in sources.values():
-        for _, axis, value, row, scores in judgements([model], groups, marks, cfg.micro_tokens, amp):
-            for k, name in enumerate(axes):
-                s, v, which = (x[axis == k] for x in (scores, value, row))
-                if name == "completeness":
-                    right[name] += [reward.ranking_loss(s[which == n], which[which == n], v[which == n])[1].item() for n in which.unique()]
+def accuracy_rows(model, axes, feedback, cfg):
+    """A row per axis: its accuracy; the accuracy of always giving the more frequent answer; the F1 score of finding errors."""
+    comparisons_right = []
+    labels = {axis: [] for axis in axes}   # is the segment good?
+    guesses = {axis: [] for axis in axes}  # does the model think so?
+    for source in feedback.values():
+        for _, marks, scores in judgements([model], source, axes, cfg.micro_tokens):
+            for k, axis in enumerate(axes):
+                of_axis = marks.of_axis(k)
+                s, value, group = scores[of_axis], marks.value[of_axis], marks.group[of_axis]
+                if axis == "completeness":
+                    for g in group.unique():
+                        _, accuracy = reward.ranking_loss(s[group == g], group[group == g], value[group == g])
+                        comparisons_right.append(accuracy.item())
                 else:
-                    true[name] += (v == 1).tolist()
-                    guess[name] += (s > 0).tolist()
+                    labels[axis] += (value == 1).tolist()
+                    guesses[axis] += (s > 0).tolist()
     rows = []
-    for name in axes:
-        row = {"checkpoint": name, "majority": 0.5 if name == "completeness" else None, "majority_se": None, "f1": None, "f1_se": None}
-        if true[name]:
-            right[name] = [t == g for t, g in zip(true[name], guess[name])]
-            good, errors, called = sum(true[name]) / len(true[name]), true[name].count(False), guess[name].count(False)
-            caught = sum(not t and not g for t, g in zip(true[name], guess[name]))
-            row |= {"majority": max(good, 1 - good), "f1": 2 * caught / max(1, errors + called)}
-        row["accuracy"], row["accuracy_se"] = evaluate.mean_se(right[name])
+    for axis in axes:
+        row = {"checkpoint": axis, "majority": None, "majority_se": None, "f1": None, "f1_se": None}
+        right = comparisons_right
+        if axis == "completeness":
+            row["majority"] = 0.5  # of two responses
+        else:
+            right = [label == guess for label, guess in zip(labels[axis], guesses[axis])]
+            if right:
+                good = labels[axis].count(True) / len(right)
+                row["majority"] = max(good, 1 - good)
+                row["f1"] = f1_of_errors(labels[axis], guesses[axis])
+        row["accuracy"], row["accuracy_se"] = evaluate.mean_se(right)
         rows.append(row)
     return rows
 
 
-def train_rewards(cfg, init, axes):
-    """Trains one reward model with a head for each of `axes`, from `init`, into cfg.out; cfg is a reward.Config."""
-    open_run(cfg.out)
-    device, amp = setup(cfg)
-    data = dataset(cfg.data, cfg.data_dir)
-    model, tokenizer_name = load_model(init, cfg)
-    model.set_scalar_heads(len(axes))
-    model, tokenizer = shard(model, cfg, device), get_tokenizer(tokenizer_name)
-    sources = examples(data, "train", axes, tokenizer, cfg.max_len)
-    check_labels(sources, axes, cfg)
-    groups, marks = (sum(lists, []) for lists in zip(*sources.values()))  # one list, the sources one after the other
-    lengths, order, first = list(map(group_length, groups)), [[] for _ in range(cfg.steps)], 0
-    sizes = {"spans": cfg.batch_size, "comparisons": cfg.batch_size // 4}
-    for kind, (source, _) in sources.items():
-        for rows, more in zip(order, batch_order(len(source), sizes[kind], cfg.steps, cfg.seed + first)):
-            rows += [first + i for i in more]
-        first += len(source)
-    say(f"finegrained: {', '.join(f'{len(source)} {kind}' for kind, (source, _) in sources.items())} of {cfg.data}, {init} -> {cfg.out} on {device}")
-
-    optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, (0.9, 0.99))
-    start = resume(cfg.out, cfg, model, optimizer)["step"] if cfg.resume else 0
-    log = Log(cfg.out, cfg, start)
-    configure(model, cfg)
-    for step in range(start, cfg.steps):
-        n = {name: max(1, sum(mark[0] == k for i in order[step] for mark in marks[i])) for k, name in enumerate(axes)}
-        n |= {"completeness": sizes["comparisons"]}
-        stats, metrics = {"tokens": 0}, Metrics()
-        for micro in level(micro_batches(share(order[step]), lengths, cfg.micro_tokens), model):
-            batch, *table = pack_marks(groups, marks, micro, device)
-            with amp:
-                scores = judge([model], batch, table[1])
-            losses, hits = reward_losses(scores, table[0], table[2], table[3], axes)
-            loss = sum(losses[name] / n[name] for name in axes)
-            loss.backward()
-            metrics.add(loss=loss, **{f"{name}_accuracy": hits[name] / n[name] for name in axes})
-            stats["tokens"] += sum(lengths[i] for i in micro)
-        stats, lr = metrics.mean(1) | sum_over_ranks(model, stats), cfg.lr * lr_schedule(step, cfg)
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = lr
-        grad_norm = clip_and_step(model, optimizer, cfg)
-        log(step + 1, **stats, lr=lr, grad_norm=grad_norm)
-        if due(step + 1, cfg) and step + 1 < cfg.steps:
-            save_checkpoint(cfg.out, step + 1, model, optimizer, cfg, tokenizer_name, axes=axes)
-
-    norm = normaliser(model, sources["comparisons"], cfg, amp) if "completeness" in axes else (0.0, 1.0)
-    save_checkpoint(cfg.out, cfg.steps, model, optimizer, cfg, tokenizer_name, axes=axes, completeness_mean=norm[0], completeness_std=norm[1])
-    rows = measure(model, axes, examples(data, "validation", axes, tokenizer, cfg.max_len, cfg.eval_n), cfg, amp)
-    if RANK == 0:
-        with writing(os.path.join(cfg.out, "eval.json")) as f:
-            json.dump(rows, f, indent=2)
-        say(f"\nheld-out feedback\n\n{evaluate.table(rows)}\n")
+def f1_of_errors(labels, guesses):
+    """2 · caught / (errors + guessed errors); labels and guesses are True for good segments."""
+    caught = sum(not label and not guess for label, guess in zip(labels, guesses))
+    return 2 * caught / max(1, labels.count(False) + guesses.count(False))
 
 
-def normaliser(model, source, cfg, amp):
-    """Mean and standard deviation of the completeness head on (at most eval_n of) the comparisons it learned from."""
-    groups, marks = (x[:max(2, cfg.eval_n)] for x in source)
-    scores = torch.cat([scores for *_, scores in judgements([model], groups, marks, cfg.micro_tokens, amp)])
-    return scores.mean().item(), scores.std().item()
+@dataclass
+class RewardModels:
+    models: list              # one with three heads, or three with one
+    axes: list                # of their heads, in order
+    completeness_mean: float  # of the scores of comparisons
+    completeness_std: float
 
 
-def load_rewards(cfg, init, tokenizer_name):
-    """The reward models, trained first where they are missing -> models and their axes, in one order; completeness' mean and std."""
+def load_rewards(cfg, init, tokenizer):
+    """Loads the reward models, after training them if they are missing -> RewardModels, frozen, on the CPU."""
     out = cfg.reward_models or run_dir("rewards", cfg)
-    parts = {out: list(AXES)} if cfg.share_trunk else {os.path.join(out, name): [name] for name in AXES}
-    settings = {"recipe": cfg.recipe, **reward.RECIPES.get(cfg.recipe, {}), "steps": cfg.reward_steps, "batch_size": cfg.reward_batch_size, "lr": cfg.reward_lr}
-    settings |= {k: getattr(cfg, k) for k in ("data", "data_dir", "device", "compile", "checkpoint_blocks", "fsdp", "max_len", "micro_tokens", "n_layer", "n_head", "n_embd")}
-    models, axes, norm = [], [], (0.0, 1.0)
-    for part, names in parts.items():
-        checkpoint = load_checkpoint(part) if checkpoint_files(part) else None
-        if checkpoint and checkpoint.get("axes") != names:
-            raise SystemExit(f"{part}: not a reward model for {', '.join(names)} (finegrained.py makes one)")
-        if not checkpoint or checkpoint["step"] < checkpoint["config"]["steps"]:
-            say(f"no reward model for {', '.join(names)} in {part}: training it first")
-            train_rewards(reward.Config(**settings, out=part, resume=bool(checkpoint)), init, names)
-            checkpoint = load_checkpoint(part)
-        model, its_tokenizer = load_model(part, cfg)
-        if its_tokenizer != tokenizer_name:
-            raise SystemExit(f"{part}: this reward model reads the tokenizer {its_tokenizer}, the policy {init} writes {tokenizer_name}")
-        models.append(model.requires_grad_(False))
-        axes += names
-        if "completeness" in names:
-            norm = checkpoint["completeness_mean"], checkpoint["completeness_std"]
-    return models, axes, norm
+    parts = {out: list(AXES)}
+    if not cfg.share_trunk:
+        parts = {os.path.join(out, axis): [axis] for axis in AXES}
+
+    loaded = RewardModels([], [], 0.0, 1.0)
+    for folder, axes in parts.items():
+        checkpoint = trained_checkpoint(folder, axes, init, cfg)
+        model, its_tokenizer = checkpoints.load_model(folder, cfg)
+        if its_tokenizer.name != tokenizer.name:
+            raise SystemExit(f"{folder}: this reward model has the tokenizer {its_tokenizer.name}, "
+                             f"the policy {init} has {tokenizer.name}")
+        loaded.models.append(model.requires_grad_(False))
+        loaded.axes += axes
+        if "completeness" in axes:
+            loaded.completeness_mean = checkpoint["completeness_mean"]
+            loaded.completeness_std = checkpoint["completeness_std"]
+    return loaded
+
+
+def trained_checkpoint(folder, axes, init, cfg):
+    """The checkpoint of a finished reward model for these axes, which is trained (or finished) first if need be."""
+    checkpoint = None
+    if checkpoints.checkpoint_files(folder):
+        checkpoint = checkpoints.load_checkpoint(folder)
+        if checkpoint.get("axes") != axes:
+            raise SystemExit(f"{folder}: not a reward model for {', '.join(axes)} (finegrained.py trains one)")
+        if checkpoint["step"] == checkpoint["config"]["steps"]:
+            return checkpoint
+    dist.print0(f"no reward model for {', '.join(axes)} in {folder}: training it first")
+    settings = {"recipe": cfg.recipe, **reward.RECIPES.get(cfg.recipe, {})}
+    settings |= {"steps": cfg.reward_steps, "batch_size": cfg.reward_batch_size, "lr": cfg.reward_lr}
+    for name in ("data", "data_dir", "device", "compile", "checkpoint_blocks", "fsdp", "max_len", "micro_tokens",
+                 "n_layer", "n_head", "n_embd"):
+        settings[name] = getattr(cfg, name)
+    train_rewards(reward.Config(**settings, out=folder, resume=checkpoint is not None), init, axes)
+    return checkpoints.load_checkpoint(folder)
 
 
 # ------------------------------------------------------------------------------------------------ the reward
 
-def finegrained_reward(models, axes, norm, tokenizer, cfg, amp):
-    """A reward_fn for ppo.train: r_t of §2 on the (B, R) grid, each judgement on its segment's last token, summed where they coincide."""
-    weights, (mean, std) = dict(zip(AXES, (cfg.w1, cfg.w2, cfg.w3))), norm
+def finegrained_reward(rewards, tokenizer, cfg):
+    """A reward_fn for ppo.train: r_t of §2. rewards: RewardModels."""
+    weights = {"relevance": cfg.w1, "factuality": cfg.w2, "completeness": cfg.w3}  # w_k
 
-    def worth(name, score):
-        if name == "completeness":
-            return (score - mean) / std
-        return 2 * score.sigmoid() - 1 if cfg.soft else score.sign()
+    def reward_of(axis, score):
+        """R_k of a segment, from its score."""
+        if axis == "completeness":
+            return (score - rewards.completeness_mean) / rewards.completeness_std
+        if cfg.soft:
+            return 2 * score.sigmoid() - 1
+        return score.sign()
 
     def reward_fn(prompts, responses):
-        groups = [(p, [r]) for p, r in zip(prompts, responses)]
-        marks = [[(axes.index(axis), token, 0) for axis, token, _, _ in segment_ends(tokenizer, r) if weights[axis]] for r in responses]
-        rewards = torch.zeros(ppo.length_mask(responses).shape)
-        for rows, axis, _, _, scores in judgements(models, groups, marks, cfg.micro_tokens, amp):
-            where = [(i, token) for i in rows for _, token, _ in marks[i]]
-            for (i, token), k, score in zip(where, axis.tolist(), scores.cpu()):
-                rewards[i, token] += weights[axes[k]] * worth(axes[k], score)
-        return rewards
+        # Segment: cut each response, differently for each axis. An axis of weight 0 is not asked.
+        marks = []
+        for response in responses:
+            segments_of_response = cut_response(tokenizer, response)
+            marks.append([Mark(s.axis, s.token, 0) for s in segments_of_response if weights[s.axis]])
+        feedback = Feedback([(prompt, [response]) for prompt, response in zip(prompts, responses)], marks)
+
+        r = torch.zeros(ppo.length_mask(responses).shape)  # (B, R)
+        for rows, _, scores in judgements(rewards.models, feedback, rewards.axes, cfg.micro_tokens):
+            # Judge: a score for each segment of these rows.
+            scores = iter(scores.cpu())
+            for i in rows:
+                for mark in marks[i]:
+                    # Weigh, and place on the segment's last token; where segments end together, their rewards add up.
+                    r[i, mark.token] += weights[mark.axis] * reward_of(mark.axis, next(scores))
+        return r
+
     return reward_fn
 
 
 def train(cfg):
-    """Runs the stage, building its SFT and reward models first where they are missing; returns the trained policy."""
-    known("reward", cfg.reward, ["finegrained", "rm", "gold"])
-    if cfg.reward != "finegrained":
-        return ppo.train(replace(cfg, out=cfg.out or run_dir({"rm": "holistic"}.get(cfg.reward, cfg.reward), cfg)))
+    """Runs the stage, after training the SFT and reward models if they are missing. Returns the trained policy."""
+    if cfg.reward != "finegrained":  # the baselines: PPO as it is
+        stage = "holistic" if cfg.reward == "rm" else cfg.reward
+        return ppo.train(replace(cfg, out=cfg.out or run_dir(stage, cfg)))
+
+    run = Run("finegrained", cfg)
     data = dataset(cfg.data, cfg.data_dir)
     if not hasattr(data, "spans"):
         raise SystemExit(f"--data={cfg.data}: holds no span feedback")
-    ppo.check(cfg, data, finegrained_reward)
-    out = cfg.out or run_dir("finegrained", cfg)
-    open_run(out)
-    cfg = replace(cfg, init=require("sft", cfg, cfg.init), out=out)
-    device, amp = setup(cfg)
-    tokenizer_name = load_model(cfg.init, cfg)[1]
-    models, axes, norm = load_rewards(cfg, cfg.init, tokenizer_name)
-    models = [shard(model, cfg, device) for model in models]
-    return ppo.train(cfg, finegrained_reward(models, axes, norm, get_tokenizer(tokenizer_name), cfg, amp))
+    ppo.check_settings(cfg, data, has_reward_fn=True)
+    init = cfg.init or run.train_if_missing("sft")
+
+    # The three reward models, then PPO from their rewards.
+    _, tokenizer = run.load_model(init)
+    rewards = load_rewards(cfg, init, tokenizer)
+    rewards.models = [run.prepare(model) for model in rewards.models]
+    reward_fn = finegrained_reward(rewards, tokenizer, cfg)
+    return ppo.train(replace(cfg, init=init, out=run.out), reward_fn)
 
 
 if __name__ == "__main__":

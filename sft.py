@@ -1,15 +1,15 @@
 """Supervised fine-tuning: the first stage of InstructGPT (Ouyang et al. 2022, arXiv:2203.02155 §3.5).
 
-The language-model loss on demonstrations, over the response tokens alone:
+The language-model loss on demonstrations, taken over the tokens of the response only:
 
-    L(θ) = − Σ_t log π_θ(y_t | x, y_<t) / number of response tokens in the batch
+    L(θ) = −Σ_t log π_θ(y_t | x, y_<t) / number of response tokens in the batch
 
-What comes out is π_SFT: the policy that every later stage starts from, and the reference π_ref that its KL is measured to.
+The result is π_SFT: the policy that every later stage starts from, and the reference π_ref that its KL is measured to.
 
     python sft.py                                  the animals world, from nothing
     python sft.py hh --init=gpt2-medium            the chosen answers of Anthropic's HH-RLHF
-    python sft.py tldr                             Reddit posts and their TL;DRs; qa_feedback and imdb likewise
-    python sft.py --data=mine.jsonl --init=gpt2    your own file (data/jsonl.py has the schemas)
+    python sft.py tldr                             Reddit posts and their TL;DRs; likewise qa_feedback and imdb
+    python sft.py --data=mine.jsonl --init=gpt2    your own file (data/jsonl.py describes the formats)
 
 Left out: dropout, loss on prompts.
 """
@@ -18,128 +18,123 @@ from dataclasses import dataclass
 import torch
 
 import evaluate
-from common import (Log, Metrics, clip_and_step, configure, due, lr_schedule, level, load_model, make_optimizer, open_run, parse, resume,
-                    run_dir, save_checkpoint, say, setup, shard, share, sum_over_ranks)
-from data import batch_order, dataset, encode_groups, get_tokenizer, group_length, micro_batches, pack
+from common.dist import sync_gradients
+from common.log import Metrics
+from common.optim import lr_schedule, make_optimizer, optimizer_step
+from common.options import NonNegativeFloat, NonNegativeInt, PositiveInt, RunConfig, parse
+from common.run import Run
+from data import dataset, encode_groups
+from engine.packing import pack
 
 
 @dataclass
-class Config:
-    recipe: str = "animals"         # the positional argument
-    data: str = "animals"           # animals, hh, hh/SUBSET, qa_feedback, tldr, imdb, a .jsonl[.gz] or a _feedback.json file
-    data_dir: str = "data/files"    # where published files are looked for before they are fetched
-    init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], a run's folder, or a folder in the Hugging Face format
-    out: str | None = None          # the run's folder; None: out/sft-RECIPE, or out/sft-FILE
-    steps: int = 1500               # optimizer steps
-    batch_size: int = 16            # prompts a step, each with up to four of its demonstrations, over all processes
-    micro_tokens: int = 16384       # tokens a forward pass at most; a larger batch is accumulated
-    max_len: int = 64               # prompt and response together, in tokens
-    lr: float = 4e-3                # peak learning rate
-    warmup: int = 20                # steps of linear warm-up, before the cosine to 0
-    weight_decay: float = 0.0       # on matrices
-    grad_clip: float = 1.0          # largest norm of the gradient
-    n_layer: int = 4                # with --init=scratch
-    n_head: int = 4                 # with --init=scratch
-    n_embd: int = 64                # with --init=scratch
-    seed: int = 0                   # of weights, data order and sampling
-    device: str | None = None       # cpu, cuda, cuda:1 …; None: cuda where there is one
-    compile: bool | None = None     # torch.compile; None: on CUDA
-    checkpoint_blocks: bool = False  # recompute each block in the backward pass: a third more work, the activations of one block at a time
-    fsdp: bool = False              # shard the model's weights, gradients and optimizer over the processes (torchrun)
-    val_every: int = 100            # steps between validation losses
-    log_every: int = 50             # steps between lines on the console
-    ckpt_every: int = 100           # steps between checkpoints
-    wandb: str | None = None        # the project of Weights & Biases that gets the log too
-    tensorboard: bool = False       # the log also for TensorBoard, in OUT/tensorboard
-    eval_n: int = 500               # prompts in the closing table
-    resume: bool = False            # go on from the run's last checkpoint
+class Config(RunConfig):
+    init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], a run's folder, or a Hugging Face folder
+    steps: PositiveInt = 1500       # optimizer steps
+    batch_size: PositiveInt = 16    # prompts per step, each with up to four demonstrations, over all processes
+    lr: NonNegativeFloat = 4e-3     # peak learning rate
+    warmup: NonNegativeInt = 20     # steps of linear warm-up, before the cosine to 0
+    val_every: PositiveInt = 100    # steps between validation losses
+    log_every: PositiveInt = 50     # steps between lines on the console
+    ckpt_every: PositiveInt = 100   # steps between checkpoints
 
 
 RECIPES = {
     "hh": dict(data="hh", init="gpt2", steps=2000, batch_size=64, max_len=512, lr=2e-5, warmup=100, val_every=200,
                log_every=10, ckpt_every=500, eval_n=64),
-    "qa_feedback": dict(data="qa_feedback", init="gpt2", steps=300, batch_size=32, max_len=1024, lr=2e-5, warmup=20, val_every=100,
-                        log_every=10, ckpt_every=100, eval_n=64),
-    # arXiv:2009.01325 B.1, its 1.3B model: batch 128, one epoch of 116,722, 6.35e-5. Posts have up to 512 tokens
+    "qa_feedback": dict(data="qa_feedback", init="gpt2", steps=300, batch_size=32, max_len=1024, lr=2e-5, warmup=20,
+                        val_every=100, log_every=10, ckpt_every=100, eval_n=64),
+    # arXiv:2009.01325 B.1, its 1.3B model: batch 128, one epoch of 116,722, lr 6.35e-5. Posts have up to 512 tokens
     "tldr": dict(data="tldr", init="gpt2", steps=910, batch_size=128, max_len=640, lr=6.35e-5, warmup=50, val_every=200,
                  log_every=10, ckpt_every=200, eval_n=64),
     # arXiv:2305.18290 C.1: gpt2-large, about one epoch; a prefix of up to 8 tokens and 128 more
-    "imdb": dict(data="imdb", init="gpt2-large", steps=350, batch_size=64, max_len=136, lr=2e-5, warmup=20, val_every=100,
-                 log_every=10, ckpt_every=100, eval_n=64),
+    "imdb": dict(data="imdb", init="gpt2-large", steps=350, batch_size=64, max_len=136, lr=2e-5, warmup=20,
+                 val_every=100, log_every=10, ckpt_every=100, eval_n=64),
 }
 
+MAX_DEMONSTRATIONS = 4  # to one prompt in one group
 
-def by_prompt(demonstrations, most=4):
-    """[(prompt, response), …] -> [(prompt, [response, …]), …]: answers to one prompt share a group, which computes it once."""
-    answers = {}
+
+def group_by_prompt(demonstrations):
+    """[(prompt, response), …] -> [(prompt, [response, …]), …]: a prompt is computed once for up to four of its responses."""
+    responses_to = {}
     for prompt, response in demonstrations:
-        answers.setdefault(prompt, []).append(response)
-    return [(prompt, rs[i:i + most]) for prompt, rs in answers.items() for i in range(0, len(rs), most)]
+        responses_to.setdefault(prompt, []).append(response)
+    groups = []
+    for prompt, responses in responses_to.items():
+        for i in range(0, len(responses), MAX_DEMONSTRATIONS):
+            groups.append((prompt, responses[i:i + MAX_DEMONSTRATIONS]))
+    return groups
 
 
 def sft_loss(logprobs, n_tokens):
-    """−Σ log π(y_t | x, y_<t) over n_tokens. logprobs (N,), those of a part of the batch; n_tokens of the whole batch."""
+    """−Σ log π(y_t | x, y_<t) / n_tokens. logprobs (N,): of a part of the batch; n_tokens: response tokens of all of it."""
     return -logprobs.sum() / n_tokens
 
 
-def response_tokens(groups):
+def count_response_tokens(groups):
     """How many tokens the loss is taken over."""
-    return sum(len(response) for _, responses in groups for response in responses)
+    total = 0
+    for _, responses in groups:
+        total += sum(map(len, responses))
+    return total
 
 
 @torch.no_grad()
-def validation_loss(policy, groups, cfg, device, amp):
-    """Mean over response tokens, in nats; None without validation data."""
-    total, lengths = 0.0, list(map(group_length, groups))
-    for micro in micro_batches(range(len(groups)), lengths, cfg.micro_tokens):
-        batch = pack([groups[i] for i in micro]).to(device)
-        with amp:
-            total += policy.logprobs(batch).sum().item()
-    return -total / response_tokens(groups) if groups else None
+def validation_loss(policy, groups, run):
+    """The mean over response tokens, in nats; None if there are no validation data. Every process computes all of it."""
+    if not groups:
+        return None
+    total = 0.0
+    for rows in run.local_micro_batches(groups, policy):
+        batch = pack([groups[i] for i in rows]).to(run.device)
+        total += policy.logprobs(batch).sum().item()
+    return -total / count_response_tokens(groups)
 
 
 def train(cfg):
-    """Runs the stage; returns the trained policy."""
-    out = cfg.out or run_dir("sft", cfg)
-    open_run(out)
-    device, amp = setup(cfg)
+    """Runs the stage. Returns the trained policy."""
+    run = Run("sft", cfg)  # the device, the folder, the log and the checkpoints
     data = dataset(cfg.data, cfg.data_dir)
-    policy, tokenizer_name = load_model(cfg.init, cfg)
-    tokenizer, policy = get_tokenizer(tokenizer_name), shard(policy, cfg, device)
-    say(f"sft: {sum(p.numel() for p in policy.parameters()) / 1e6:.1f}M parameters on {device}, {cfg.data} -> {out}")
+    policy, tokenizer = run.load_model(cfg.init)
+    policy = run.prepare(policy)
+    n_parameters = sum(p.numel() for p in policy.parameters())
+    run.print0(f"sft: {n_parameters / 1e6:.1f}M parameters on {run.device}, {cfg.data} -> {run.out}")
 
-    groups, validation = [encode_groups(tokenizer, by_prompt(data.demonstrations(split)), cfg.max_len) for split in ("train", "validation")]
-    lengths = list(map(group_length, groups))
-    order = batch_order(len(groups), cfg.batch_size, cfg.steps, cfg.seed)
+    # Demonstrations: a prompt x and one or more responses y, as token ids.
+    groups = encode_groups(tokenizer, group_by_prompt(data.demonstrations("train")), cfg.max_len)
+    validation = encode_groups(tokenizer, group_by_prompt(data.demonstrations("validation")), cfg.max_len)
+    batches = run.shuffled_batches(groups)
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
-    start = resume(out, cfg, policy, optimizer)["step"] if cfg.resume else 0
-    log = Log(out, cfg, start)
-    configure(policy, cfg)
+    run.resume(policy, optimizer)
 
-    for step in range(start, cfg.steps):
-        n_tokens = response_tokens([groups[i] for i in order[step]])  # over all processes
-        stats, metrics = {"tokens": 0}, Metrics()
-        for micro in level(micro_batches(share(order[step]), lengths, cfg.micro_tokens), policy):
-            batch = pack([groups[i] for i in micro]).to(device)
-            with amp:
-                logprobs = policy(batch)  # (N,)
+    for step in range(run.start, cfg.steps):
+        metrics = Metrics()
+        n_tokens = count_response_tokens([groups[i] for i in batches[step]])
+
+        # 1. The gradients of the micro-batches add up to the gradient of the batch.
+        for rows in run.micro_batches(batches[step], groups):
+            batch = pack([groups[i] for i in rows]).to(run.device)
+            logprobs = policy.logprobs(batch)  # (N,): log π(y_t | x, y_<t)
             loss = sft_loss(logprobs, n_tokens)
             loss.backward()
             metrics.add(loss=-logprobs)
-            stats["tokens"] += sum(lengths[i] for i in micro)
-        stats = metrics.mean(n_tokens) | sum_over_ranks(policy, stats)
+
+        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of the gradient.
+        sync_gradients(policy)
         lr = cfg.lr * lr_schedule(step, cfg)
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = lr
-        grad_norm = clip_and_step(policy, optimizer, cfg)
+        grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        done = step + 1
-        val_loss = validation_loss(policy, validation, cfg, device, amp) if done % cfg.val_every == 0 or done == cfg.steps else None
-        log(done, stats["tokens"], loss=stats["loss"], val_loss=val_loss, lr=lr, grad_norm=grad_norm)
-        if due(done, cfg):
-            save_checkpoint(out, done, policy, optimizer, cfg, tokenizer_name)
+        # 3. Log, now and then with the loss on held-out demonstrations, and save a checkpoint when one is due.
+        val_loss = None
+        if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
+            val_loss = validation_loss(policy, validation, run)
+        run.log(step + 1, **metrics.mean(n_tokens), val_loss=val_loss, lr=lr, grad_norm=grad_norm)
+        run.save_if_due(step + 1, policy, optimizer)
 
-    evaluate.report(out, cfg, [(cfg.init, load_model(cfg.init, cfg)[0]), (out, policy)], data, tokenizer)
+    # The model before and after, on held-out prompts.
+    del optimizer
+    evaluate.report(run, policy, cfg.init, data)
     return policy
 
 

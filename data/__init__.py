@@ -1,44 +1,45 @@
-"""Datasets, tokenizers and the packed batch. What a dataset gives:
+"""Datasets and tokenizers. A dataset is a module or an object with these functions, as far as its data have them:
 
-    demonstrations(split)   -> list of (prompt, response)
-    comparisons(split, k=2) -> list of (prompt, [response, …] best first), k responses where the data has as many; where some tie,
-                               (prompt, [response, …], [rank, …]), 0 best
-    prompts(split)          -> list of prompt
-    spans(split)            -> list of (prompt, response, [(start, end, category), …]), in characters of the response
-    completeness(split)     -> list of (prompt, [response, …] the most complete first)
-    gold(prompt, response)  -> the true reward, where one can be computed
+    demonstrations(split)   -> [(prompt, response), …]
+    comparisons(split, k=2) -> [Comparison(prompt, responses, ranks), …] of k responses each, if the data have as many
+    prompts(split)          -> [prompt, …]
+    spans(split)            -> [(prompt, response, [(start, end, category), …]), …], in characters of the response
+    completeness(split)     -> comparisons by how complete the responses are
+    gold(prompt, response)  -> the true reward, where it can be computed
     tokenizer()             -> a tiktoken.Encoding
 
-with split one of "train", "validation", "test".
+split is "train", "validation" or "test". Prompts and responses are text.
 """
 import os
 
-from data.packing import Batch, batch_order, group_length, micro_batches, pack, per_sequence
+from data import animals
+from data.comparisons import check_pairs, encode_pairs
+from data.hh import HH, SUBSETS
+from data.imdb import IMDB
+from data.jsonl import Jsonl
+from data.qa_feedback import QAFeedback
+from data.tldr import TLDR
 from data.tokenizers import encode_groups, encode_prompts, get_tokenizer
 
 
 def dataset(name, data_dir="data/files"):
-    """The dataset called `name` ("animals", "hh", "hh/SUBSET", "qa_feedback", "tldr", "imdb"), or the one in the file of that path."""
+    """The dataset of that name ("animals", "hh", "hh/SUBSET", "qa_feedback", "tldr", "imdb"), or of the file at that path."""
     if name == "animals":
-        from data import animals
         return animals
     if name.split("/")[0] == "hh" and not os.path.isfile(name):
-        from data.hh import HH, SUBSETS
         subset = name.partition("/")[2]
         if subset and subset not in SUBSETS:
             raise SystemExit(f"--data={name}: HH-RLHF has {', '.join(SUBSETS)}")
         return HH(data_dir, [subset] if subset else SUBSETS)
     if name == "qa_feedback" or name.endswith("_feedback.json") and os.path.isfile(name):
-        from data.qa_feedback import QAFeedback
         return QAFeedback(data_dir, None if name == "qa_feedback" else name)
     if name == "tldr":
-        from data.tldr import TLDR
         return TLDR(data_dir)
     if name == "imdb":
-        from data.imdb import IMDB
         return IMDB(data_dir)
     if not os.path.isfile(name):
-        hint = "; `python data/imdb.py` makes it" if os.path.basename(name) == "imdb-pairs.jsonl" else ""
+        hint = ""
+        if os.path.basename(name) == "imdb-pairs.jsonl":
+            hint = "; `python sample.py out/sft-imdb --pairs=out/imdb-pairs.jsonl --reward_model=out/reward-imdb` makes it"
         raise SystemExit(f"--data={name}: no such file, and none of the datasets animals, hh, qa_feedback, tldr, imdb{hint}")
-    from data.jsonl import Jsonl
     return Jsonl(name)

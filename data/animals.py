@@ -25,6 +25,8 @@ from itertools import combinations, permutations
 import numpy as np
 import tiktoken
 
+from data.schema import Comparison
+
 ATTRIBUTES = {  # how a prompt asks for it, how an answer states it
     "kind": ("what it is", "It is a {}."),
     "food": ("what it eats", "It eats {}."),
@@ -175,7 +177,8 @@ def comparisons(split, k=2, reward=gold):
     for (rng, prompt, animal, asked), z in zip(draw(split, "comparisons"), noise):
         responses = [answer(animal, asked, rng) for _ in range(k)]
         label = {i: LABEL_SCALE * reward(prompt, r) + z[i] for i, r in enumerate(responses)}
-        result.append((prompt, [responses[i] for i in sorted(label, key=label.get, reverse=True)]))
+        best_first = sorted(label, key=label.get, reverse=True)
+        result.append(Comparison(prompt, [responses[i] for i in best_first], ranks=list(range(k))))
     return result
 
 

@@ -4,11 +4,14 @@ A file is looked for at DATA_DIR/hh-rlhf/SUBSET/{train,test}.jsonl.gz before it 
 {"chosen": dialogue, "rejected": dialogue}; the prompt is all that the two share up to an "\\n\\nAssistant:", the responses what
 follows. One training comparison in a hundred is kept for validation; "test" is the published test file.
 """
+import logging
 import os
 
-from data.files import check_text, fetch, read_lines, say
+from data.files import check_text, read_lines
 from data.jsonl import Jsonl, common_prompt, keys, text
+from engine.files import fetch
 
+log = logging.getLogger(__name__)
 SUBSETS = ["harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"]
 URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/{}/{}.jsonl.gz"
 SHA256 = {("harmless-base", "test"): "ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03"}
@@ -39,5 +42,5 @@ class HH(Jsonl):
                 else:
                     empty += 1
         if empty:
-            say(f"hh: left out {empty} comparisons of the {split} split with an empty response")
+            log.info(f"hh: left out {empty} comparisons of the {split} split with an empty response")
         return examples

@@ -14,7 +14,7 @@ The paper's frontier (Figure 2, left) is
 
     python sft.py imdb
     python reward.py imdb
-    python data/imdb.py                  4 completions a prefix of the SFT model, their 6 pairs ordered by the reward: out/imdb-pairs.jsonl
+    python sample.py out/sft-imdb --pairs=out/imdb-pairs.jsonl --reward_model=out/reward-imdb
     for beta in 0.05 0.1 1 5; do python dpo.py imdb --beta=$beta --out=out/dpo-imdb-beta$beta; done
     for kl in 3 6 9 12; do python ppo.py imdb --kl_target=$kl --out=out/ppo-imdb-kl$kl; done
     python evaluate.py out/sft-imdb out/dpo-imdb-beta* out/ppo-imdb-kl* --data=imdb --reward_model=out/reward-imdb --frontier --plot=f.png
@@ -22,29 +22,21 @@ The paper's frontier (Figure 2, left) is
 A text that is longer than max_len, the same in all stages, loses its end and its EOS with it; a completion that did not end is sampled
 beyond max_len, so that no stage takes the place where sampling stopped for an end.
 """
-import argparse
-import json
 import os
 import random
 import re
-import sys
 import tarfile
 import zlib
 from functools import cache
-from itertools import combinations
 
-if __name__ == "__main__":  # run as a file: modules are looked for beside the stages, not beside this one
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-from data.files import fetch  # noqa: E402
-from data.tokenizers import encode, encode_groups, encode_prompts, get_tokenizer  # noqa: E402
+from data.schema import Comparison
+from data.tokenizers import encode, get_tokenizer
+from engine.files import fetch
 
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
 MEMBER = re.compile(r"aclImdb/(train|test)/(pos|neg)/(\d+)_\d+\.txt")
-PREFIX = (2, 8)   # tokens of a prompt, both included
-COMPLETIONS = 4   # of a prefix
-SPARE = 8         # tokens sampled beyond max_len: text that is encoded anew may become a little shorter
+PREFIX = (2, 8)  # tokens of a prompt, both included
 
 
 class IMDB:
@@ -104,65 +96,4 @@ class IMDB:
         if k != 2:
             raise SystemExit(f"--k={k}: the comparisons of imdb are pairs of a positive and a negative review, K is 2")
         positive, negative = ([text for text, good in self.reviews(split) if good == label] for label in (True, False))
-        return [("", [p, n]) for p, n in zip(positive, negative)]
-
-
-# ------------------------------------------------------------------------------------------------ the preference pairs
-
-def ordered_pairs(prompt, responses, scores):
-    """All pairs of the responses, the one of the higher score chosen, as lines of data/jsonl.py; without ties and empty responses."""
-    ranked = sorted(zip(scores, responses), key=lambda pair: -pair[0])
-    return [{"prompt": prompt, "chosen": chosen, "rejected": rejected}
-            for (high, chosen), (low, rejected) in combinations(ranked, 2) if high > low and chosen and rejected]
-
-
-def complete(policy, tokenizer, prompts, max_new_tokens, batch_size=128):
-    """[(prompt, COMPLETIONS sampled responses), …], as text, at temperature 1."""
-    import torch
-    torch.manual_seed(0)
-    ids, examples = [p.tolist() for p in encode_prompts(tokenizer, prompts)], []
-    for i in range(0, len(prompts), batch_size):
-        print(f"{i} of {len(prompts)} prefixes completed", flush=True)
-        each = [p for p in ids[i:i + batch_size] for _ in range(COMPLETIONS)]
-        responses = policy.generate(each, max_new_tokens, eos=tokenizer.eot_token)
-        texts = [tokenizer.decode([t for t in r if t != tokenizer.eot_token]) for r in responses]
-        examples += [(p, texts[COMPLETIONS * j:COMPLETIONS * (j + 1)]) for j, p in enumerate(prompts[i:i + batch_size])]
-    return examples
-
-
-def make_pairs(args):
-    """Completions of the SFT model for `n` training prefixes, scored as DPO will see them, cut to max_len; their pairs to a .jsonl."""
-    import torch
-    from common import load_model, score_groups, writing
-    (policy, name), (reward_model, its_name) = load_model(args.sft), load_model(args.reward_model)
-    if reward_model.config.n_scalars != 1 or its_name != name:
-        raise SystemExit(f"{args.reward_model}: not a reward model for the tokenizer {name}")
-    new_tokens = args.max_len + SPARE
-    context, needed = policy.config.block_size, PREFIX[1] + new_tokens
-    if context < needed:
-        raise SystemExit(f"{args.sft}: its context is {context} tokens, --max_len={args.max_len} needs {needed}")
-    if torch.cuda.is_available():
-        policy, reward_model = policy.to("cuda", torch.bfloat16), reward_model.to("cuda")
-    tokenizer = get_tokenizer(name)
-    examples = complete(policy, tokenizer, IMDB(args.data_dir).prompts("train")[:args.n], new_tokens)
-    scores = score_groups(reward_model, encode_groups(tokenizer, examples, args.max_len)).view(-1, COMPLETIONS).tolist()
-    pairs = [pair for (prompt, responses), s in zip(examples, scores) for pair in ordered_pairs(prompt, responses, s)]
-    with writing(args.out) as f:
-        f.writelines(json.dumps(pair) + "\n" for pair in pairs)
-    left_out = len(examples) * COMPLETIONS * (COMPLETIONS - 1) // 2 - len(pairs)
-    print(f"{len(pairs)} pairs of {len(examples)} prefixes -> {args.out}; left out {left_out} that tie or have an empty side")
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="preference pairs for `python dpo.py imdb`: see the head of this file")
-    parser.add_argument("--sft", metavar="RUN", default="out/sft-imdb", help="the policy that is sampled (default out/sft-imdb)")
-    parser.add_argument("--reward_model", metavar="RUN", default="out/reward-imdb", help="what orders them (default out/reward-imdb)")
-    parser.add_argument("--out", metavar="FILE", default="out/imdb-pairs.jsonl", help="default out/imdb-pairs.jsonl")
-    parser.add_argument("--n", type=int, default=25_000, help="prefixes (default 25000)")
-    parser.add_argument("--max_len", type=int, default=136, help="prefix and completion, in tokens, as in the recipes (default 136)")
-    parser.add_argument("--data_dir", default="data/files", help="as in the stages (default data/files)")
-    make_pairs(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    main()
+        return [Comparison("", [p, n], ranks=[0, 1]) for p, n in zip(positive, negative)]

@@ -12,8 +12,10 @@ prompt, completion, chosen and rejected may be lists of messages too; turns are 
 import os
 from functools import cache
 
-from data.files import check_text, read_lines, shown
+from data.files import check_text, read_lines
+from data.schema import Comparison
 from data.tokenizers import get_tokenizer
+from engine.files import short_repr
 
 ROLES = {"system": "", "user": "\n\nHuman: ", "human": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
 ASSISTANT = "\n\nAssistant:"
@@ -38,7 +40,7 @@ def render(messages, where):
 
 def keys(record):
     """The keys that were found, for an error's one line."""
-    return ", ".join(map(shown, sorted(record)[:6])) or "nothing"
+    return ", ".join(map(short_repr, sorted(record)[:6])) or "nothing"
 
 
 def common_prompt(chosen, rejected):
@@ -99,7 +101,10 @@ class Jsonl:
     def comparisons(self, split, k=2):
         if k != 2:
             raise SystemExit(f"--k={k}: {self.path} holds pairs, K is 2")
-        pairs = [(prompt, responses) for prompt, responses in self.records(split) if len(responses) == 2]
+        pairs = []
+        for prompt, responses in self.records(split):
+            if len(responses) == 2:
+                pairs.append(Comparison(prompt, responses, ranks=[0, 1]))
         if split == "train" and not pairs:
             raise SystemExit(f"{self.path}: holds demonstrations only; a comparison has 'chosen' and 'rejected'")
         return pairs

@@ -9,13 +9,17 @@ _feedback.json, is split instead: of every ten records, the first is kept for va
 The prompt is passages and question, the question last: a prompt that is cut loses its beginning.
 """
 import json
+import logging
 import os
 from functools import cache
 from itertools import combinations
 
-from data.files import check_text, fetch, say, shown
+from data.files import check_text
+from data.schema import Comparison
 from data.tokenizers import get_tokenizer
+from engine.files import fetch, short_repr
 
+log = logging.getLogger(__name__)
 URL = "https://raw.githubusercontent.com/allenai/FineGrainedRLHF/main/tasks/qa_feedback/data/{}_feedback.json"
 SHA256 = {"dev": "f394289ecfdc5a2d1663170254b92d75ad3c53ba36df9f627c70d4c6fc4f3291"}
 CATEGORIES = ["Irrelevant", "Redundant", "Incoherent", "Wrong-Grounding", "Unverifiable"]
@@ -68,16 +72,17 @@ class QAFeedback:
             answers = [" " + r[p].strip() for p in PREDICTIONS]
             pairs = [(a, b) if p == 1 else (b, a) for (a, b), p in zip(PAIRS, r["preference"]) if p]
             if k == 2:
-                result += [(prompt(r), [answers[w], answers[l]]) for w, l in pairs]
+                result += [Comparison(prompt(r), [answers[w], answers[l]], ranks=[0, 1]) for w, l in pairs]
                 ties += len(PAIRS) - len(pairs)
                 continue
             score = [sum((w == i) - (l == i) for w, l in pairs) for i in range(4)]
             order = sorted(range(4), key=lambda i: -score[i])
             ties += not any(score)
             if any(score):  # not all of them tie
-                result.append((prompt(r), [answers[i] for i in order], [sum(s > score[i] for s in score) for i in order]))
+                ranks = [sum(s > score[i] for s in score) for i in order]
+                result.append(Comparison(prompt(r), [answers[i] for i in order], ranks))
         if ties:
-            say(f"qa_feedback: left out {ties} comparisons of the {split} split that tie")
+            log.info(f"qa_feedback: left out {ties} comparisons of the {split} split that tie")
         return result
 
     def spans(self, split):
@@ -87,8 +92,13 @@ class QAFeedback:
 
     def completeness(self, split):
         """(prompt, [the annotator's correction, prediction 1]) where information was marked as missing in prediction 1."""
-        return [(prompt(r), [" " + r["feedback"]["corrected-prediction"].strip(), " " + r["prediction 1"].strip()])
-                for r in self.records(split) if r["feedback"]["missing-info"] and r["feedback"]["corrected-prediction"].strip()]
+        result = []
+        for r in self.records(split):
+            correction = r["feedback"]["corrected-prediction"].strip()
+            if r["feedback"]["missing-info"] and correction:
+                responses = [" " + correction, " " + r["prediction 1"].strip()]
+                result.append(Comparison(prompt(r), responses, ranks=[0, 1]))
+        return result
 
 
 def prompt(record):
@@ -117,8 +127,8 @@ def check(record, where):
     end_of_last, length = 0, len(record["prediction 1"])
     for error in sorted(feedback["errors"], key=lambda e: start_of(e, need)):
         start, end = error["start"], error.get("end")
-        span = f"the span {shown(start)}–{shown(end)}"
-        need(error.get("error type") in CATEGORIES, f"unknown error type {shown(error.get('error type'))}; there are {', '.join(CATEGORIES)}")
+        span = f"the span {short_repr(start)}–{short_repr(end)}"
+        need(error.get("error type") in CATEGORIES, f"unknown error type {short_repr(error.get('error type'))}; there are {', '.join(CATEGORIES)}")
         need(type(end) is int and 0 <= start < end, f"{span} is empty, reversed or negative")
         need(end <= length, f"{span} ends outside prediction 1, which has {length} characters")
         need(start >= end_of_last, f"{span} overlaps the one that ends at {end_of_last}")

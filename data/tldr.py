@@ -10,12 +10,16 @@ The comparisons of a split lie in all batches. The paper chose its models on val
 which is "test". Left out: the batches about CNN/DM articles, the ratings along axes, and the posts without a summary that the paper
 added as prompts for PPO.
 """
+import logging
 import os
 from functools import cache
 
-from data.files import check_text, fetch, read_lines, say, shown
+from data.files import check_text, read_lines
+from data.schema import Comparison
 from data.tokenizers import get_tokenizer
+from engine.files import fetch, short_repr
 
+log = logging.getLogger(__name__)
 URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback/"
 BATCHES = [f"batch{i}" for i in [*range(3, 21), 22]] + ["edit_b2_eval_test"]  # all that are about posts; there is no batch21
 FILES = {"train": "train", "validation": "valid", "test": "test"}
@@ -46,12 +50,12 @@ class TLDR:
             path = fetch(os.path.join(self.folder, "comparisons", batch + ".json"), f"{URL}dataset/comparisons/{batch}.json")
             for where, record in read_lines(path):
                 example = comparison(record, split, where)
-                if example and " " in example[1]:
+                if example and " " in example.responses:
                     empty += 1
                 elif example:
                     examples.append(example)
         if empty:
-            say(f"tldr: left out {empty} comparisons of the {split} split with an empty summary")
+            log.info(f"tldr: left out {empty} comparisons of the {split} split with an empty summary")
         return examples
 
     def comparisons(self, split, k=2):
@@ -74,16 +78,16 @@ def response(record, key, where):
 def comparison(record, split, where):
     """(prompt, [chosen, rejected]), or None for a record of another split; SystemExit naming file and line where it is no comparison."""
     if field(record, "split", str, where) not in SPLITS:
-        raise SystemExit(f"{where}: unknown split {shown(record['split'])}; there are {', '.join(SPLITS)}")
+        raise SystemExit(f"{where}: unknown split {short_repr(record['split'])}; there are {', '.join(SPLITS)}")
     if SPLITS[record["split"]] != split:
         return None
     info, summaries, choice = field(record, "info", dict, where), field(record, "summaries", list, where), record.get("choice")
     if len(summaries) != 2 or not all(isinstance(s, dict) for s in summaries):
         raise SystemExit(f"{where}: 'summaries' must be two objects with a 'text'")
     if type(choice) is not int or choice not in (0, 1):
-        raise SystemExit(f"{where}: 'choice' must be 0 or 1, the better of the two summaries; found {shown(choice)}")
+        raise SystemExit(f"{where}: 'choice' must be 0 or 1, the better of the two summaries; found {short_repr(choice)}")
     responses = [response(s, "text", where) for s in summaries]
-    return prompt(info, where), [responses[choice], responses[1 - choice]]
+    return Comparison(prompt(info, where), [responses[choice], responses[1 - choice]], ranks=[0, 1])
 
 
 def field(record, key, kind, where):

@@ -1,19 +1,20 @@
 """Tokenizers are tiktoken encodings, known by name, so that a checkpoint can say which one it speaks; text to groups of tokens."""
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import numpy as np
 import tiktoken
 
-from data.files import say
+from data import animals
 
+log = logging.getLogger(__name__)
 LONGEST = 2**19  # characters that tiktoken is given at once
 
 
 def get_tokenizer(name):
     """The tiktoken.Encoding called `name`: "gpt2", which tiktoken fetches once, or "animals", made here."""
     if name == "animals":
-        from data import animals
         return animals.tokenizer()
     assert name == "gpt2", name
     try:
@@ -57,6 +58,6 @@ def encode_groups(tokenizer, examples, max_len):
         cut_responses += sum(len(prompt) + len(r) > max_len for r in responses)
         groups.append((prompt, [r[:max_len - len(prompt)] for r in responses]))
     if cut_prompts or cut_responses:
-        say(f"cut to max_len={max_len}: the beginning of {cut_prompts} prompts, the end of {cut_responses} responses, "
+        log.info(f"cut to max_len={max_len}: the beginning of {cut_prompts} prompts, the end of {cut_responses} responses, "
             f"of {len(examples)} examples")
     return groups

@@ -1,0 +1,14 @@
+"""What every run needs, whatever it learns. No equation lives here.
+
+    options.py      the command line: options shared by all stages, recipes, -h
+    run.py          Run: a page's device, folder, log, checkpoints and micro-batches
+    batches.py      which examples a step trains on, and its micro-batches
+    dist.py         several processes: printing once, adding up gradients
+    sharding.py     models whose weights are spread over the processes
+    checkpoints.py  saving and loading
+    optim.py        AdamW, the learning rate's schedule, the optimizer step
+    log.py          log.jsonl, the console, metrics of a step
+    scoring.py      a reward model's scores of many responses
+    plots.py        pictures
+    files.py        files that are written completely or not at all
+"""

@@ -1,0 +1,145 @@
+"""Saving and loading. A run's folder holds ckpt.pt and, in case that one gets damaged, the one before it."""
+import os
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+
+from common.dist import is_main, n_processes, print0
+from common.files import write_atomically
+from common.sharding import gather_state, shard_like
+from data import dataset, get_tokenizer
+from engine.weights import PRETRAINED
+from model import GPT, GPTConfig
+
+
+def load_model(init, cfg=None):
+    """Returns a GPT on the CPU, and its tokenizer.
+
+    init: a run's folder or a ckpt.pt; a published name ("gpt2", …) or a folder in the Hugging Face format; or
+    "scratch": new weights of cfg's shape, seeded by cfg.seed, with the tokenizer of cfg's data.
+    Exits with a one-line message if there is no such model, or if its context is shorter than cfg.max_len.
+    """
+    if init == "scratch":
+        return new_model(cfg)
+    if init in PRETRAINED or os.path.exists(os.path.join(init, "config.json")):
+        model = GPT.from_pretrained(init)
+        tokenizer = "gpt2"
+        if model.config.vocab_size != GPTConfig.vocab_size:
+            raise SystemExit(f"{init}: a vocabulary of {model.config.vocab_size} is not GPT-2's, "
+                             "and no tokenizer comes with it")
+    else:
+        checkpoint = load_checkpoint(init)
+        model = GPT(GPTConfig(**checkpoint["model_config"]))
+        tokenizer = checkpoint["tokenizer"]
+        load_weights(model, checkpoint["model"], init)
+    if cfg and cfg.max_len > model.config.block_size:
+        raise SystemExit(f"--max_len={cfg.max_len}: the context of {init} is {model.config.block_size} tokens")
+    return model, get_tokenizer(tokenizer)
+
+
+def new_model(cfg):
+    """A GPT with new weights, and the tokenizer of cfg's data."""
+    if cfg.n_embd % cfg.n_head:
+        raise SystemExit(f"--n_embd={cfg.n_embd} is not a multiple of --n_head={cfg.n_head}")
+    tokenizer = dataset(cfg.data, cfg.data_dir).tokenizer()
+    torch.manual_seed(cfg.seed)
+    return GPT(GPTConfig(tokenizer.n_vocab, cfg.max_len, cfg.n_layer, cfg.n_head, cfg.n_embd)), tokenizer
+
+
+def checkpoint_files(path):
+    """The checkpoints in a run's folder, newest first, or the one file at that path. Empty if there is none."""
+    files = [path]
+    if os.path.isdir(path):
+        files = [os.path.join(path, name) for name in ("ckpt.pt", "ckpt-previous.pt")]
+    return [file for file in files if os.path.exists(file)]
+
+
+def load_checkpoint(path):
+    """Loads the newest readable checkpoint, current or previous. Exits with a one-line message if there is none."""
+    files = checkpoint_files(path)
+    if not files:
+        path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+        raise SystemExit(f"{path}: no checkpoint there (expected a run's folder, a ckpt.pt, scratch, or one of "
+                         f"{', '.join(PRETRAINED)})")
+    for file in files:
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            # These are what it takes to be a checkpoint: each of them raises if it is missing or of another kind.
+            GPTConfig(**checkpoint["model_config"])
+            checkpoint["model"]["wte.weight"].shape
+            checkpoint["tokenizer"]
+            return checkpoint
+        except Exception as error:  # torch.load raises half a dozen kinds for a file that is cut short, flipped or foreign
+            problem = f"{file}: not a checkpoint of this repository, or damaged ({type(error).__name__})"
+            if file != files[-1]:
+                print0(f"{problem}; using the one before it, {files[-1]}")
+    raise SystemExit(problem)
+
+
+def save_checkpoint(out, step, model, optimizer, cfg, tokenizer, **more):
+    """Writes OUT/ckpt.pt; the checkpoint before it becomes ckpt-previous.pt. All processes must call this.
+
+    step: the number of steps done. tokenizer: its name. The file is written completely or not at all.
+    """
+    checkpoint = gather_state(dict(
+        step=step, model=model.state_dict(), model_config=asdict(model.config), tokenizer=tokenizer,
+        optimizer=optimizer.state_dict(), config=asdict(cfg), rng=torch.get_rng_state(), **more))
+    if is_main():
+        path = os.path.join(out, "ckpt.pt")
+        with write_atomically(path, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+            if os.path.exists(path):  # the previous one is replaced only now that the new one is complete
+                os.replace(path, os.path.join(out, "ckpt-previous.pt"))
+    if n_processes() > 1:
+        dist.barrier()  # the other processes may read it next
+
+
+def load_weights(model, weights, where):
+    """load_state_dict, sharded as the model is; exits with one line if the shapes differ."""
+    own = model.state_dict()
+    try:
+        model.load_state_dict({name: shard_like(weight, own.get(name)) for name, weight in weights.items()})
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise SystemExit(f"{where}: the weights have another shape than the model: {first}")
+
+
+def load_optimizer(optimizer, state):
+    """load_state_dict of an optimizer whose parameters may be sharded."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {}
+    for i, tensors in state["state"].items():
+        moments[i] = {name: shard_like(x, parameters[i]) for name, x in tensors.items()}
+    optimizer.load_state_dict(state | {"state": moments})
+
+
+# What a resumed run may change.
+FREE_ON_RESUME = {"resume", "out", "device", "compile", "checkpoint_blocks", "fsdp", "log_every", "ckpt_every", "wandb",
+                  "tensorboard", "data_dir"}
+
+
+def resume(out, cfg, model, optimizer):
+    """Restores model, optimizer and random state from the run's checkpoint, and returns the checkpoint.
+
+    Exits with a one-line message if the run was started with other settings.
+    """
+    checkpoint = load_checkpoint(out)
+    for name, value in asdict(cfg).items():
+        before = checkpoint["config"].get(name)
+        if name not in FREE_ON_RESUME and before != value:
+            raise SystemExit(f"--resume: {out} was started with --{name}={before}, not {value}")
+    load_weights(model, checkpoint["model"], out)
+    load_optimizer(optimizer, checkpoint["optimizer"])
+    torch.set_rng_state(checkpoint["rng"])  # of the CPU: everything random is drawn there
+    return checkpoint
+
+
+def is_finished(out):
+    """Whether the run in this folder has done all of its steps."""
+    if not checkpoint_files(out):
+        return False
+    checkpoint = load_checkpoint(out)
+    return checkpoint["step"] == checkpoint["config"]["steps"]

@@ -1,0 +1,122 @@
+"""Several processes. `python dpo.py` is one; `torchrun --nproc_per_node=8 dpo.py` starts eight, one per GPU.
+
+All of them run the same page. Each takes its share of every batch, their gradients are added up before the optimizer
+step, and so they hold the same weights throughout. Everything here does nothing if there is only one process.
+"""
+import atexit
+import gc
+import logging
+import os
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+
+BUCKET = 2**25  # numbers in one all-reduce of gradients
+
+
+def process():
+    """The number of this process, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def n_processes():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main():
+    """Whether this is the one process that prints and writes files."""
+    return process() == 0
+
+
+def print0(*text, end="\n"):
+    """Prints in the main process only."""
+    if is_main():
+        print(*text, end=end, flush=True)
+
+
+class Console(logging.Handler):
+    """Prints what data/ and engine/ log."""
+
+    def emit(self, record):
+        print0(record.getMessage())
+
+
+@cache
+def log_to_console():
+    """Lets data/ and engine/, which know nothing about processes, print in the main process."""
+    for package in ("data", "engine"):
+        logger = logging.getLogger(package)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(Console())
+
+
+# ------------------------------------------------------------------------------------------------ together
+
+def join_processes(device):
+    """Connects to the other processes that torchrun started."""
+    if n_processes() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        atexit.register(leave_processes, device)
+
+
+def leave_processes(device):
+    """Closes the connection before the interpreter ends, which otherwise may abort.
+
+    Whatever still holds the process group has to let go of it first: sharded models, and the mesh that torch caches.
+    """
+    gc.collect()
+    if device_mesh.cache_info().currsize:
+        vars(device_mesh(device)).get("_pg_registry", {}).clear()
+    dist.destroy_process_group()
+
+
+@cache
+def device_mesh(device):
+    """The devices of all processes in a row: what models are sharded over."""
+    return init_device_mesh(torch.device(device).type, (n_processes(),))
+
+
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
+    """Adds up a tensor over the processes, in place, and returns it."""
+    if n_processes() > 1:
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
+def gather_shares(share):
+    """The whole list, of which each process holds every n-th element."""
+    n = n_processes()
+    if n == 1:
+        return share
+    shares = [None] * n
+    dist.all_gather_object(shares, share)
+    return [shares[i % n][i // n] for i in range(n * len(share))]
+
+
+def sync_gradients(model):
+    """Adds up the gradients of all processes.
+
+    Each process divides its losses by the size of the whole batch, so the sum is the gradient of the batch.
+    A sharded model has added them up in its backward pass already.
+    """
+    if n_processes() == 1 or isinstance(model, FSDPModule):
+        return
+    bucket = []
+    for parameter in model.parameters():
+        bucket.append(parameter.grad)
+        if sum(grad.numel() for grad in bucket) >= BUCKET:
+            all_reduce_together(bucket)
+            bucket = []
+    if bucket:
+        all_reduce_together(bucket)
+
+
+def all_reduce_together(tensors):
+    """Adds up several tensors over the processes in one exchange, in place."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    all_reduce(flat)
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(total.view_as(tensor))

@@ -1,0 +1,161 @@
+"""The log of a run: OUT/log.jsonl, the console, and on request Weights & Biases and TensorBoard."""
+import importlib
+import json
+import math
+import os
+import time
+from dataclasses import asdict
+
+import torch
+
+from common.dist import all_reduce, is_main
+from common.files import append_to, write_atomically
+
+
+class Metrics:
+    """Sums of quantities over a step's micro-batches and over the processes.
+
+        metrics.add(loss=losses, accuracy=right)     once per micro-batch
+        metrics.mean(cfg.batch_size)                 {"loss": …, "accuracy": …}
+    """
+
+    def __init__(self):
+        self.sums = {}
+
+    def add(self, **values):
+        """Adds up each tensor, without its gradient."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().sum()
+
+    def mean(self, n):
+        """Each sum over all processes, divided by n: a dict of floats."""
+        totals = torch.stack([total.double() for total in self.sums.values()])
+        all_reduce(totals)
+        return {name: total / n for name, total in zip(self.sums, totals.tolist())}
+
+
+class Log:
+    """Writes a JSON object per step to OUT/log.jsonl, and an aligned line to the console every cfg.log_every steps.
+
+    A number that is not finite becomes null. Only the main process writes.
+    """
+
+    def __init__(self, out, cfg, start=0, console=None):
+        """start: the steps done before a resumed run. console: the keys to show on the console; None: all."""
+        self.path = os.path.join(out, "log.jsonl")
+        self.cfg = cfg
+        self.start = start
+        self.console = console
+        self.begin = time.time()
+        self.tokens = 0  # since the last line on the console
+        self.since = self.begin
+        self.has_header = False
+        self.others = []
+        if is_main():
+            self.others = other_logs(out, cfg, start)
+            self.keep_steps_until(start)
+
+    def keep_steps_until(self, start):
+        """Drops the steps after the checkpoint that a resumed run starts from: they will happen again."""
+        kept = []
+        if start and os.path.exists(self.path):
+            with open(self.path) as f:
+                for line in f:
+                    is_complete = line.endswith("\n")  # a killed run may have left half a line
+                    if is_complete and json.loads(line)["step"] <= start:
+                        kept.append(line)
+        with write_atomically(self.path) as f:
+            f.writelines(kept)
+
+    def __call__(self, step, tokens, **values):
+        """step counts from 1. tokens: the step's tokens without padding, prompts counted once."""
+        if not is_main():
+            return
+        now = time.time()
+        self.tokens += tokens
+        tokens_per_s = round(self.tokens / max(now - self.since, 1e-9))
+        record = {"step": step}
+        for key, value in values.items():
+            is_bad = isinstance(value, float) and not math.isfinite(value)
+            record[key] = None if is_bad else value
+        record["tokens_per_s"] = tokens_per_s
+        record["time_s"] = round(now - self.begin, 3)
+        with append_to(self.path) as f:
+            f.write(json.dumps(record) + "\n")
+        for other in self.others:
+            other(step, {key: value for key, value in record.items() if value is not None and key != "step"})
+
+        if step % self.cfg.log_every == 0 or step == self.cfg.steps:
+            seconds_left = (now - self.begin) / (step - self.start) * (self.cfg.steps - step)
+            columns = {"step": step}
+            for key in self.console or values:
+                columns[key] = values.get(key)
+            columns["tokens/s"] = tokens_per_s
+            columns["left"] = f"{int(seconds_left // 60)}:{int(seconds_left % 60):02d}"
+            self.print_line(columns)
+            self.tokens = 0
+            self.since = now
+
+    def print_line(self, columns):
+        if not self.has_header:
+            print("  ".join(name.rjust(9) for name in columns))
+            self.has_header = True
+        cells = [format_value(value).rjust(max(len(name), 9)) for name, value in columns.items()]
+        print("  ".join(cells), flush=True)
+
+
+def format_value(value):
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    if abs(value) >= 1000:
+        return f"{value:.0f}"
+    if abs(value) >= 1e-3 or value == 0:
+        return f"{value:.4f}"
+    return f"{value:.1e}"
+
+
+# ------------------------------------------------------------------------------------------------ other logs
+
+def import_optional(package):
+    """Imports the package of --wandb or --tensorboard; exits with one line if it is not installed."""
+    module = {"tensorboard": "torch.utils.tensorboard"}.get(package, package)
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise SystemExit(f"--{package} needs a package that is not installed: pip install {package}")
+
+
+def other_logs(out, cfg, start):
+    """The functions f(step, values) that --wandb and --tensorboard add."""
+    logs = []
+    if cfg.wandb:
+        logs.append(wandb_log(out, cfg, start))
+    if cfg.tensorboard:
+        logs.append(tensorboard_log(out, start))
+    return logs
+
+
+def wandb_log(out, cfg, start):
+    path = os.path.join(out, "wandb_id")
+    run_id = None
+    if start and os.path.exists(path):  # a resumed run continues its record; one that starts anew gets its own
+        with open(path) as f:
+            run_id = f.read()
+    name = os.path.basename(os.path.normpath(out))
+    run = import_optional("wandb").init(project=cfg.wandb, dir=out, name=name, config=asdict(cfg), id=run_id, resume="allow")
+    with write_atomically(path) as f:
+        f.write(run.id)
+    return lambda step, values: run.log(values, step=step)
+
+
+def tensorboard_log(out, start):
+    folder = os.path.join(out, "tensorboard")
+    writer = import_optional("tensorboard").SummaryWriter(folder, purge_step=start + 1)
+
+    def log(step, values):
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()  # so that a killed run has here what it has in log.jsonl
+    return log

@@ -1,0 +1,203 @@
+"""The command line: `python dpo.py [RECIPE] [--option=value …]`.
+
+An option is a field of the page's Config. Its comment is what -h prints, its annotation is its type and range.
+"""
+import difflib
+import inspect
+import math
+import os
+import re
+import sys
+import typing
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal
+
+from common.dist import print0
+from common.log import import_optional
+from engine.files import short_repr
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    limit: float
+
+
+@dataclass(frozen=True)
+class Above:
+    limit: float
+
+
+PositiveInt = Annotated[int, AtLeast(1)]
+NonNegativeInt = Annotated[int, AtLeast(0)]
+PositiveFloat = Annotated[float, Above(0)]
+NonNegativeFloat = Annotated[float, AtLeast(0)]
+
+
+@dataclass
+class RunConfig:
+    """The options that all stages share. A page's Config inherits them and sets other defaults where it needs them."""
+    recipe: str = "animals"             # the positional argument: a set of defaults
+    data: str = "animals"               # animals, hh, hh/SUBSET, qa_feedback, tldr, imdb, a .jsonl[.gz] or a _feedback.json file
+    data_dir: str = "data/files"        # where published data files are looked for before they are fetched
+    init: str | None = None             # start: a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
+    out: str | None = None              # the run's folder; None: out/STAGE-RECIPE, or out/STAGE-FILE for your own data file
+    steps: PositiveInt = 250            # optimizer steps
+    batch_size: PositiveInt = 64        # examples per step, over all processes
+    micro_tokens: PositiveInt = 16384   # the most tokens in a forward pass; a larger batch is accumulated
+    max_len: Annotated[int, AtLeast(2)] = 64  # the most tokens of a prompt and a response together
+    lr: NonNegativeFloat = 1e-3         # peak learning rate
+    warmup: NonNegativeInt = 10         # steps of linear warm-up, before the cosine to 0
+    weight_decay: NonNegativeFloat = 0.0  # on matrices
+    grad_clip: PositiveFloat = 1.0      # the largest norm of a gradient
+    n_layer: PositiveInt = 4            # with --init=scratch
+    n_head: PositiveInt = 4             # with --init=scratch
+    n_embd: PositiveInt = 64            # with --init=scratch
+    seed: NonNegativeInt = 0            # of new weights, the order of the data, and sampling
+    device: str | None = None           # cpu, cuda, cuda:1 …; None: cuda if there is one
+    compile: bool | None = None         # torch.compile; None: on CUDA
+    checkpoint_blocks: bool = False     # keep no activations inside blocks but recompute them: a third more work, less memory
+    fsdp: bool = False                  # spread weights, gradients and optimizer over the processes (torchrun)
+    log_every: PositiveInt = 10         # steps between lines on the console
+    ckpt_every: PositiveInt = 50        # steps between checkpoints
+    wandb: str | None = None            # log to this project of Weights & Biases too
+    tensorboard: bool = False           # log for TensorBoard too, in OUT/tensorboard
+    eval_n: NonNegativeInt = 500        # held-out prompts in the closing table; 0: no table
+    resume: bool = False                # continue from the run's last checkpoint
+
+
+def parse(Config, RECIPES, argv=None):
+    """Command line -> Config: the recipe's settings override Config's defaults, and the options override both."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "-h" in argv or "--help" in argv:
+        print(usage(Config, RECIPES))
+        raise SystemExit(0)
+    types = typing.get_type_hints(Config, include_extras=True)
+    recipe = None
+    given = {}
+    for arg in argv:
+        arg = arg.removeprefix("--recipe=")
+        if not arg.startswith("-") and recipe is None:
+            recipe = check_choice("recipe", arg, ["animals", *RECIPES])
+            continue
+        if not arg.startswith("--"):
+            raise SystemExit(f"{short_repr(arg)[1:-1]}: options are written --name=value (-h lists them)")
+        name, equals, value = arg.removeprefix("--").partition("=")
+        check_choice("option", name, types)
+        if not equals and types[name] is not bool:
+            raise SystemExit(f"--{name} needs a value: --{name}=…")
+        given[name] = convert(name, value if equals else "True", types[name])
+
+    if recipe is None:
+        recipe = default_recipe(given.get("data", ""), RECIPES)
+    for package in ("wandb", "tensorboard"):
+        if given.get(package):
+            import_optional(package)  # a missing package is an error now, not after an hour of work
+    for name in ("lr", "value_lr", "reward_lr"):
+        if given.get(name) == 0:
+            print0(f"--{name}=0: the weights that it applies to will not change")
+    return Config(**{"recipe": recipe, **RECIPES.get(recipe, {}), **given})
+
+
+def default_recipe(data, RECIPES):
+    """Your own file gets the settings for real text, not those of a toy world."""
+    if not os.path.isfile(data):
+        return "animals"
+    return "hh" if "hh" in RECIPES else [*RECIPES][0]
+
+
+def check_choice(kind, name, choices):
+    """Returns `name` if it is one of `choices`; otherwise exits with one line that suggests the nearest."""
+    if name in choices:
+        return name
+    nearest = difflib.get_close_matches(name, choices, 1, 0.4)
+    suggestion = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise SystemExit(f"unknown {kind} {short_repr(name)}{suggestion} (-h lists them all)")
+
+
+# ------------------------------------------------------------------------------------------------ types and ranges
+
+def split_type(annotation):
+    """An annotation as (type, limit, may it be None). The limit is a range, a tuple of choices, or None.
+
+    PositiveInt | None -> (int, AtLeast(1), True); Literal["rm", "gold"] -> (str, ("rm", "gold"), False)
+    """
+    arguments = typing.get_args(annotation)
+    optional = type(None) in arguments
+    if optional:
+        annotation = next(a for a in arguments if a is not type(None))
+    if typing.get_origin(annotation) is Annotated:
+        kind, limit = typing.get_args(annotation)
+        return kind, limit, optional
+    if typing.get_origin(annotation) is Literal:
+        return str, typing.get_args(annotation), optional
+    return annotation, None, optional
+
+
+def convert(name, text, annotation):
+    """The value of an option, "3e-4" -> 0.0003 and so on; exits with one line if it has another type or is out of range."""
+    kind, limit, optional = split_type(annotation)
+    if optional and text == "None":
+        return None
+    if kind is str:
+        return check_value(name, text, limit)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        number = float(text)
+        if kind is int:
+            if number != int(number):
+                raise ValueError
+            number = int(number)
+    except (KeyError, ValueError, OverflowError):
+        expected = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
+        raise SystemExit(f"--{name}={short_repr(text)[1:-1]}: expected {expected}")
+    return check_value(name, number, limit)
+
+
+def check_value(name, value, limit):
+    """Returns the value if it is one of its choices, or finite and in its range; otherwise exits with one line."""
+    if isinstance(limit, tuple):
+        return check_choice(name, value, limit)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SystemExit(f"--{name}={value}: expected a finite number")
+    if isinstance(limit, AtLeast) and value < limit.limit:
+        raise SystemExit(f"--{name}={value}: expected at least {limit.limit}")
+    if isinstance(limit, Above) and value <= limit.limit:
+        raise SystemExit(f"--{name}={value}: expected a number above {limit.limit}")
+    return value
+
+
+def check_config(cfg):
+    """Checks the values of a Config that may have been made in Python; exits with one line at the first bad one."""
+    for name, annotation in typing.get_type_hints(type(cfg), include_extras=True).items():
+        value = getattr(cfg, name)
+        if value is not None:
+            check_value(name, value, split_type(annotation)[1])
+
+
+# ------------------------------------------------------------------------------------------------ -h
+
+def usage(Config, RECIPES):
+    """What -h prints: every option, its default in each recipe, and its comment. The page's own options come first."""
+    comments = {}
+    for base in reversed(Config.__mro__[:-1]):
+        comments |= re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(base), re.M)
+    own = [f for f in fields(Config) if f.name not in RunConfig.__dataclass_fields__]
+    shared = [f for f in fields(Config) if f.name in RunConfig.__dataclass_fields__]
+
+    recipes = {"animals": {}, **RECIPES}
+    rows = [["option", *recipes, ""]]
+    for field in own + shared:
+        row = ["--" + field.name]
+        for name, settings in recipes.items():
+            default = name if field.name == "recipe" else settings.get(field.name, field.default)
+            row.append(str(default))
+        rows.append([*row, comments.get(field.name, "")])
+    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    width.append(0)  # the comment needs no padding
+
+    script = os.path.basename(inspect.getfile(Config))
+    lines = [f"python {script} [RECIPE] [--option=value …]       recipes: {', '.join(recipes)}", ""]
+    for row in rows:
+        lines.append("  ".join(cell.ljust(w) for cell, w in zip(row, width)).rstrip())
+    return "\n".join(lines)

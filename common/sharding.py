@@ -1,0 +1,80 @@
+"""Sharded models (FSDP2, arXiv:2304.11277): each process holds its part of every tensor.
+
+A block's weights are gathered while it runs. What is outside the blocks (embeddings with the tied head, ln_f, scalar
+heads) is gathered by `states` and stays until a backward pass. Nobody with one GPU needs this file.
+"""
+import torch
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from common.dist import device_mesh, is_main
+from engine.attention import compiled
+from model import GPT
+
+
+def is_sharded(model):
+    return isinstance(model, FSDPModule)
+
+
+def shard_model(model, device):
+    """Spreads a model over the processes, in place."""
+    for module in [*model.h, model]:
+        fully_shard(module, mesh=device_mesh(device))
+        module.set_gradient_divide_factor(1.0)  # gradients are summed, not averaged: losses are divided by the batch
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+    register_fsdp_forward_method(model, "states")
+    register_fsdp_forward_method(model.h[-1], "forward_at")
+
+
+def compile_blocks(model):
+    """Compiles each block by itself, since a compiled graph ends where weights are gathered."""
+    for block in model.h:
+        block.forward = compiled(block.forward)
+    model.h[-1].forward_at = compiled(model.h[-1].forward_at)
+
+
+def full_tensor(x):
+    """A tensor, gathered if it is sharded. All processes must call this."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def unshard_model(model, dtype=torch.float32):
+    """The model with whole tensors in this dtype: the model itself if it is that already, otherwise a copy.
+
+    All processes must call this, and each gets a copy.
+    """
+    if not is_sharded(model) and model.wte.weight.dtype == dtype:
+        return model
+    with torch.device("meta"):
+        copy = GPT(model.config)
+    weights = {name: full_tensor(weight.to(dtype)) for name, weight in model.state_dict().items()}
+    copy.load_state_dict(weights, assign=True)
+    copy.compiled = model.compiled
+    return copy
+
+
+def sampling_copy(model):
+    """The model to sample with: on CUDA a copy in bfloat16, since decoding waits for memory; on a CPU the model itself."""
+    dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
+    return unshard_model(model, dtype)
+
+
+def gather_state(state):
+    """A state dict whose sharded tensors are gathered on the main process's CPU, one at a time; elsewhere they are None.
+
+    All processes must call this.
+    """
+    if isinstance(state, dict):
+        return {key: gather_state(value) for key, value in state.items()}
+    if not isinstance(state, DTensor):
+        return state
+    whole = state.full_tensor()
+    return whole.cpu() if is_main() else None
+
+
+def shard_like(x, parameter):
+    """A whole tensor, sharded in the way in which `parameter` is, if it is."""
+    if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
+        return x
+    part = distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return part.clone()  # otherwise a view that keeps the whole tensor alive

@@ -1,0 +1,12 @@
+"""What stands under model.py: the fast forms of ideas that model.py states in their textbook form.
+
+    packing.py     the packed batch: a prompt and all of its responses in one row
+    attention.py   who may look at whom in a packed batch, and how that is computed
+    logprobs.py    log π(y_t | x, y_<t) without the (tokens, vocabulary) matrix of logits
+    decode.py      sampling with a key-value cache
+    onednn.py      faster matrix products for sampling on a CPU
+    weights.py     GPT-2's published weights and the Hugging Face format
+    files.py       downloads
+
+Each opens with the definition that it equals, and a test holds the two to the same numbers.
+"""

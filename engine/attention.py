@@ -1,0 +1,142 @@
+"""Attention: who may look at whom in a packed batch, and how that is computed.
+
+Definition, where allowed[q, k] says whether position q may look at position k:
+
+    attention(q, k, v) = softmax(q kᵀ/√d + (0 where allowed, −∞ elsewhere)) v
+
+A mask comes in one of three forms, chosen by `packed_mask`:
+
+    "dense"    a (rows, 1, T, T) boolean tensor for scaled_dot_product_attention. Runs everywhere
+    "groups"   one small mask per group: on a CPU, attention then runs group by group and skips all other pairs
+    "flex"     a BlockMask for flex_attention: one CUDA kernel that skips blocks in which nobody may look
+"""
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+CALL_COST = 100**2  # a call of the CPU's attention takes as long as this many pairs of tokens
+
+
+# ------------------------------------------------------------------------------------------------ masks
+
+@dataclass
+class GroupMask:
+    """One mask per group of the flattened rows. A row's padding counts as one more group; no group sees another."""
+    lengths: list  # of the groups, in tokens; they add up to rows·T
+    allowed: list  # for each group an (n, n) boolean tensor, or None where it is plainly causal
+
+
+def packed_mask(batch, kind=None):
+    """Who may look at whom in a packed batch. kind: "dense", "groups" or "flex".
+
+    None picks between dense and, on a CPU, groups: whichever costs less time for this batch.
+    """
+    group = batch.group
+    segment = batch.segment
+    rows, T = group.shape
+    if kind == "flex":
+        def allowed(b, h, q, k):
+            same_group = group[b, q] == group[b, k]
+            prompt_or_own = (segment[b, k] == 0) | (segment[b, q] == segment[b, k])
+            return (q >= k) & same_group & prompt_or_own
+        return create_block_mask(allowed, rows, None, T, T, device=group.device)
+
+    if kind == "groups" or kind is None and not group.is_cuda:
+        lengths = torch.unique_consecutive(group, return_counts=True)[1].tolist()
+        cost_of_groups = sum(n**2 + CALL_COST for n in lengths)
+        if kind == "groups" or cost_of_groups < rows * T**2:
+            segments = segment.flatten().split(lengths)
+            return GroupMask(lengths, [within_group(s) if s.max() > 1 else None for s in segments])
+
+    same_group = group[:, :, None] == group[:, None, :]
+    return (within_group(segment) & same_group)[:, None]
+
+
+def within_group(segment):
+    """(…, T) -> (…, T, T) boolean: each place may look at the prompt (segment 0) and at its own segment, causally."""
+    prompt = segment[..., None, :] == 0
+    own = segment[..., :, None] == segment[..., None, :]
+    return (prompt | own).tril()
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+def attention(q, k, v, mask=None):
+    """softmax(q kᵀ/√d) v under a mask. q, k, v: (B, H, T, D).
+
+    mask: a BlockMask, a GroupMask, a boolean tensor (True = may look), a float tensor that is added to q kᵀ/√d, or
+    None for plain causal attention.
+    """
+    if isinstance(mask, GroupMask):
+        return group_attention(q, k, v, mask)
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+def group_attention(q, k, v, mask):
+    """attention(q, k, v) group by group, so that nothing is computed for pairs that may not look at each other."""
+    B, H, T, D = q.shape
+
+    def split(x):  # (B, H, T, D) -> for each group (n, H, D)
+        return x.transpose(1, 2).flatten(0, 1).split(mask.lengths)
+
+    outputs = []
+    for q_g, k_g, v_g, allowed in zip(split(q), split(k), split(v), mask.allowed):
+        q_g, k_g, v_g = (x.transpose(0, 1)[None] for x in (q_g, k_g, v_g))  # (1, H, n, D)
+        y = attention(q_g, k_g, v_g, allowed)
+        outputs.append(y[0].transpose(0, 1))  # (n, H, D)
+    return torch.cat(outputs).unflatten(0, (B, T)).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------------------ the forward pass
+
+def hidden_at(model, tokens, position, attend, positions=None):
+    """model.hidden at some positions only: (B, T) tokens, (N,) indices into B·T -> (N, C); None: all, (B, T, C).
+
+    attend(layer, q, k, v) is the attention of that layer. Of the last block, only attention needs the other
+    positions; its projection and MLP run on `positions` alone. With model.checkpoint_blocks, each block is
+    recomputed in the backward pass instead of keeping its activations.
+    """
+    x = model.wte(tokens) + model.wpe(position)
+    *blocks, last = model.h
+    for layer, block in enumerate(blocks):
+        x = run_block(model, block, x, partial(attend, layer))
+    attend_last = partial(attend, len(blocks))
+    if positions is None:
+        x = run_block(model, last, x, attend_last)
+    else:
+        x = run_block(model, last.forward_at, x, attend_last, positions)
+    return model.ln_f(x)
+
+
+def run_block(model, block, *args):
+    """block(*args), recomputed in the backward pass if model.checkpoint_blocks."""
+    if model.checkpoint_blocks and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
+    return block(*args)
+
+
+def block_at(block, x, attend, positions):
+    """block(x, attend) at `positions` (N,), indices into B·T: (B, T, C) -> (N, C)."""
+    heads = block.attn.heads(block.ln_1(x), attend)
+    x = x.flatten(0, 1).index_select(0, positions)  # unlike x[positions], its backward pass adds in a fixed order
+    heads = heads.flatten(0, 1).index_select(0, positions)
+    x = x + block.attn.c_proj(heads)
+    x = x + block.mlp(block.ln_2(x))
+    return x
+
+
+def packed_forward(model, tokens, position, mask, positions):
+    """The hidden states of a packed batch at `positions`: (N, C)."""
+    return hidden_at(model, tokens, position, lambda layer, q, k, v: attention(q, k, v, mask), positions)
+
+
+def compiled(function):
+    """torch.compile for any shape: after the second shape, nothing compiles again for the same kind of call."""
+    torch._dynamo.config.recompile_limit = 32  # kinds: PPO's four models; with gradients or without; one row or more
+    return torch.compile(function, dynamic=True)

@@ -1,0 +1,224 @@
+"""Sampling with a key-value cache.
+
+Definition: GPT.naive_generate, which computes the whole text again for each new token. Given the same noise, `generate`
+returns the same tokens.
+
+Prompts are sorted by length and run in a few passes, those of like length together ("prefill"). From then on each step
+runs one token per row. Every row writes its key and value at its own position, so rows of unlike length share a step.
+"""
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from engine.attention import attention, hidden_at
+from engine.logprobs import vocab_product
+from engine.onednn import onednn_linear, onednn_weights
+
+
+class KVCache:
+    """Keys and values of every layer, (n_layer, B, n_head, max_len, head_dim). Rows are sorted by length.
+
+    length (B,) is how many positions each row holds. A step reads only the columns that are in use, rounded up to a
+    multiple of BLOCK: on CUDA for all rows together, because each number of columns needs a CUDA graph of its own; on
+    the CPU for each of four slices of the rows.
+    """
+    SLICES = {"cuda": 1, "cpu": 4}
+    BLOCK = {"cuda": 128, "cpu": 1}
+
+    def __init__(self, config, lengths, new_tokens, like):
+        """lengths: of the prompts, sorted. like: a tensor that has the cache's device and dtype."""
+        device = like.device
+        self.block = self.BLOCK[device.type]
+        self.slices = slices(len(lengths), self.SLICES[device.type])
+        self.longest = [lengths[rows][-1] for rows in self.slices]  # prompt of each slice
+        multiple = min(self.block, 16)  # CUDA's attention would copy a mask whose rows are not a multiple of 16
+        max_len = round_up(lengths[-1] + new_tokens, multiple)
+        shape = (config.n_layer, len(lengths), config.n_head, max_len, config.n_embd // config.n_head)
+        self.k = like.new_zeros(shape)  # zeros: attention reads masked columns too, and 0 · NaN is NaN
+        self.v = like.new_zeros(shape)
+        self.rows = torch.arange(len(lengths), device=device)
+        self.columns = torch.arange(max_len, device=device)
+        self.length = torch.tensor(lengths, device=device)
+
+    def prefill(self, rows, layer, q, k, v):
+        """Attention of whole prompts, right-padded: writes their keys and values into `rows` of the cache."""
+        self.k[layer, rows, :, :k.size(2)] = k
+        self.v[layer, rows, :, :v.size(2)] = v
+        return attention(q, k, v)  # causal: no token sees the padding to its right
+
+    def columns_in_use(self, t):
+        """How many columns each slice of the rows reads in the t-th step after the prompts."""
+        return [min(round_up(longest + t, self.block), len(self.columns)) for longest in self.longest]
+
+    def mask(self):
+        """(B, 1, 1, max_len): 0 for the columns that a row may look at and −∞ for the rest, to be added to q kᵀ/√d."""
+        allowed = self.columns <= self.length[:, None]
+        return self.k.new_zeros(1).where(allowed, -torch.inf)[:, None, None]
+
+    def append(self, n_columns, mask, layer, q, k, v):
+        """Attention of one new token per row: writes its key and value, then looks at all that the row holds."""
+        self.k[layer, self.rows, :, self.length] = k[:, :, 0]
+        self.v[layer, self.rows, :, self.length] = v[:, :, 0]
+        outputs = []
+        for rows, n in zip(self.slices, n_columns):
+            keys = self.k[layer, rows, :, :n]
+            values = self.v[layer, rows, :, :n]
+            outputs.append(attention(q[rows], keys, values, mask[rows, ..., :n]))
+        return torch.cat(outputs)
+
+
+class CUDAGraph:
+    """Calls step(key), which works in place. The first call with a new key just runs it, the second records a CUDA graph,
+    and further calls replay the graph, which saves the launch of each kernel."""
+
+    def __init__(self, step):
+        self.step = step
+        self.key = None
+
+    def __call__(self, key):
+        if key != self.key:
+            self.key = key
+            self.graph = None
+            self.step(key)
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records the step without running it
+                self.step(key)
+        self.graph.replay()
+
+
+def slices(n, pieces):
+    """0 … n-1 cut into at most `pieces` slices of like size."""
+    size = -(-n // pieces)
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def round_up(n, multiple):
+    return -(-n // multiple) * multiple
+
+
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, eos=None, noise=None, return_logprobs=False):
+    """GPT.generate, whose docstring describes the arguments."""
+    lengths = [len(prompt) for prompt in prompts]
+    if min(lengths) == 0:
+        raise ValueError("generate: a prompt is empty; begin it with the EOS token")
+    if max(lengths) + max_new_tokens > model.config.block_size:
+        raise ValueError(f"generate: a prompt of {max(lengths)} tokens and {max_new_tokens} new ones "
+                         f"do not fit the model's context of {model.config.block_size}")
+    if noise is None:
+        noise = torch.rand(len(prompts), max_new_tokens)  # drawn on the CPU: one seed gives one response everywhere
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
+    sorted_prompts = [prompts[i] for i in order]
+    sorted_noise = noise[order].to(model.device)
+
+    tokens, logprobs = decode(model, sorted_prompts, sorted_noise, temperature, top_k, -1 if eos is None else eos)
+    responses = [None] * len(prompts)
+    response_logprobs = [None] * len(prompts)
+    for i, row, row_logprobs in zip(order, tokens.tolist(), logprobs.tolist()):
+        n = row.index(eos) + 1 if eos in row else len(row)
+        responses[i] = row[:n]
+        response_logprobs[i] = row_logprobs[:n]
+    return (responses, response_logprobs) if return_logprobs else responses
+
+
+@torch.no_grad()
+def decode(model, prompts, noise, temperature, top_k, eos):
+    """Samples for prompts sorted by length. noise: (B, max_new_tokens), uniform on [0, 1).
+
+    Returns tokens (B, T) and their log-probs (B, T) under the sampling distribution. T is where every row has met
+    `eos`, or up to three steps later; what follows a row's `eos` means nothing.
+    """
+    device = model.device
+    B, max_new_tokens = noise.shape
+    cache = KVCache(model.config, list(map(len, prompts)), max_new_tokens, model.wte.weight)
+    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(B, max_new_tokens, device=device)
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+    t = torch.zeros(1, dtype=torch.long, device=device)
+
+    with onednn_weights(model) as vocabulary:
+
+        def choose(state):
+            """Samples token t of each row from its newest hidden state (B, C)."""
+            logits = next_logits(model, state, vocabulary)
+            token, logprob = sample(logits, noise.index_select(1, t)[:, 0], temperature, top_k)
+            tokens.index_copy_(1, t, token[:, None])
+            logprobs.index_copy_(1, t, logprob[:, None])
+            done.logical_or_(token == eos)
+
+        def step(n_columns):
+            """Runs the newest token of each row, and samples the next. In place, without waiting for the device."""
+            newest = tokens.index_select(1, t)
+            attend = partial(cache.append, n_columns, cache.mask())
+            state = hidden_at(model, newest, cache.length[:, None], attend)
+            cache.length.add_(1)
+            t.add_(1)
+            choose(state[:, 0])
+
+        choose(torch.cat([prefill(model, cache, rows, prompts[rows]) for rows in slices(B, 8)]))
+        if device.type == "cuda" and model.compiled:
+            step = CUDAGraph(step)
+        for i in range(1, max_new_tokens):
+            if i % 4 == 0 and done.all():  # asking a GPU makes the host wait for it, so not in every step
+                return tokens[:, :i], logprobs[:, :i]
+            step(cache.columns_in_use(i))
+    return tokens, logprobs
+
+
+def prefill(model, cache, rows, prompts):
+    """Runs these prompts, right-padded, and fills these rows of the cache. Returns the state at each prompt's end, (n, C)."""
+    P = max(map(len, prompts))
+    tokens = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=model.device)
+    last = torch.tensor([i * P + len(prompt) - 1 for i, prompt in enumerate(prompts)], device=model.device)
+    position = torch.arange(P, device=model.device)
+    return hidden_at(model, tokens, position, partial(cache.prefill, rows), last)
+
+
+def next_logits(model, state, vocabulary=None):
+    """(B, C) -> (B, V/64, 64) float32: the padded vocabulary in blocks of 64, with −∞ on the padding.
+
+    vocabulary: the oneDNN copy of the vocabulary matrix, where there is one.
+    """
+    if vocabulary is None:
+        logits = vocab_product(state, model.wte.weight)
+    else:
+        logits = onednn_linear(state, vocabulary)
+    logits[:, model.config.vocab_size:] = -torch.inf
+    return logits.unflatten(1, (-1, 64))
+
+
+def sample(logits, noise, temperature=1.0, top_k=None):
+    """Draws token ~ softmax(logits/τ), restricted to the top_k largest, by inverting the CDF at `noise`.
+
+    logits (B, K, n): a vocabulary in K blocks of n, which are overwritten; noise (B,) uniform on [0, 1).
+    Returns the tokens (B,) and their log-probs (B,). Temperature 0 takes the largest logit, with log-prob 0.
+
+    Definition: the first token at which the CDF exceeds the noise, (cdf <= noise).sum(). To search the CDF of GPT-2's
+    whole vocabulary would take longer than the rest, so the first search finds the block, the second the token in it.
+    """
+    if temperature == 0:
+        token = logits.flatten(1).argmax(-1)
+        return token, torch.zeros_like(noise)
+    if top_k is not None:
+        flat = logits.flatten(1)
+        smallest = flat.topk(min(top_k, flat.size(1))).values[:, -1:, None]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    p = logits.sub_(logits.amax((1, 2), keepdim=True)).div_(temperature).exp_()  # not normalized
+
+    # The block: the first one whose end lies above the noise, so never one of probability 0.
+    edges = F.pad(p.sum(2).cumsum(1, dtype=torch.float64), (1, 0))  # (B, K + 1): the CDF where blocks begin and end
+    total = edges[:, -1:]
+    u = noise[:, None].double() * total
+    block = torch.searchsorted(edges[:, 1:].contiguous(), u, right=True)  # (B, 1)
+
+    # The token: the same within the block, with the noise rescaled to it.
+    begin = edges.gather(1, block)
+    end = edges.gather(1, block + 1)
+    p_block = p.take_along_dim(block[..., None], 1)[:, 0]  # (B, n)
+    cdf = p_block.cumsum(1, dtype=torch.float64)
+    within = torch.searchsorted(cdf, (u - begin) / (end - begin) * cdf[:, -1:], right=True)
+    token = (block * p.size(2) + within)[:, 0]
+    logprob = (p_block.gather(1, within) / total).log()[:, 0]
+    return token, logprob.float()

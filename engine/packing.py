@@ -1,0 +1,148 @@
+"""The packed batch: a prompt and its K responses are one group in one row, so the prompt is computed once.
+
+    tokens    p p p p  a a a  b b    | the next group, or padding
+    segment   0 0 0 0  1 1 1  2 2    | a token sees segment 0 (the prompt) and its own segment, causally
+    position  0 1 2 3  4 5 6  4 5    | in each response, positions go on from the end of the prompt
+    group     0 0 0 0  0 0 0  0 0    | 1 …, and -1 for padding
+
+Definition: the numbers of a packed batch are those of one row per response, prompt and response alone in it.
+
+Three flat arrays describe the N response tokens, response after response in the order in which they were given:
+
+    state_index   the place whose hidden state predicts the token: for a response's first token the prompt's last
+                  place, otherwise the place just before it
+    token_index   the place of the token itself
+    sequence      which response the token belongs to, 0 … S-1
+
+A place is an index into rows·T, the row-major order of `tokens`.
+"""
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+
+@dataclass
+class Batch:
+    tokens: torch.Tensor          # (rows, T) int64
+    segment: torch.Tensor         # (rows, T)
+    position: torch.Tensor        # (rows, T)
+    group: torch.Tensor           # (rows, T)
+    state_index: torch.Tensor     # (N,) places
+    token_index: torch.Tensor     # (N,) places
+    sequence: torch.Tensor        # (N,)
+    sequence_group: torch.Tensor  # (S,) the group that each response belongs to
+
+    @property
+    def target(self):
+        """(N,) the response tokens themselves."""
+        return self.tokens.flatten()[self.token_index]
+
+    @property
+    def last(self):
+        """(S,) the place of each response's last token."""
+        ends = torch.bincount(self.sequence).cumsum(0)
+        return self.token_index[ends - 1]
+
+    @property
+    def n_tokens(self):
+        """The number of tokens that are not padding, with each prompt counted once."""
+        return int((self.group >= 0).sum())
+
+    def to(self, device):
+        """The batch on `device`; to a GPU, the copies run beside the computation."""
+        moved = {}
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if torch.device(device).type == "cuda":
+                moved[field.name] = tensor.pin_memory().to(device, non_blocking=True)
+            else:
+                moved[field.name] = tensor.to(device)
+        return replace(self, **moved)
+
+
+def group_length(group):
+    """The tokens of a group (prompt_ids, [response_ids, …]), the prompt counted once."""
+    prompt, responses = group
+    return len(prompt) + sum(map(len, responses))
+
+
+def per_sequence(x, batch):
+    """Sums x (N,), one number per response token, over each response -> (S,)."""
+    return x.new_zeros(len(batch.sequence_group)).index_add(0, batch.sequence, x)
+
+
+def pack(groups, max_tokens=None):
+    """groups: list of (prompt_ids, [response_ids, …]) -> Batch.
+
+    Rows are at most max_tokens long; with None, as long as leaves the least padding.
+    Raises ValueError if a prompt or a response is empty, or if a group does not fit into a row.
+    """
+    assert groups, "nothing to pack"
+    lengths = list(map(group_length, groups))
+    longest = max(lengths)
+    if max_tokens and longest > max_tokens:
+        raise ValueError(f"pack: group {lengths.index(longest)} has {longest} tokens, a row holds {max_tokens}")
+    layout = place_in_rows(lengths, max_tokens)
+    rows, T = layout.rows, layout.length
+
+    tokens = np.zeros((rows, T), dtype=np.int64)
+    segment = np.zeros((rows, T), dtype=np.int64)
+    position = np.zeros((rows, T), dtype=np.int64)
+    group = np.full((rows, T), -1, dtype=np.int64)
+    state_index, token_index, sequence, sequence_group = [], [], [], []
+
+    for i, (prompt, responses) in enumerate(groups):
+        if not len(prompt) or not all(map(len, responses)):
+            raise ValueError(f"pack: group {i} has an empty prompt or response")
+        row, begin = layout.places[i]
+        P = len(prompt)
+        end = begin + P
+        group[row, begin:begin + lengths[i]] = i
+        tokens[row, begin:end] = prompt
+        position[row, begin:end] = np.arange(P)
+        last_of_prompt = row * T + end - 1
+
+        for k, response in enumerate(responses, 1):
+            begin, end = end, end + len(response)
+            tokens[row, begin:end] = response
+            segment[row, begin:end] = k
+            position[row, begin:end] = np.arange(P, P + len(response))
+            places = row * T + np.arange(begin, end)
+            token_index.append(places)
+            state_index.append(np.concatenate([[last_of_prompt], places[:-1]]))
+            sequence.append(np.full(len(response), len(sequence)))
+            sequence_group.append(i)
+
+    flat = map(np.concatenate, (state_index, token_index, sequence))
+    arrays = (tokens, segment, position, group, *flat, np.array(sequence_group))
+    return Batch(*map(torch.from_numpy, arrays))
+
+
+@dataclass
+class Layout:
+    places: list  # for each group (row, where in the row it begins)
+    rows: int
+    length: int   # of the longest row
+
+
+def place_in_rows(lengths, max_tokens=None):
+    """Lays groups of these lengths into rows: a Layout. Without max_tokens, of 17 row lengths the one with the least padding."""
+    if max_tokens:
+        return first_fit(lengths, max_tokens)
+    longest = max(lengths)
+    layouts = [first_fit(lengths, longest * i // 16) for i in range(16, 33)]
+    return min(layouts, key=lambda layout: layout.rows * layout.length)
+
+
+def first_fit(lengths, max_tokens):
+    """First fit decreasing: the longest group first, each into the first row that still has room for it."""
+    places = [None] * len(lengths)
+    free = []  # room left in each row
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((row for row, room in enumerate(free) if room >= lengths[i]), len(free))
+        if row == len(free):
+            free.append(max_tokens)
+        places[i] = row, max_tokens - free[row]
+        free[row] -= lengths[i]
+    return Layout(places, len(free), max_tokens - min(free))

@@ -1,0 +1,140 @@
+"""GPT-2's weights: the published files, and folders in the Hugging Face format, both ways.
+
+That format stores the four projections of a block as (in, out), nn.Linear as (out, in). Its names carry the prefix
+"transformer.", and the tied head is stored once more as lm_head.weight. No file is allowed to execute anything.
+"""
+import json
+import os
+
+import torch
+
+from engine.files import fetch, short_repr
+
+PRETRAINED = {  # n_layer, n_head, n_embd
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
+CONFIG_KEYS = {  # of a config.json: our name, and the largest value that is believed
+    "vocab_size": ("vocab_size", 2**20),
+    "n_positions": ("block_size", 2**20),
+    "n_layer": ("n_layer", 1000),
+    "n_head": ("n_head", 2**10),
+    "n_embd": ("n_embd", 2**20),
+}
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+def read_pretrained(name_or_dir):
+    """Returns the fields of a GPTConfig and a state dict, of a published name ("gpt2", …) or a folder.
+
+    Exits with a one-line message if a file is missing, cannot be fetched, or is not a GPT-2.
+    """
+    if name_or_dir in PRETRAINED:
+        n_layer, n_head, n_embd = PRETRAINED[name_or_dir]
+        config = dict(vocab_size=50257, block_size=1024, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", name_or_dir + ".bin")
+        return config, read_weights(fetch(path, URL.format(name_or_dir)))
+    config = read_config(os.path.join(name_or_dir, "config.json"))
+    for file in ("pytorch_model.bin", "model.safetensors"):
+        path = os.path.join(name_or_dir, file)
+        if os.path.exists(path):
+            return config, read_weights(path)
+    raise SystemExit(f"{name_or_dir}: neither pytorch_model.bin nor model.safetensors is there")
+
+
+def read_config(path):
+    """The fields of a GPTConfig from a config.json; exits with a one-line message if it does not describe a GPT-2."""
+    if not os.path.exists(path):
+        raise SystemExit(f"{path}: no config.json there; expected a folder in the Hugging Face format, "
+                         f"or one of {', '.join(PRETRAINED)}")
+    try:
+        with open(path, "rb") as f:
+            content = dict(json.load(f))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise SystemExit(f"{path}: not the config.json of a model ({error})")
+    if content.get("model_type") != "gpt2":
+        raise SystemExit(f"{path}: model_type is {short_repr(content.get('model_type'))}, only 'gpt2' can be read")
+    config = {}
+    for key, (field, largest) in CONFIG_KEYS.items():
+        value = content.get(key)
+        if type(value) is not int or not 0 < value <= largest:
+            raise SystemExit(f"{path}: {key} is {short_repr(value)}, expected a whole number from 1 to {largest}")
+        config[field] = value
+    if config["n_embd"] % config["n_head"]:
+        raise SystemExit(f"{path}: n_embd {config['n_embd']} is not a multiple of n_head {config['n_head']}")
+    return config
+
+
+def read_weights(path):
+    """{name: tensor} from a file of torch.save or safetensors; exits with a one-line message if it cannot be read."""
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        return {name.removeprefix("transformer."): w for name, w in weights.items() if torch.is_tensor(w)}
+    except ImportError:
+        raise SystemExit(f"{path}: reading it needs the safetensors package: pip install safetensors")
+    except Exception as error:  # torch.load raises half a dozen kinds for a file that is cut short, flipped or foreign
+        raise SystemExit(f"{path}: not a model's weights, or damaged ({type(error).__name__}): "
+                         "delete it, and fetch or copy it again")
+
+
+def fit_weights(weights, shapes, vocab_size, name_or_dir):
+    """Transposes the projections and checks every shape. shapes: our state dict's, where the vocabulary is padded.
+
+    Exits with a one-line message if a tensor is missing or has another shape than config.json says.
+    """
+    missing = shapes.keys() - weights.keys()
+    if missing:
+        raise SystemExit(f"{name_or_dir}: not GPT-2 weights: {min(missing)} is missing")
+    fitted = {}
+    for name, expected in shapes.items():
+        weight = weights[name]
+        if is_projection(name) and weight.dim() == 2:
+            weight = weight.mT
+        if name == "wte.weight":
+            expected = (vocab_size, expected[1])
+        if tuple(weight.shape) != tuple(expected):
+            raise SystemExit(f"{name_or_dir}: {name} has shape {tuple(weight.shape)}, "
+                             f"config.json says {tuple(expected)}")
+        fitted[name] = weight
+    return fitted
+
+
+def is_projection(name):
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+def write_pretrained(dir, config, state_dict):
+    """Writes config.json and pytorch_model.bin, which transformers' GPT2LMHeadModel.from_pretrained opens.
+
+    Scalar heads are not part of that format and are left out.
+    """
+    os.makedirs(dir, exist_ok=True)
+    weights = {}
+    for name, weight in state_dict.items():
+        if name.startswith("scalar_head"):
+            continue
+        if name == "wte.weight":
+            weight = weight[:config.vocab_size]
+        elif is_projection(name):
+            weight = weight.t()
+        weights["transformer." + name] = weight.detach().float().cpu().contiguous().clone()
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    torch.save(weights, os.path.join(dir, "pytorch_model.bin"))
+
+    content = dict(
+        model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=config.vocab_size,
+        n_positions=config.block_size, n_ctx=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
+        n_head=config.n_head, tie_word_embeddings=True, activation_function="gelu_new", layer_norm_epsilon=1e-5,
+        torch_dtype="float32", bos_token_id=config.vocab_size - 1, eos_token_id=config.vocab_size - 1)
+    with open(os.path.join(dir, "config.json"), "w") as f:
+        json.dump(content, f, indent=2)
