@@ -1,23 +1,25 @@
-"""Speed and memory of each hot path, beside what the machine could do: one table, a row a path.
+"""Speed and memory of each hot path, beside what the machine could do: one table, a row per path.
 
-    python bench.py                                  gpt2 on CUDA; on the CPU, 6 layers of 384
+    python bench.py                                  gpt2 on CUDA; on a CPU, 6 layers of 384
     python bench.py --model=gpt2-medium --json=FILE
     python bench.py --against=naive                  beside the textbook version of the same work, in the same run
 
-Weights are random and so are the tokens; prompts and responses have about the lengths of Anthropic's HH-RLHF (124 and 46 tokens on
-average, exponential), so that padding costs what it would cost there. Columns, medians of --repeat runs after one that warms up:
+Weights are random and so are the tokens. Prompts and responses have about the lengths of Anthropic's HH-RLHF (124 and
+46 tokens on average, exponential), so padding costs what it would cost there. The columns are medians of --repeat runs,
+after one that warms up:
 
-    tokens/s     useful ones: no padding, a prompt once for all of its responses; for decode and rollout, new tokens
-    seconds      one step; for decode, all --new_tokens tokens of all rows without the prompts' own pass
-    memory       the largest allocation on CUDA; on Linux' CPU, the largest resident size of the process in that row
-    limit        how much of the machine was used. Training, scoring, prefill: FLOPs that the useful tokens need, over those that one large
-                 matrix product (4096³ on CUDA, 1024³ on the CPU) makes in the same time. Decode: bytes that must be read at least, each weight
-                 and each key and value of the context once a step, over those that a copy of 256 MB moves in the same time
-    vs naive     seconds of the textbook version over ours: a row a sequence, padded, logits of every position, the reference run at
-                 each step, generation without a cache (run once, without warming up)
+    tokens/s     without padding, a prompt counted once for all of its responses; for decode and rollout, new tokens
+    seconds      of one step; for decode, of all --new_tokens tokens of all rows without the prompts' own pass
+    memory       the largest allocation on CUDA; on a Linux CPU, the process's largest resident size during that row
+    limit        the share of the machine that was used. Training, scoring, prefill: the FLOPs that the tokens need, over
+                 those of one large matrix product (4096³ on CUDA, 1024³ on a CPU) in the same time. Decode: the bytes
+                 that must be read at least (every weight, and each row's keys and values, once per step), over those
+                 that a copy of 256 MB moves in the same time
+    vs naive     seconds of the textbook version over ours: a padded row per sequence, logits at every position, the
+                 reference run at each step, generation without a cache (run once, without warming up)
 
-FLOPs of a forward pass: 24 C² a block and token, 4 C a block for each position that a token sees, 2 VC a token whose log-prob is
-asked for; a training step is three of them.
+FLOPs of a forward pass: 24 C² per block and token, 4 C per block for each position that a token looks at, 2 VC per token
+whose log-prob is computed. A training step is three forward passes.
 """
 import argparse
 import copy
@@ -32,317 +34,396 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+import dpo
 import evaluate
 import ppo
-from common import clip_and_step, configure, make_optimizer, setup, writing
-from data import group_length, micro_batches, pack
-from dpo import dpo_loss
-from dpo import pair_logp as dpo_pair_logp
-from model import GPT, GPTConfig, PRETRAINED
-from reward import ranking_loss, ranks
-from simpo import pair_logp as simpo_pair_logp
-from simpo import simpo_loss
+import reward
+import simpo
+from common.batches import micro_batches
+from common.files import write_atomically
+from common.optim import make_optimizer, optimizer_step
+from common.run import choose_device
+from engine.packing import group_length, pack
+from engine.weights import PRETRAINED
+from model import GPT, GPTConfig
+
+LR = 1e-6
+GRAD_CLIP = 1.0
 
 
 # ------------------------------------------------------------------------------------------------ the work
 
-def lengths(rng, n, mean, most):
-    return np.clip(rng.exponential(mean, n), 4, most).astype(int)
+def random_lengths(rng, shape, mean, most):
+    return np.clip(rng.exponential(mean, shape), 4, most).astype(int)
 
 
 def make_groups(n, k, block_size, vocab_size, seed=0):
     """n random groups of a prompt and k responses."""
     rng = np.random.default_rng(seed)
-    prompt, response = lengths(rng, n, 124, block_size // 2), lengths(rng, (n, k), 46, block_size // 4)
-    return [(rng.integers(0, vocab_size, p).tolist(), [rng.integers(0, vocab_size, r).tolist() for r in rs]) for p, rs in zip(prompt, response)]
+    prompt_lengths = random_lengths(rng, n, 124, block_size // 2)
+    response_lengths = random_lengths(rng, (n, k), 46, block_size // 4)
+    groups = []
+    for P, lengths in zip(prompt_lengths, response_lengths):
+        prompt = rng.integers(0, vocab_size, P).tolist()
+        groups.append((prompt, [rng.integers(0, vocab_size, R).tolist() for R in lengths]))
+    return groups
 
 
 def forward_flops(config, groups, head=True):
-    """Of one forward pass over the useful tokens of some groups."""
+    """The FLOPs of one forward pass over some groups, without padding. head: with the vocabulary's matrix product."""
     flops = 0
     for prompt, responses in groups:
-        P, n = len(prompt), sum(map(len, responses))
-        seen = P * (P + 1) / 2 + sum(P * len(r) + len(r) * (len(r) + 1) / 2 for r in responses)
-        flops += config.n_layer * (24 * config.n_embd**2 * (P + n) + 4 * config.n_embd * seen)
-        flops += 2 * config.vocab_size * config.n_embd * n * head
+        P = len(prompt)
+        n = sum(map(len, responses))
+        pairs = P * (P + 1) / 2  # of positions that look at each other
+        for response in responses:
+            R = len(response)
+            pairs += P * R + R * (R + 1) / 2
+        flops += config.n_layer * (24 * config.n_embd**2 * (P + n) + 4 * config.n_embd * pairs)
+        if head:
+            flops += 2 * config.vocab_size * config.n_embd * n
     return flops
 
 
 def decode_bytes(model, prompts, new_tokens):
-    """What `new_tokens` steps must read at least: all weights but the position table, and the keys and values of each row's context."""
-    c, size = model.config, model.wte.weight.element_size()
-    weights = sum(p.numel() for name, p in model.named_parameters() if name != "wpe.weight")
-    context = sum(len(p) + t for p in prompts for t in range(1, new_tokens))
-    return size * (weights * (new_tokens - 1) + 2 * c.n_layer * c.n_embd * context)
+    """What the steps after the prompts must read at least: all weights but the position table, and each row's keys and values."""
+    config = model.config
+    n_weights = sum(p.numel() for name, p in model.named_parameters() if name != "wpe.weight")
+    n_positions = sum(len(prompt) + t for prompt in prompts for t in range(1, new_tokens))
+    numbers = n_weights * (new_tokens - 1) + 2 * config.n_layer * config.n_embd * n_positions
+    return numbers * model.wte.weight.element_size()
 
 
-# ------------------------------------------------------------------------------------------------ the measuring
+# ------------------------------------------------------------------------------------------------ the clock
 
 @dataclass
 class Clock:
     device: str
     repeat: int
 
-    def sync(self):
+    def synchronize(self):
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
 
     def once(self, work):
-        self.sync()
+        """The seconds that work() takes."""
+        self.synchronize()
         begin = time.perf_counter()
         work()
-        self.sync()
+        self.synchronize()
         return time.perf_counter() - begin
 
     def __call__(self, work):
-        """Median seconds of `repeat` runs after a first, and the peak memory in bytes."""
+        """The median seconds of `repeat` runs after a first one, and the peak memory in bytes."""
         self.once(work)
-        reset_peak(self.device)
+        reset_peak_memory(self.device)
         seconds = statistics.median(self.once(work) for _ in range(self.repeat))
-        return seconds, peak(self.device)
+        return seconds, peak_memory(self.device)
 
 
-def reset_peak(device):
+def reset_peak_memory(device):
     if device.startswith("cuda"):
-        return torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats()
+        return
     try:
         with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")  # VmHWM starts anew
+            f.write("5")  # resets VmHWM
     except OSError:
         pass
 
 
-def peak(device):
+def peak_memory(device):
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     try:
         with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+            for line in f:
+                if line.startswith("VmHWM"):
+                    return int(line.split()[1]) * 1024
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def machine(clock, dtype):
-    """FLOP/s of a large matrix product and bytes/s of a large copy, read and write counted."""
+def measure_machine(clock, dtype):
+    """FLOP/s of a large matrix product, and bytes/s of a large copy, reads and writes counted."""
     n = 4096 if clock.device.startswith("cuda") else 1024
-    a, b = (torch.randn(n, n, device=clock.device, dtype=dtype) for _ in range(2))
+    a = torch.randn(n, n, device=clock.device, dtype=dtype)
+    b = torch.randn(n, n, device=clock.device, dtype=dtype)
     x = torch.randn(2**26, device=clock.device)
     y = torch.empty_like(x)
-    return 2 * n**3 / clock(lambda: a @ b)[0], 2 * x.numel() * 4 / clock(lambda: y.copy_(x))[0]
+    product_seconds, _ = clock(lambda: a @ b)
+    copy_seconds, _ = clock(lambda: y.copy_(x))
+    return 2 * n**3 / product_seconds, 2 * x.numel() * 4 / copy_seconds
 
 
-# ------------------------------------------------------------------------------------------------ the textbook
+# ------------------------------------------------------------------------------------------------ the textbook versions
 
-def padded(sequences, device):
+def pad(sequences, device):
+    """Lists of ids as one tensor, padded on the right."""
     length = max(map(len, sequences))
-    return torch.tensor([s + [0] * (length - len(s)) for s in sequences], device=device)
+    return torch.tensor([sequence + [0] * (length - len(sequence)) for sequence in sequences], device=device)
 
 
-def naive_logprobs(model, groups, amp):
-    """Summed log-probs of every response, each in a padded row of its own, from the logits of every position: (S,)"""
-    rows = [(p, r) for p, rs in groups for r in rs]
-    tokens = padded([p + r for p, r in rows], model.device)
+def naive_logp(model, groups):
+    """Summed log-probs of every response, each in a padded row of its own: (S,)"""
+    rows = [(prompt, response) for prompt, responses in groups for response in responses]
+    tokens = pad([prompt + response for prompt, response in rows], model.device)
     mask = torch.zeros(tokens.shape, device=model.device)
-    for i, (p, r) in enumerate(rows):
-        mask[i, len(p):len(p) + len(r)] = 1
-    with amp:
-        logits = model.logits(model.hidden(tokens, torch.arange(tokens.size(1), device=model.device)))
-    logp = logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
-    return (logp * mask[:, 1:]).sum(1)
+    for i, (prompt, response) in enumerate(rows):
+        mask[i, len(prompt):len(prompt) + len(response)] = 1
+    with model.autocast():
+        logprobs = model.naive_logprobs(tokens)
+    return (logprobs * mask[:, 1:]).sum(1)
 
 
-def naive_scores(model, groups, amp):
-    rows = [p + r for p, rs in groups for r in rs]
-    tokens = padded(rows, model.device)
-    with amp:
+def naive_scores(model, groups):
+    """A scalar head at the last token of every response, each in a padded row of its own: (S,)"""
+    rows = [prompt + response for prompt, responses in groups for response in responses]
+    tokens = pad(rows, model.device)
+    with model.autocast():
         hidden = model.hidden(tokens, torch.arange(tokens.size(1), device=model.device))
-        return model.scalars(hidden)[range(len(rows)), [len(r) - 1 for r in rows], 0]
+    last = [len(row) - 1 for row in rows]
+    return model.scalars(hidden)[range(len(rows)), last, 0]
 
 
 @torch.no_grad()
 def naive_generate(model, prompts, new_tokens):
-    """Every token from the whole text before it."""
-    rows = [list(p) for p in prompts]
+    """model.naive_generate for a padded batch: every token from the whole text before it."""
+    rows = [list(prompt) for prompt in prompts]
     for _ in range(new_tokens):
-        tokens = padded(rows, model.device)
-        logits = model.logits(model.hidden(tokens, torch.arange(tokens.size(1), device=model.device)))
-        last = logits[range(len(rows)), [len(r) - 1 for r in rows]]
-        for row, token in zip(rows, last.softmax(-1).multinomial(1)[:, 0].tolist()):
+        logits = model(pad(rows, model.device))
+        last = [len(row) - 1 for row in rows]
+        tokens = logits[range(len(rows)), last].softmax(-1).multinomial(1)[:, 0]
+        for row, token in zip(rows, tokens.tolist()):
             row.append(token)
-    return [row[len(p):] for row, p in zip(rows, prompts)]
+    return [row[len(prompt):] for row, prompt in zip(rows, prompts)]
 
 
 # ------------------------------------------------------------------------------------------------ the rows
 
-def training_rows(args, model, device, amp):
-    """(name, work, useful tokens, FLOPs, naive work) of the DPO, SimPO and reward step."""
-    c = model.config
-    groups, ref_policy = make_groups(args.batch_size, 2, c.block_size, c.vocab_size), copy.deepcopy(model).requires_grad_(False)
+@dataclass
+class Row:
+    path: str
+    seconds: float
+    tokens: int
+    memory: int
+    limit: float | None
+    vs_naive: float | None = None
+
+    def as_dict(self):
+        return {"path": self.path, "tokens_per_s": self.tokens / self.seconds, "seconds": self.seconds,
+                "memory_gb": self.memory / 1e9, "limit": self.limit, "vs_naive": self.vs_naive}
+
+
+def training_rows(args, model, clock, rate):
+    """The rows of a DPO, a SimPO and a reward-model step. rate: FLOP/s of the machine."""
+    config = model.config
+    device = model.device
+    groups = make_groups(args.batch_size, 2, config.block_size, config.vocab_size)
+    ref_policy = copy.deepcopy(model).requires_grad_(False)
     scorer = copy.deepcopy(model)
     scorer.set_scalar_heads(1)
     for m in (model, scorer):
-        configure(m, args)
-    optimizer, scorer_optimizer = make_optimizer(model, args.lr), make_optimizer(scorer, args.lr)
+        m.prepare(args.compile, args.checkpoint_blocks)
     with torch.no_grad():
-        ref = [x.detach() for x in dpo_pair_logp(model, groups, device, amp)]
-    tokens = sum(map(group_length, groups))
-    group, rank = ranks(groups, device)
-    n = torch.tensor([len(r) for _, rs in groups for r in rs], device=device)
+        ref_logp = dpo.pair_logp(model, groups)
+    group = torch.arange(len(groups), device=device).repeat_interleave(2)
+    rank = torch.tensor([0, 1], device=device).repeat(len(groups))
+    lengths = torch.tensor([len(response) for _, responses in groups for response in responses], device=device)
+    optimizers = {m: make_optimizer(m, LR) for m in (model, scorer)}
 
-    def step(m, optimizer, loss):
+    def step(m, loss):
         def work():
-            loss().mean().backward()
-            clip_and_step(m, optimizer, args)
+            loss().backward()
+            optimizer_step(m, optimizers[m], LR, GRAD_CLIP)
         return work
 
+    def dpo_step():
+        return dpo.dpo_loss(*dpo.pair_logp(model, groups), *ref_logp, 0.1)[0].mean()
+
+    def simpo_step():
+        return simpo.simpo_loss(*simpo.pair_logp(model, groups), 2.0, 1.0)[0].mean()
+
+    def reward_step():
+        scores = scorer.score(pack(groups).to(device))
+        return reward.ranking_loss(scores, group, rank)[0]
+
     def naive_dpo():
-        logp = naive_logprobs(model, groups, amp)
+        logp = naive_logp(model, groups)
         with torch.no_grad():
-            ref_logp = naive_logprobs(ref_policy, groups, amp)
-        return dpo_loss(logp[0::2], logp[1::2], ref_logp[0::2], ref_logp[1::2], 0.1)[0]
+            ref = naive_logp(ref_policy, groups)
+        return dpo.dpo_loss(logp[0::2], logp[1::2], ref[0::2], ref[1::2], 0.1)[0].mean()
 
     def naive_simpo():
-        logp = naive_logprobs(model, groups, amp)
-        return simpo_loss(logp[0::2], logp[1::2], n[0::2], n[1::2], 2.0, 1.0)[0]
+        logp = naive_logp(model, groups)
+        return simpo.simpo_loss(logp[0::2], logp[1::2], lengths[0::2], lengths[1::2], 2.0, 1.0)[0].mean()
 
-    def reward():
-        batch = pack(groups).to(device)
-        with amp:
-            return ranking_loss(scorer.score(batch), group, rank)[0]
+    def naive_reward():
+        return reward.ranking_loss(naive_scores(scorer, groups), group, rank)[0]
 
-    flops = 3 * forward_flops(c, groups)
-    yield ("DPO step", step(model, optimizer, lambda: dpo_loss(*dpo_pair_logp(model, groups, device, amp), *ref, 0.1)[0]), tokens, flops,
-           step(model, optimizer, naive_dpo))
-    yield ("SimPO step", step(model, optimizer, lambda: simpo_loss(*simpo_pair_logp(model, groups, device, amp), 2.0, 1.0)[0]), tokens, flops,
-           step(model, optimizer, naive_simpo))
-    yield ("reward step", step(scorer, scorer_optimizer, reward), tokens, 3 * forward_flops(c, groups, head=False),
-           step(scorer, scorer_optimizer, lambda: ranking_loss(naive_scores(scorer, groups, amp), group, rank)[0]))
+    tokens = sum(map(group_length, groups))
+    with_head = 3 * forward_flops(config, groups)
+    without_head = 3 * forward_flops(config, groups, head=False)
+    for path, m, ours, naive, flops in (("DPO step", model, dpo_step, naive_dpo, with_head),
+                                        ("SimPO step", model, simpo_step, naive_simpo, with_head),
+                                        ("reward step", scorer, reward_step, naive_reward, without_head)):
+        seconds, memory = clock(step(m, ours))
+        row = Row(path, seconds, tokens, memory, flops / seconds / rate)
+        if args.against:
+            row.vs_naive = clock.once(step(m, naive)) / seconds
+        yield row
 
 
 def sampling_rows(args, model, clock, rate, bandwidth):
-    """The rows of prefill and decode, measured: the latter is a whole generation less the former."""
+    """The rows of prefill and decode. Decode is a whole generation less the prefill."""
+    config = model.config
+    n = args.new_tokens
     sampler = copy.deepcopy(model).to(torch.bfloat16 if clock.device.startswith("cuda") else torch.float32)
-    prompts = [p for p, _ in make_groups(args.rows, 1, model.config.block_size, model.config.vocab_size, seed=1)]
-    most = model.config.block_size - args.new_tokens
-    prompts, n = [p[:most] for p in prompts], args.new_tokens
-    first, first_memory = clock(lambda: sampler.generate(prompts, 1))
-    whole, memory = clock(lambda: sampler.generate(prompts, n))
-    tokens = sum(map(len, prompts))
-    flops = forward_flops(model.config, [(p[:-1], [p[-1:]]) for p in prompts])  # one log-prob a prompt
-    yield row_of("prefill", first, tokens, first_memory, flops / first / rate)
-    decode = whole - first
-    row = row_of("decode", decode, args.rows * (n - 1), memory, decode_bytes(sampler, prompts, n) / decode / bandwidth)
+    groups = make_groups(args.rows, 1, config.block_size, config.vocab_size, seed=1)
+    prompts = [prompt[:config.block_size - n] for prompt, _ in groups]
+
+    prefill_seconds, memory = clock(lambda: sampler.generate(prompts, 1))
+    flops = forward_flops(config, [(prompt[:-1], [prompt[-1:]]) for prompt in prompts])  # one log-prob per prompt
+    yield Row("prefill", prefill_seconds, sum(map(len, prompts)), memory, flops / prefill_seconds / rate)
+
+    seconds, memory = clock(lambda: sampler.generate(prompts, n))
+    decode_seconds = seconds - prefill_seconds
+    limit = decode_bytes(sampler, prompts, n) / decode_seconds / bandwidth
+    row = Row("decode", decode_seconds, args.rows * (n - 1), memory, limit)
     if args.against:
-        row["vs_naive"] = clock.once(lambda: naive_generate(sampler, prompts, n)) / whole
+        row.vs_naive = clock.once(lambda: naive_generate(sampler, prompts, n)) / seconds
     yield row
 
 
-def ppo_rows(args, model, clock, rate, amp):
-    """The rows of a PPO iteration and its three parts: rollout, scoring, four epochs of updates."""
-    cfg = ppo.Config(batch_size=args.ppo_prompts, max_new_tokens=args.ppo_tokens, minibatches=1, lr=1e-6, value_lr=1e-6)
-    c, device = model.config, clock.device
-    policy, value_model = copy.deepcopy(model), copy.deepcopy(model)
-    ref_policy = copy.deepcopy(model).requires_grad_(False)
+def ppo_rows(args, model, clock, rate):
+    """The rows of a PPO iteration and its three parts: rollout, scoring, and four epochs of updates."""
+    cfg = ppo.Config(batch_size=args.ppo_prompts, max_new_tokens=args.ppo_tokens, minibatches=1, lr=LR, value_lr=LR)
+    config = model.config
+    device = str(model.device)
+    run = SimpleNamespace(cfg=cfg, device=device, micro_batches=lambda rows, g: micro_batches(rows, g, cfg.micro_tokens))
+    value_model = copy.deepcopy(model)
     value_model.set_scalar_heads(1)
-    for m in (policy, ref_policy, value_model):
-        configure(m, args)
-    optimizers = [(policy, make_optimizer(policy, 1e-6)), (value_model, make_optimizer(value_model, 1e-6))]
-    prompts = [p[:c.block_size - cfg.max_new_tokens] for p, _ in make_groups(cfg.batch_size, 1, c.block_size, c.vocab_size, seed=2)]
-    noise, kept = torch.rand(len(prompts), cfg.max_new_tokens), SimpleNamespace()
+    models = ppo.Models(copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False), value_model, None)
+    for m in (models.policy, models.ref_policy, models.value_model):
+        m.prepare(args.compile, args.checkpoint_blocks)
+    optimizers = {"policy": make_optimizer(models.policy, LR), "value": make_optimizer(models.value_model, LR)}
+    lrs = {"policy": LR, "value": LR}
+    tokenizer = SimpleNamespace(eot_token=None)  # responses never end
+    groups = make_groups(cfg.batch_size, 1, config.block_size, config.vocab_size, seed=2)
+    prompts = [prompt[:config.block_size - cfg.max_new_tokens] for prompt, _ in groups]
+    epochs = [[list(range(len(prompts)))] for _ in range(cfg.epochs)]
+    state = SimpleNamespace(episodes=None)
+
+    def reward_fn(prompts, responses):
+        return ppo.on_last_token(torch.ones(len(responses)), ppo.length_mask(responses))
 
     def rollout():
-        kept.responses = ppo.rollout(policy, prompts, None, cfg, noise)
+        state.episodes = ppo.rollout(models.policy, prompts, reward_fn, tokenizer, cfg)
 
     def scoring():
-        kept.groups, kept.mask = [(p, [r]) for p, r in zip(prompts, kept.responses)], ppo.length_mask(kept.responses)
-        kept.epochs = [[list(range(len(prompts)))] for _ in range(cfg.epochs)]
-        whole_lengths = [len(p) + cfg.max_new_tokens for p in prompts]
-        micros = micro_batches(kept.epochs[0][0], whole_lengths, cfg.micro_tokens)
-        kept.logprobs, _, kept.values, _, _ = ppo.score_rollout((policy, ref_policy, value_model), kept.groups, kept.mask, micros, cfg, device, amp)
+        ppo.score(state.episodes, models, run.micro_batches(epochs[0][0], state.episodes.groups), cfg)
 
     def update():
-        rewards = ppo.last_token(torch.ones(len(prompts)), kept.mask)
-        advantages, returns = ppo.compute_gae(rewards, kept.values, kept.mask, cfg.gamma, cfg.lam)
-        grids = (kept.mask, kept.logprobs, kept.values, ppo.whiten(advantages, kept.mask), returns)
-        ppo.update(policy, value_model, optimizers, kept.groups, grids, kept.epochs, None, cfg, device, amp)
+        episodes = state.episodes
+        advantages, episodes.returns = ppo.compute_gae(episodes.rewards, episodes.values, episodes.mask, cfg.gamma, cfg.lam)
+        episodes.advantages = ppo.whiten(advantages, episodes.mask)
+        ppo.update(run, models, optimizers, episodes, epochs, lrs)
 
-    new, seconds, memory = len(prompts) * cfg.max_new_tokens, 0.0, 0
-    whole = sum(map(len, prompts)) + new
-    groups = [(p, [[0] * cfg.max_new_tokens]) for p in prompts]
-    with_head, without = forward_flops(c, groups), forward_flops(c, groups, head=False)
-    for name, work, tokens, flops in (("rollout", rollout, new, None), ("scoring", scoring, whole, 2 * with_head + without),
-                                      ("update", update, whole * cfg.epochs, 3 * cfg.epochs * (with_head + without))):
-        took, most = clock(work)
-        seconds, memory = seconds + took, max(memory, most)
-        yield row_of("PPO " + name, took, tokens, most, flops and flops / took / rate)
-    row = row_of("PPO iteration", seconds, whole, memory, None)
+    new_tokens = len(prompts) * cfg.max_new_tokens
+    all_tokens = sum(map(len, prompts)) + new_tokens
+    full = [(prompt, [[0] * cfg.max_new_tokens]) for prompt in prompts]
+    with_head = forward_flops(config, full)
+    without_head = forward_flops(config, full, head=False)
+    total_seconds = 0.0
+    most_memory = 0
+    for path, work, tokens, flops in (("PPO rollout", rollout, new_tokens, None),
+                                      ("PPO scoring", scoring, all_tokens, 2 * with_head + without_head),
+                                      ("PPO update", update, all_tokens * cfg.epochs, 3 * cfg.epochs * (with_head + without_head))):
+        seconds, memory = clock(work)
+        total_seconds += seconds
+        most_memory = max(most_memory, memory)
+        yield Row(path, seconds, tokens, memory, flops and flops / seconds / rate)
+    row = Row("PPO iteration", total_seconds, all_tokens, most_memory, None)
     if args.against:
-        row["vs_naive"] = clock.once(lambda: naive_ppo(policy, ref_policy, value_model, optimizers, prompts, cfg, amp)) / seconds
+        row.vs_naive = clock.once(lambda: naive_ppo(models, optimizers, prompts, cfg)) / total_seconds
     yield row
 
 
-def naive_ppo(policy, ref_policy, value_model, optimizers, prompts, cfg, amp):
-    """The same number of passes, each over padded rows with the logits of every position."""
-    groups = [(p, [r]) for p, r in zip(prompts, naive_generate(policy, prompts, cfg.max_new_tokens))]
+def naive_ppo(models, optimizers, prompts, cfg):
+    """As many passes as an iteration has, each over padded rows with the logits of every position."""
+    responses = naive_generate(models.policy, prompts, cfg.max_new_tokens)
+    groups = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
     with torch.no_grad():
-        old, _, _ = naive_logprobs(policy, groups, amp), naive_logprobs(ref_policy, groups, amp), naive_scores(value_model, groups, amp)
+        old = naive_logp(models.policy, groups)
+        naive_logp(models.ref_policy, groups)
+        naive_scores(models.value_model, groups)
     for _ in range(cfg.epochs):
-        ratio = (naive_logprobs(policy, groups, amp) - old).exp()
-        (-ratio.mean() + 0.1 * (naive_scores(value_model, groups, amp) ** 2).mean()).backward()
-        for model, optimizer in optimizers:
-            clip_and_step(model, optimizer, cfg)
-
-
-def row_of(name, seconds, tokens, memory, limit, vs_naive=None):
-    return {"path": name, "tokens_per_s": tokens / seconds, "seconds": seconds, "memory_gb": memory / 1e9, "limit": limit, "vs_naive": vs_naive}
+        ratio = (naive_logp(models.policy, groups) - old).exp()
+        values = naive_scores(models.value_model, groups)
+        (-ratio.mean() + 0.1 * (values**2).mean()).backward()
+        optimizer_step(models.policy, optimizers["policy"], LR, cfg.grad_clip)
+        optimizer_step(models.value_model, optimizers["value"], LR, cfg.grad_clip)
 
 
 def table(rows):
-    head = ["", "tokens/s", "seconds", "memory", "limit", "vs naive"]
-    cells = [head] + [[r["path"], f"{r['tokens_per_s']:,.0f}", f"{r['seconds']:.3f}", f"{r['memory_gb']:.2f} GB",
-                       "" if r["limit"] is None else f"{r['limit']:.0%}", "" if r["vs_naive"] is None else f"{r['vs_naive']:.1f}x"] for r in rows]
-    return evaluate.aligned(cells)
+    lines = [["", "tokens/s", "seconds", "memory", "limit", "vs naive"]]
+    for row in rows:
+        limit = "" if row["limit"] is None else f"{row['limit']:.0%}"
+        vs_naive = "" if row["vs_naive"] is None else f"{row['vs_naive']:.1f}x"
+        lines.append([row["path"], f"{row['tokens_per_s']:,.0f}", f"{row['seconds']:.3f}",
+                      f"{row['memory_gb']:.2f} GB", limit, vs_naive])
+    return evaluate.aligned(lines)
+
+
+def arguments(argv):
+    """The command line, as at the top of this page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="gpt2 … gpt2-xl, or LAYERSxHEADSxWIDTH; default gpt2 on CUDA, 6x6x384 on a CPU")
+    add("--device", help="default: cuda if there is one")
+    add("--compile", type=lambda text: text == "True", help="True or False; default: True on CUDA")
+    add("--checkpoint_blocks", action="store_true", help="recompute each block in the backward pass")
+    add("--block_size", type=int, default=1024, help="the model's context (default 1024)")
+    add("--batch_size", type=int, default=8, help="pairs per training step (default 8)")
+    add("--rows", type=int, default=32, help="prompts of prefill and decode (default 32)")
+    add("--new_tokens", type=int, default=64, help="tokens that decode writes per row (default 64)")
+    add("--ppo_prompts", type=int, default=16, help="prompts of a PPO iteration (default 16)")
+    add("--ppo_tokens", type=int, default=48, help="new tokens per response of a PPO iteration (default 48)")
+    add("--repeat", type=int, default=5, help="runs that a median is taken of (default 5)")
+    add("--against", choices=["naive"], help="naive: the textbook version beside ours")
+    add("--json", metavar="FILE", help="write the rows there")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
-    """The command line at the head of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="gpt2 … gpt2-xl, or LAYERSxHEADSxWIDTH; default gpt2 on CUDA, 6x6x384 on the CPU")
-    parser.add_argument("--device", help="default: cuda where there is one")
-    parser.add_argument("--compile", type=lambda s: s == "True", help="True or False; default: on CUDA")
-    parser.add_argument("--checkpoint_blocks", action="store_true", help="recompute each block in the backward pass")
-    parser.add_argument("--block_size", type=int, default=1024, help="the model's context (default 1024)")
-    parser.add_argument("--batch_size", type=int, default=8, help="pairs a training step (default 8)")
-    parser.add_argument("--rows", type=int, default=32, help="prompts of prefill and decode (default 32)")
-    parser.add_argument("--new_tokens", type=int, default=64, help="tokens that decode writes a row (default 64)")
-    parser.add_argument("--ppo_prompts", type=int, default=16, help="prompts of a PPO iteration (default 16)")
-    parser.add_argument("--ppo_tokens", type=int, default=48, help="new tokens of a PPO iteration (default 48)")
-    parser.add_argument("--repeat", type=int, default=5, help="runs that a median is of (default 5)")
-    parser.add_argument("--against", choices=["naive"], help="naive: the textbook version beside ours")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
-    args = parser.parse_args(argv)
-    args.seed, args.lr, args.grad_clip = 0, 1e-6, 1.0
-    device, amp = setup(args)
-    shape = args.model or ("gpt2" if device.startswith("cuda") else "6x6x384")
+    args = arguments(argv)
+    device = choose_device(args.device)
+    on_cuda = device.startswith("cuda")
+    if args.compile is None:
+        args.compile = on_cuda
+    shape = args.model or ("gpt2" if on_cuda else "6x6x384")
     try:
         n_layer, n_head, n_embd = PRETRAINED.get(shape) or map(int, shape.split("x"))
     except ValueError:
         raise SystemExit(f"--model={shape}: one of {', '.join(PRETRAINED)}, or LAYERSxHEADSxWIDTH as in 6x6x384")
+    torch.manual_seed(0)
     model = GPT(GPTConfig(50257, args.block_size, n_layer, n_head, n_embd)).to(device)
     clock = Clock(device, args.repeat)
-    rate, bandwidth = machine(clock, torch.bfloat16 if device.startswith("cuda") else torch.float32)
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    print(f"{shape} on {name}, torch {torch.__version__}: {rate / 1e12:.3g} TFLOP/s in a matrix product, {bandwidth / 1e9:.3g} GB/s in a copy\n")
-    rows = []
-    for path, work, tokens, flops, naive in training_rows(args, model, device, amp):
-        seconds, memory = clock(work)
-        rows.append(row_of(path, seconds, tokens, memory, flops / seconds / rate, clock.once(naive) / seconds if args.against else None))
-    rows += sampling_rows(args, model, clock, rate, bandwidth)
-    rows += ppo_rows(args, model, clock, rate, amp)
+    rate, bandwidth = measure_machine(clock, torch.bfloat16 if on_cuda else torch.float32)
+    name = torch.cuda.get_device_name() if on_cuda else f"{torch.get_num_threads()} CPU threads"
+    print(f"{shape} on {name}, torch {torch.__version__}: {rate / 1e12:.3g} TFLOP/s in a matrix product, "
+          f"{bandwidth / 1e9:.3g} GB/s in a copy\n")
+
+    rows = [*training_rows(args, model, clock, rate), *sampling_rows(args, model, clock, rate, bandwidth),
+            *ppo_rows(args, model, clock, rate)]
+    rows = [row.as_dict() for row in rows]
     print(table(rows))
     if args.json:
-        with writing(args.json) as f:
-            json.dump({"model": shape, "device": name, "torch": torch.__version__, "flops": rate, "bandwidth": bandwidth, "rows": rows}, f, indent=2)
+        result = {"model": shape, "device": name, "torch": torch.__version__, "flops": rate, "bandwidth": bandwidth}
+        with write_atomically(args.json) as f:
+            json.dump({**result, "rows": rows}, f, indent=2)
 
 
 if __name__ == "__main__":

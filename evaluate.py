@@ -37,9 +37,10 @@ import os
 import torch
 
 from common import plots
-from common.checkpoints import load_checkpoint, load_model
+from common.checkpoints import load_checkpoint, load_model, load_reward_model
 from common.dist import is_main, log_to_console, print0
 from common.files import write_atomically
+from common.log import printable
 from common.scoring import score_groups
 from common.sharding import unshard_model
 from data import dataset, encode_prompts
@@ -51,7 +52,7 @@ MAX_NEW_TOKENS = 128
 MIN_ESS = 8  # below, log E exp(r/β) from samples falls short of the true one by more than about 1/(2 · 8)
 
 # What the closing table may take of memory: it must not need more than training did.
-CACHE_BYTES = 2**27      # of a key-value cache
+CACHE_BYTES = 2**28      # of a key-value cache
 KL_ROWS = 64             # responses in a forward pass
 KL_TOKENS = 2048         # tokens in a forward pass
 KL_LOGITS = 2**23        # logits of one model
@@ -267,13 +268,6 @@ def samples(models, prompts, texts, k=3):
     return "\n".join(lines)
 
 
-def printable(text, most=400):
-    """On one line, without control characters; a long text loses its beginning."""
-    text = " ".join(text.split())
-    text = "".join(c if c.isprintable() else "�" for c in text)
-    return text if len(text) <= most else "… " + text[-most:]
-
-
 # ------------------------------------------------------------------------------------------------ the frontier
 
 def tilt(rewards, beta):
@@ -406,14 +400,6 @@ def load_models(names, data=None):
     return models, tokenizers[0], configs
 
 
-def load_reward_model(path, tokenizer, device):
-    """Loads a reward model; exits with one line if it is none, or has another tokenizer."""
-    reward_model, its_tokenizer = load_model(path)
-    if its_tokenizer.name != tokenizer.name or reward_model.config.n_scalars != 1:
-        raise SystemExit(f"{path}: not a reward model for the tokenizer {tokenizer.name}")
-    return reward_model.to(device)
-
-
 def arguments(argv):
     """The command line, as at the top of this page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -461,7 +447,7 @@ def main(argv=None):
     data = dataset(args.data or config["data"], args.data_dir or config["data_dir"])
     named = [c["reward_model"] for c in configs if c.get("reward_model")]
     path = args.reward_model or (named[0] if named else None)
-    reward_model = load_reward_model(path, tokenizer, models[0][1].device) if path else None
+    reward_model = load_reward_model(path, tokenizer).to(models[0][1].device) if path else None
 
     if args.mean and len(models) < 2:
         raise SystemExit("--mean is over the checkpoints after the first: name some")

@@ -31,8 +31,6 @@ Left out: several responses per prompt (GRPO, RLOO), an entropy bonus, and gener
 pretraining text of eq. 2 is replaced by demonstrations, as a mean over their tokens, so γ is not the paper's 27.8.
 """
 import copy
-import os
-import re
 import time
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -40,8 +38,9 @@ from typing import Literal
 import torch
 
 import evaluate
-from common import batches, checkpoints, dist, files, scoring, sharding
-from common.log import Metrics
+from common import batches, checkpoints, dist, scoring, sharding
+from common.grids import check_reward, gather_grid, length_mask, on_last_token, to_grid
+from common.log import Metrics, SampleFile
 from common.optim import lr_schedule, make_optimizer, optimizer_step
 from common.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig, parse
 from common.run import Run
@@ -171,29 +170,6 @@ def rollout(policy, prompts, reward_fn, tokenizer, cfg):
     return Episodes(prompts, responses, ended, mask, rewards, sampler_logprobs)
 
 
-def length_mask(responses):
-    """mask (B, R): True on the tokens of each response; R is the length of the longest."""
-    length = torch.tensor([len(response) for response in responses])
-    return torch.arange(length.max()) < length[:, None]
-
-
-def to_grid(flat, mask):
-    """(N,) numbers, one per True of the mask -> (B, R), 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
-
-
-def gather_grid(my_rows, mask):
-    """This process's rows of a grid, as lists of numbers of unequal length -> the whole grid (B, R)."""
-    rows = dist.gather_shares(my_rows)
-    return to_grid(torch.tensor([x for row in rows for x in row]), mask)
-
-
-def on_last_token(x, mask):
-    """x (B,), a number per response -> (B, R), all of it on the response's last token."""
-    last = mask.sum(1, keepdim=True) - 1
-    return torch.zeros(mask.shape).scatter(1, last, x[:, None])
-
-
 # ------------------------------------------------------------------------------------------------ rewards
 
 def reward_model_reward(reward_model, cfg):
@@ -214,26 +190,6 @@ def gold_reward(data, tokenizer):
             rewards.append(data.gold(tokenizer.decode(prompt), tokenizer.decode(words)))
         return on_last_token(torch.tensor(rewards), length_mask(responses))
     return reward_fn
-
-
-def check_reward(rewards, responses, tokenizer):
-    """What a reward_fn returned, as (B, R) float32. Raises ValueError if it has another shape or is not a number."""
-    try:
-        rewards = torch.as_tensor(rewards, dtype=torch.float32, device="cpu")
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"reward_fn must return a (B, R) array of numbers, 0 after a response's end ({error})")
-    mask = length_mask(responses)
-    if rewards.shape != mask.shape:
-        raise ValueError(f"reward_fn returned the shape {tuple(rewards.shape)}, expected {tuple(mask.shape)}: a number "
-                         f"for each token of {mask.size(0)} responses, the longest of {mask.size(1)} tokens")
-    not_finite = ~rewards.isfinite()
-    after_the_end = (rewards != 0) & ~mask
-    for wrong, what in ((not_finite, "is not finite"), (after_the_end, "lies after the response's end")):
-        if wrong.any():
-            i, t = wrong.nonzero()[0].tolist()
-            text = evaluate.printable(tokenizer.decode(responses[i]))
-            raise ValueError(f"reward_fn: the reward {rewards[i, t].item()} of response {i} at token {t} {what}: {text!r}")
-    return rewards
 
 
 # ------------------------------------------------------------------------------------------------ 2. score
@@ -514,32 +470,6 @@ def statistics(episodes, kl_coef, gold):
     return {key: value.item() if torch.is_tensor(value) else value for key, value in values.items()}
 
 
-def show_samples(run, step, episodes, tokenizer, n=3):
-    """Prints the first n episodes of an iteration, and appends them to OUT/samples.txt."""
-    lines = [f"step {step}"]
-    score = episodes.rewards.sum(1).tolist()
-    kl = episodes.kl.sum(1).tolist()
-    for i in range(min(n, len(episodes.prompts))):
-        lines.append("  " + evaluate.printable(tokenizer.decode(episodes.prompts[i])))
-        response = evaluate.printable(tokenizer.decode(episodes.responses[i]))
-        lines.append(f"    score {score[i]:7.3f}  kl {kl[i]:7.3f} | {response}")
-    text = "\n".join(lines) + "\n"
-    run.print0("\n" + text)
-    if dist.is_main():
-        with files.append_to(os.path.join(run.out, "samples.txt")) as f:
-            f.write(text)
-
-
-def drop_samples_after(out, step):
-    """Removes from samples.txt what a resumed run will write again."""
-    path = os.path.join(out, "samples.txt")
-    if dist.is_main() and os.path.exists(path):
-        with open(path) as f:
-            blocks = re.split(r"^(?=step \d)", f.read(), flags=re.M)
-        with files.write_atomically(path) as f:
-            f.writelines(block for block in blocks if block and int(block.split()[1]) <= step)
-
-
 # ------------------------------------------------------------------------------------------------ the run
 
 def load_models(run, init, has_reward_fn):
@@ -552,7 +482,7 @@ def load_models(run, init, has_reward_fn):
     value_model.set_scalar_heads(1)
     reward_model = None
     if cfg.reward == "rm" and not has_reward_fn:
-        reward_model = load_reward_model(cfg.reward_model, init, tokenizer, cfg)
+        reward_model = checkpoints.load_reward_model(cfg.reward_model, tokenizer, cfg, cfg.normalize_reward)
         if cfg.value_init == "reward":
             value_model = copy.deepcopy(reward_model).requires_grad_(True)
     if cfg.share_value:
@@ -562,22 +492,6 @@ def load_models(run, init, has_reward_fn):
         if model is not None:
             run.prepare(model)
     return Models(policy, ref_policy, value_model, reward_model), tokenizer
-
-
-def load_reward_model(folder, init, tokenizer, cfg):
-    """Loads a reward model, frozen. Exits with one line if it is none, or if its tokenizer is not the policy's."""
-    reward_model, its_tokenizer = checkpoints.load_model(folder, cfg)
-    if reward_model.config.n_scalars != 1:
-        raise SystemExit(f"{folder}: not a reward model (reward.py trains one)")
-    if its_tokenizer.name != tokenizer.name:
-        raise SystemExit(f"{folder}: this reward model has the tokenizer {its_tokenizer.name}, "
-                         f"the policy {init} has {tokenizer.name}")
-    if cfg.normalize_reward:  # the mean on demonstrations is 0 already
-        score_std = checkpoints.load_checkpoint(folder)["score_std"]
-        with torch.no_grad():
-            reward_model.scalar_head.weight /= score_std
-            reward_model.scalar_head.bias /= score_std
-    return reward_model.requires_grad_(False)
 
 
 def check_settings(cfg, data, has_reward_fn):
@@ -654,7 +568,7 @@ def train(cfg, reward_fn=None):
         if not cfg.share_value:
             checkpoints.load_weights(models.value_model, checkpoint["value_model"], run.out)
             checkpoints.load_optimizer(optimizers["value"], checkpoint["value_optimizer"])
-    drop_samples_after(run.out, run.start)
+    sample_file = SampleFile(run.out, run.start)
     warned = False
 
     for step in range(run.start, cfg.steps):
@@ -711,7 +625,8 @@ def train(cfg, reward_fn=None):
                        f"{stats['response_len']:.0f} tokens): lower --lr (now {cfg.lr}) or --epochs, "
                        f"or raise --kl_coef (now {kl_controller.coef:.3g})")
         if step == 0 or (step + 1) % cfg.sample_every == 0:
-            show_samples(run, step + 1, episodes, tokenizer)
+            sample_file.show(step + 1, tokenizer, episodes.prompts, episodes.responses,
+                             score=episodes.rewards.sum(1), kl=episodes.kl.sum(1))
         value_state = {}
         if not cfg.share_value:
             value_state["value_model"] = models.value_model.state_dict()

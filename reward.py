@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import evaluate
 from common import files, scoring
 from common.dist import is_main, sync_gradients
-from common.log import Metrics
+from common.log import Metrics, printable
 from common.optim import lr_schedule, make_optimizer, optimizer_step
 from common.options import AtLeast, NonNegativeFloat, NonNegativeInt, PositiveInt, RunConfig, parse
 from common.run import Run
@@ -164,12 +164,12 @@ def show_samples(scores, comparisons, data, n=3):
     lines = []
     scores = iter(scores.tolist())
     for comparison in comparisons[:n]:
-        lines.append("\n" + evaluate.printable(comparison.prompt))
+        lines.append("\n" + printable(comparison.prompt))
         for response in comparison.responses:
             gold = ""
             if hasattr(data, "gold"):
                 gold = f"   gold {data.gold(comparison.prompt, response):5.2f}"
-            lines.append(f"  score {next(scores):6.3f}{gold} | {evaluate.printable(response)}")
+            lines.append(f"  score {next(scores):6.3f}{gold} | {printable(response)}")
     return "\n".join(lines)
 
 

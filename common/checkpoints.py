@@ -47,6 +47,25 @@ def new_model(cfg):
     return GPT(GPTConfig(tokenizer.n_vocab, cfg.max_len, cfg.n_layer, cfg.n_head, cfg.n_embd)), tokenizer
 
 
+def load_reward_model(path, tokenizer, cfg=None, normalize=False):
+    """Loads a reward model, frozen. normalize: divide its scores by their standard deviation on demonstrations.
+
+    Exits with a one-line message if it is no reward model, or if its tokenizer is not `tokenizer`.
+    """
+    reward_model, its_tokenizer = load_model(path, cfg)
+    if reward_model.config.n_scalars != 1:
+        raise SystemExit(f"{path}: not a reward model (reward.py trains one)")
+    if its_tokenizer.name != tokenizer.name:
+        raise SystemExit(f"{path}: this reward model has the tokenizer {its_tokenizer.name}, "
+                         f"the other models have {tokenizer.name}")
+    if normalize:  # their mean on demonstrations is 0 already
+        score_std = load_checkpoint(path)["score_std"]
+        with torch.no_grad():
+            reward_model.scalar_head.weight /= score_std
+            reward_model.scalar_head.bias /= score_std
+    return reward_model.requires_grad_(False)
+
+
 def checkpoint_files(path):
     """The checkpoints in a run's folder, newest first, or the one file at that path. Empty if there is none."""
     files = [path]

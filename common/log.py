@@ -3,12 +3,13 @@ import importlib
 import json
 import math
 import os
+import re
 import time
 from dataclasses import asdict
 
 import torch
 
-from common.dist import all_reduce, is_main
+from common.dist import all_reduce, is_main, print0
 from common.files import append_to, write_atomically
 
 
@@ -114,6 +115,39 @@ def format_value(value):
     if abs(value) >= 1e-3 or value == 0:
         return f"{value:.4f}"
     return f"{value:.1e}"
+
+
+def printable(text, most=400):
+    """On one line, without control characters; a long text loses its beginning."""
+    text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return text if len(text) <= most else "… " + text[-most:]
+
+
+class SampleFile:
+    """Shows sampled responses on the console, and appends them to OUT/samples.txt."""
+
+    def __init__(self, out, start):
+        """start: the steps done before a resumed run; the samples after it will be written again."""
+        self.path = os.path.join(out, "samples.txt")
+        if is_main() and os.path.exists(self.path):
+            with open(self.path) as f:
+                blocks = re.split(r"^(?=step \d)", f.read(), flags=re.M)
+            with write_atomically(self.path) as f:
+                f.writelines(block for block in blocks if block and int(block.split()[1]) <= start)
+
+    def show(self, step, tokenizer, prompts, responses, n=3, **values):
+        """The first n responses to lists of prompts, all as token ids. values: named tensors (B,), shown beside them."""
+        lines = [f"step {step}"]
+        for i in range(min(n, len(prompts))):
+            numbers = "  ".join(f"{name} {value[i].item():7.3f}" for name, value in values.items())
+            lines.append(f"  {printable(tokenizer.decode(prompts[i]))}")
+            lines.append(f"    {numbers} | {printable(tokenizer.decode(responses[i]))}")
+        text = "\n".join(lines) + "\n"
+        print0("\n" + text)
+        if is_main():
+            with append_to(self.path) as f:
+                f.write(text)
 
 
 # ------------------------------------------------------------------------------------------------ other logs

@@ -1,14 +1,14 @@
-"""Datasets and tokenizers. A dataset is a module or an object with these functions, as far as its data have them:
+"""Datasets and tokenizers. A dataset is a module or an object with some of these functions:
 
     demonstrations(split)   -> [(prompt, response), …]
-    comparisons(split, k=2) -> [Comparison(prompt, responses, ranks), …] of k responses each, if the data have as many
+    comparisons(split, k=2) -> [Comparison(prompt, responses, ranks), …], each of k responses
     prompts(split)          -> [prompt, …]
-    spans(split)            -> [(prompt, response, [(start, end, category), …]), …], in characters of the response
-    completeness(split)     -> comparisons by how complete the responses are
+    spans(split)            -> [(prompt, response, [(start, end, category), …]), …], in characters
+    completeness(split)     -> [Comparison, …] that rank responses by how complete they are
     gold(prompt, response)  -> the true reward, where it can be computed
     tokenizer()             -> a tiktoken.Encoding
 
-split is "train", "validation" or "test". Prompts and responses are text.
+`split` is "train", "validation" or "test". Prompts and responses are text.
 """
 import os
 
@@ -23,23 +23,32 @@ from data.tokenizers import encode_groups, encode_prompts, get_tokenizer
 
 
 def dataset(name, data_dir="data/files"):
-    """The dataset of that name ("animals", "hh", "hh/SUBSET", "qa_feedback", "tldr", "imdb"), or of the file at that path."""
+    """Returns the dataset animals, hh, hh/SUBSET, qa_feedback, tldr or imdb, or the one in the file `name`.
+
+    Raises SystemExit with a one-line message if there is no such dataset and no such file.
+    """
     if name == "animals":
         return animals
-    if name.split("/")[0] == "hh" and not os.path.isfile(name):
-        subset = name.partition("/")[2]
-        if subset and subset not in SUBSETS:
-            raise SystemExit(f"--data={name}: HH-RLHF has {', '.join(SUBSETS)}")
-        return HH(data_dir, [subset] if subset else SUBSETS)
-    if name == "qa_feedback" or name.endswith("_feedback.json") and os.path.isfile(name):
-        return QAFeedback(data_dir, None if name == "qa_feedback" else name)
+    if name == "qa_feedback":
+        return QAFeedback(data_dir)
     if name == "tldr":
         return TLDR(data_dir)
     if name == "imdb":
         return IMDB(data_dir)
-    if not os.path.isfile(name):
-        hint = ""
-        if os.path.basename(name) == "imdb-pairs.jsonl":
-            hint = "; `python sample.py out/sft-imdb --pairs=out/imdb-pairs.jsonl --reward_model=out/reward-imdb` makes it"
-        raise SystemExit(f"--data={name}: no such file, and none of the datasets animals, hh, qa_feedback, tldr, imdb{hint}")
-    return Jsonl(name)
+    if os.path.isfile(name):
+        if name.endswith("_feedback.json"):
+            return QAFeedback(data_dir, name)
+        return Jsonl(name)
+    base, _, subset = name.partition("/")
+    if base == "hh":
+        if not subset:
+            return HH(data_dir)
+        if subset not in SUBSETS:
+            raise SystemExit(f"--data={name}: HH-RLHF has {', '.join(SUBSETS)}")
+        return HH(data_dir, [subset])
+    hint = ""
+    if os.path.basename(name) == "imdb-pairs.jsonl":
+        hint = ("; `python sample.py out/sft-imdb --pairs=out/imdb-pairs.jsonl "
+                "--reward_model=out/reward-imdb` makes it")
+    raise SystemExit(f"--data={name}: no such file, and none of the datasets "
+                     f"animals, hh, qa_feedback, tldr, imdb{hint}")

@@ -1,21 +1,26 @@
-"""A small world whose true reward is known: 25 animals, five attributes, answers of mixed quality. Nothing to download.
+"""A small world with a known true reward: 25 animals, five attributes, and answers of mixed quality.
 
     prompt     Tell me about the owl: what it eats and how it moves.
     response    It eats mice. It can fly.
 
-The demonstrations are written by people of unequal care, who state wrong values, leave things out, add what nobody asked
-for, repeat themselves and pad; a model that imitates them hallucinates, and preference training has something to mend.
+The demonstrations imitate writers of unequal care: they state wrong values, leave things out, add facts that
+nobody asked for, repeat themselves and add filler. A model trained on them hallucinates, so preference
+training has something to improve.
 
-The true reward is the sum of three axes, those of Wu et al. 2023 (arXiv:2306.01693):
+The true reward is the sum of three axes, as in Wu et al. 2023 (arXiv:2306.01693):
 
-    relevance      −0.3 for each sentence that is repeated, not asked for, or no sentence of this world
+    relevance      −0.3 for each sentence that is a repetition, was not asked for, or is unknown in this world
     factuality     −0.5 for each sentence that states a wrong value
-    completeness   the share of the asked attributes that are answered truly
+    completeness   the fraction of the asked attributes that are answered correctly
 
-so a perfect answer scores 1. Comparisons carry the noise of Bradley–Terry labels: P(a ≻ b) = σ(LABEL_SCALE · (gold_a − gold_b)).
-Two labelers of this world agree with each other as often as those of InstructGPT did (73%), and each with the true order in 79%.
+A perfect answer scores 1. The labels of comparisons are noisy and follow Bradley–Terry:
 
-The three splits never share an (animal, set of asked attributes) pair.
+    P(a ≻ b) = σ(LABEL_SCALE · (gold(a) − gold(b)))
+
+Two such labelers agree with each other on 73% of the pairs, like those of InstructGPT (arXiv:2203.02155), and
+each agrees with the true order on 79%.
+
+No (animal, set of asked attributes) pair occurs in more than one split. Nothing needs to be downloaded.
 """
 import random
 import re
@@ -27,7 +32,7 @@ import tiktoken
 
 from data.schema import Comparison
 
-ATTRIBUTES = {  # how a prompt asks for it, how an answer states it
+ATTRIBUTES = {  # how a prompt asks for the attribute, and how an answer states it
     "kind": ("what it is", "It is a {}."),
     "food": ("what it eats", "It eats {}."),
     "home": ("where it lives", "It lives in the {}."),
@@ -61,175 +66,239 @@ FACTS = """
     ant       insect     seeds    forest     armor     crawl
     bee       insect     nectar   meadow     fur       fly
 """
-WORLD = {animal: dict(zip(ATTRIBUTES, values)) for animal, *values in map(str.split, FACTS.strip().splitlines())}
-VALUES = {a: sorted({facts[a] for facts in WORLD.values()}) for a in ATTRIBUTES}
 OPENINGS = ["Tell me about the {}: {}.", "Describe the {}: {}.", "I want to know about the {}: {}."]
 FILLERS = ["It is a nice animal.", "Many people like it.", "I hope this helps."]
 
-LABEL_SCALE = 2.25
-SLIPS = 0.1  # of the sentences that an annotator of spans reads, the share that is marked at random
+LABEL_SCALE = 2.25  # a larger scale means less noise
+SLIPS = 0.1         # the fraction of sentences that an annotator of spans marks at random
 SIZES = {"train": 20_000, "validation": 1_000, "test": 1_000}
 
 
 def state(attribute, value):
-    """The sentence that states a value: state("kind", "insect") = "It is an insect."."""
-    return ATTRIBUTES[attribute][1].format(value).replace(" a a", " an a").replace(" a i", " an i")
+    """Returns the sentence that states a value: state("kind", "insect") is "It is an insect."."""
+    sentence = ATTRIBUTES[attribute][1].format(value)
+    return sentence.replace(" a a", " an a").replace(" a i", " an i")
 
 
-SENTENCES = {state(a, v): (a, v) for a in ATTRIBUTES for v in VALUES[a]} | {filler: (None, None) for filler in FILLERS}
+WORLD = {}      # animal -> {attribute: true value}
+for line in FACTS.strip().splitlines():
+    animal, *values = line.split()
+    WORLD[animal] = dict(zip(ATTRIBUTES, values))
+
+VALUES = {}     # attribute -> all values it can take
+SENTENCES = {}  # every sentence of this world -> the (attribute, value) it states
+for attribute in ATTRIBUTES:
+    VALUES[attribute] = sorted({facts[attribute] for facts in WORLD.values()})
+    for value in VALUES[attribute]:
+        SENTENCES[state(attribute, value)] = (attribute, value)
+for filler in FILLERS:
+    SENTENCES[filler] = (None, None)
 
 
-# ------------------------------------------------------------------------------------------------ the true reward
+# -------------------------------------------------------------------------------------------- the true reward
 
 def parse_prompt(prompt):
-    """The animal and the asked attributes of a prompt of this world; ValueError for any other text."""
+    """Returns the animal and the list of asked attributes. Raises ValueError for any other text."""
     animal = re.search(r"the (\w+):", prompt)
     if not animal or animal[1] not in WORLD:
         raise ValueError(f"not a prompt of the animals world: {prompt!r}")
-    return animal[1], [a for a, (question, _) in ATTRIBUTES.items() if question in prompt]
+    return animal[1], [attribute for attribute, (question, _) in ATTRIBUTES.items() if question in prompt]
 
 
 def sentences(text):
-    """["It eats mice.", "It can fly."]; what follows the last full stop counts as a sentence too."""
+    """Splits a text after each period. Text after the last period counts as a sentence too."""
     return [s.strip() for s in re.findall(r"[^.]*\.|[^.]+$", text) if s.strip()]
 
 
 def axes(prompt, response):
-    """{"relevance": ≤ 0, "factuality": ≤ 0, "completeness": 0 … 1}"""
+    """Scores a response on each axis: {"relevance": ≤ 0, "factuality": ≤ 0, "completeness": 0 … 1}."""
     animal, asked = parse_prompt(prompt)
-    irrelevant, false, answered = 0, 0, set()
-    said = sentences(response)
-    for i, sentence in enumerate(said):
+    n_irrelevant = 0
+    n_false = 0
+    answered = set()
+    earlier = set()
+    for sentence in sentences(response):
         attribute, value = SENTENCES.get(sentence, (None, None))
-        irrelevant += attribute not in asked or sentence in said[:i]
+        if attribute not in asked or sentence in earlier:
+            n_irrelevant += 1
         if attribute and WORLD[animal][attribute] != value:
-            false += 1
+            n_false += 1
         elif attribute in asked:
             answered.add(attribute)
-    return {"relevance": -0.3 * irrelevant, "factuality": -0.5 * false, "completeness": len(answered) / len(asked)}
+        earlier.add(sentence)
+    return {
+        "relevance": -0.3 * n_irrelevant,
+        "factuality": -0.5 * n_false,
+        "completeness": len(answered) / len(asked),
+    }
 
 
 def gold(prompt, response):
-    """The true reward: the sum of the three axes, at most 1."""
+    """Returns the true reward: the sum of the three axes, at most 1."""
     return sum(axes(prompt, response).values())
 
 
 def grammatical(response):
-    """(sentences that are sentences of this world, sentences)"""
-    said = sentences(response)
-    return sum(s in SENTENCES for s in said), len(said)
+    """Returns how many sentences of the response belong to this world, and how many sentences it has."""
+    stated = sentences(response)
+    grammatical_ones = [sentence for sentence in stated if sentence in SENTENCES]
+    return len(grammatical_ones), len(stated)
 
 
-# ------------------------------------------------------------------------------------------------ the generator
+# -------------------------------------------------------------------------------------------- the generator
 
 @cache
 def questions(split):
-    """The (animal, asked attributes) pairs of a split: 70% train, 10% validation, 20% test."""
-    pairs = [(animal, asked) for animal in WORLD for k in (2, 3) for asked in combinations(ATTRIBUTES, k)]
+    """Returns the (animal, asked attributes) pairs of a split: 70% train, 10% validation, 20% test."""
+    pairs = []
+    for animal in WORLD:
+        for n_asked in (2, 3):
+            for asked in combinations(ATTRIBUTES, n_asked):
+                pairs.append((animal, asked))
     random.Random(0).shuffle(pairs)
-    a, b = int(0.7 * len(pairs)), int(0.8 * len(pairs))
-    return {"train": pairs[:a], "validation": pairs[a:b], "test": pairs[b:]}[split]
+    train_end = int(0.7 * len(pairs))
+    validation_end = int(0.8 * len(pairs))
+    by_split = {
+        "train": pairs[:train_end],
+        "validation": pairs[train_end:validation_end],
+        "test": pairs[validation_end:],
+    }
+    return by_split[split]
 
 
 def ask(animal, asked, opening):
-    *most, last = [ATTRIBUTES[a][0] for a in asked]
+    """Returns the prompt that begins with this opening and asks for these attributes, in this order."""
+    *most, last = [ATTRIBUTES[attribute][0] for attribute in asked]
     return opening.format(animal, ", ".join(most) + " and " + last)
 
 
 def answer(animal, asked, rng):
-    """One answer, written with a care that differs from writer to writer."""
+    """Writes one answer. How many mistakes it makes depends on the writer's haste, drawn from 0 to 1."""
     haste = rng.random()
-    said = []
+    stated = []
     for attribute in asked:
-        if rng.random() < 0.3 * haste:
-            continue  # left out
-        wrong = rng.random() < 0.5 * haste
-        value = rng.choice([v for v in VALUES[attribute] if v != WORLD[animal][attribute]]) if wrong else WORLD[animal][attribute]
-        said.append(state(attribute, value))
-    if rng.random() < 0.7 * haste:  # nobody asked for it
+        if rng.random() < 0.3 * haste:  # leave it out
+            continue
+        value = WORLD[animal][attribute]
+        if rng.random() < 0.5 * haste:  # get it wrong
+            value = rng.choice([other for other in VALUES[attribute] if other != value])
+        stated.append(state(attribute, value))
+    if rng.random() < 0.7 * haste:  # add a true fact that nobody asked for
         attribute = rng.choice([a for a in ATTRIBUTES if a not in asked])
-        said.insert(rng.randint(0, len(said)), state(attribute, WORLD[animal][attribute]))
-    if rng.random() < 0.3 * haste and said:
-        said.append(rng.choice(said))
-    if rng.random() < 0.4 * haste or not said:
-        said.insert(rng.randint(0, len(said)), rng.choice(FILLERS))
-    return " " + " ".join(said)
+        position = rng.randint(0, len(stated))
+        stated.insert(position, state(attribute, WORLD[animal][attribute]))
+    if rng.random() < 0.3 * haste and stated:  # repeat a sentence
+        stated.append(rng.choice(stated))
+    if rng.random() < 0.4 * haste or not stated:  # add filler
+        position = rng.randint(0, len(stated))
+        stated.insert(position, rng.choice(FILLERS))
+    return " " + " ".join(stated)
 
 
 def draw(split, seed):
-    """An endless stream of (rng, prompt, animal, asked)."""
+    """Yields SIZES[split] random questions as (rng, prompt, animal, asked). Draw answers from this rng."""
     rng = random.Random(f"{split} {seed}")
-    while True:
+    for _ in range(SIZES[split]):
         animal, asked = rng.choice(questions(split))
-        asked = rng.sample(asked, len(asked))
-        yield rng, ask(animal, asked, rng.choice(OPENINGS)), animal, asked
+        asked = rng.sample(asked, len(asked))  # in random order
+        prompt = ask(animal, asked, rng.choice(OPENINGS))
+        yield rng, prompt, animal, asked
 
 
 def demonstrations(split):
-    return [(prompt, answer(animal, asked, rng))
-            for (rng, prompt, animal, asked), _ in zip(draw(split, "demonstrations"), range(SIZES[split]))]
+    """Returns [(prompt, response), …]."""
+    examples = []
+    for rng, prompt, animal, asked in draw(split, "demonstrations"):
+        examples.append((prompt, answer(animal, asked, rng)))
+    return examples
 
 
 def comparisons(split, k=2, reward=gold):
-    """(prompt, k responses, best first by noisy labels): Gumbel noise on the scaled reward makes every pair Bradley–Terry."""
-    noise = np.random.default_rng(0).gumbel(size=(SIZES[split], k)).tolist()
+    """Returns [Comparison, …] of k responses each, sorted from best to worst by a noisy labeler.
+
+    The labeler sorts by scaled reward plus Gumbel noise, so every pair of responses follows Bradley–Terry.
+    """
+    gumbel = np.random.default_rng(0).gumbel(size=(SIZES[split], k)).tolist()
     result = []
-    for (rng, prompt, animal, asked), z in zip(draw(split, "comparisons"), noise):
+    for (rng, prompt, animal, asked), noise in zip(draw(split, "comparisons"), gumbel):
         responses = [answer(animal, asked, rng) for _ in range(k)]
-        label = {i: LABEL_SCALE * reward(prompt, r) + z[i] for i, r in enumerate(responses)}
-        best_first = sorted(label, key=label.get, reverse=True)
+        labels = [LABEL_SCALE * reward(prompt, response) + z for response, z in zip(responses, noise)]
+        best_first = sorted(range(k), key=lambda i: labels[i], reverse=True)
         result.append(Comparison(prompt, [responses[i] for i in best_first], ranks=list(range(k))))
     return result
 
 
 def completeness(split):
-    """(prompt, four responses, the most complete first), by labels as noisy as those of `comparisons`."""
+    """Returns comparisons of four responses by completeness alone, with the same label noise."""
     return comparisons(split, 4, lambda prompt, response: axes(prompt, response)["completeness"])
 
 
 def spans(split):
-    """(prompt, response, [(start, end, category), …]), in characters of the response."""
+    """Returns [(prompt, response, [(start, end, category), …]), …], in characters of the response."""
     result = []
-    for (rng, prompt, animal, asked), _ in zip(draw(split, "spans"), range(SIZES[split])):
+    for rng, prompt, animal, asked in draw(split, "spans"):
         response = answer(animal, asked, rng)
         result.append((prompt, response, annotate(prompt, response, rng)))
     return result
 
 
 def annotate(prompt, response, rng):
-    """The spans of an annotator who gives a sentence one mark at most, and does not ask of what is beside the point whether it is true.
+    """Marks the errors of a response, as [(start, end, category), …] in characters.
 
-    (The annotators of arXiv:2306.01693 had the same rules.)
+    The rules are those of arXiv:2306.01693: a sentence gets at most one mark, and irrelevant sentences are
+    not checked for truth. A slip, with probability SLIPS, puts a random mark or none.
     """
     animal, asked = parse_prompt(prompt)
-    marks, before = [], set()
+    marks = []
+    earlier = set()
     for match in re.finditer(r"\S[^.]*\.", response):
-        attribute, value = SENTENCES.get(match[0], (None, None))
-        category = ("Redundant" if match[0] in before else "Irrelevant" if attribute not in asked
-                    else "Wrong-Grounding" if WORLD[animal][attribute] != value else None)
+        sentence = match[0]
+        attribute, value = SENTENCES.get(sentence, (None, None))
+        if sentence in earlier:
+            category = "Redundant"
+        elif attribute not in asked:
+            category = "Irrelevant"
+        elif WORLD[animal][attribute] != value:
+            category = "Wrong-Grounding"
+        else:
+            category = None
         if rng.random() < SLIPS:
             category = rng.choice([None, "Irrelevant", "Wrong-Grounding"])
-        before.add(match[0])
         if category:
-            marks.append((*match.span(), category))
+            marks.append((match.start(), match.end(), category))
+        earlier.add(sentence)
     return marks
 
 
 def prompts(split):
-    """Every prompt of the split, once, in a fixed random order."""
-    every = [ask(animal, asked, opening) for animal, pair in questions(split) for asked in permutations(pair) for opening in OPENINGS]
-    random.Random(0).shuffle(every)
-    return every
+    """Returns every prompt of the split once, in a fixed random order."""
+    result = []
+    for animal, attributes in questions(split):
+        for asked in permutations(attributes):
+            for opening in OPENINGS:
+                result.append(ask(animal, asked, opening))
+    random.Random(0).shuffle(result)
+    return result
 
 
-# ------------------------------------------------------------------------------------------------ the tokenizer
+# -------------------------------------------------------------------------------------------- the tokenizer
 
 @cache
 def tokenizer():
-    """256 bytes and the world's words: "mice", " mice" and "." are one token each, any other text is spelled in bytes."""
-    pattern = r" ?\p{L}+| ?[^\s\p{L}]+|\s+"
-    text = [o.format("the", "and , .") for o in OPENINGS] + [q for q, _ in ATTRIBUTES.values()] + list(SENTENCES) + list(WORLD)
-    words = {space + w for t in text for w in re.findall(r"[A-Za-z]+", t) for space in ("", " ")}
+    """Returns a tiktoken.Encoding of 256 bytes and this world's words.
+
+    "mice", " mice" and "." are one token each. Any other text is encoded byte by byte.
+    """
+    texts = [opening.format("the", "and , .") for opening in OPENINGS]
+    texts += [question for question, _ in ATTRIBUTES.values()]
+    texts += [*SENTENCES, *WORLD]
+    words = set()
+    for word in re.findall(r"[A-Za-z]+", " ".join(texts)):
+        words.add(" " + word)
+        if len(word) > 1:  # a single letter is one of the bytes
+            words.add(word)
     ranks = {bytes([i]): i for i in range(256)}
-    ranks |= {w.encode(): 256 + i for i, w in enumerate(sorted(w for w in words if len(w) > 1))}
-    return tiktoken.Encoding("animals", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
+    for word in sorted(words):
+        ranks[word.encode()] = len(ranks)
+    return tiktoken.Encoding("animals", pat_str=r" ?\p{L}+| ?[^\s\p{L}]+|\s+", mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": len(ranks)})

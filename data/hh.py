@@ -1,8 +1,9 @@
-"""Anthropic's HH-RLHF (Bai et al. 2022, arXiv:2204.05862): comparisons of dialogues, helpful and harmless, as published.
+"""Anthropic's HH-RLHF (Bai et al. 2022, arXiv:2204.05862): comparisons of dialogues, as published.
 
-A file is looked for at DATA_DIR/hh-rlhf/SUBSET/{train,test}.jsonl.gz before it is fetched. One line is
-{"chosen": dialogue, "rejected": dialogue}; the prompt is all that the two share up to an "\\n\\nAssistant:", the responses what
-follows. One training comparison in a hundred is kept for validation; "test" is the published test file.
+Looks for DATA_DIR/hh-rlhf/SUBSET/{train,test}.jsonl.gz and downloads the file if it is missing. Each line is
+{"chosen": dialogue, "rejected": dialogue}. The prompt is what the two dialogues share, up to and including
+the last "\\n\\nAssistant:"; the responses are what follows. One in a hundred training comparisons is kept for
+validation. The test split is the published test file.
 """
 import logging
 import os
@@ -18,29 +19,36 @@ SHA256 = {("harmless-base", "test"): "ebfaaed21162a4de120ae85366075b34425e2a6303
 
 
 class HH(Jsonl):
-    """--data=hh takes the four subsets together, --data=hh/SUBSET one of them."""
+    """--data=hh uses all four subsets, --data=hh/SUBSET only one."""
 
     def __init__(self, data_dir, subsets=SUBSETS):
-        super().__init__(data_dir)
+        super().__init__(data_dir)  # self.path is the data folder here, not one file
         self.subsets = subsets
 
     def records(self, split):
-        """[(prompt, [chosen, rejected]), …]; what has an empty response is left out, and counted."""
-        examples, empty = [], 0
+        """Returns [(prompt, [chosen, rejected]), …]. Leaves out pairs with an empty response."""
+        file = "test" if split == "test" else "train"
+        examples = []
+        n_empty = 0
         for subset in self.subsets:
-            file = "test" if split == "test" else "train"
             path = os.path.join(self.path, "hh-rlhf", subset, file + ".jsonl.gz")
-            for i, (where, record) in enumerate(read_lines(fetch(path, URL.format(subset, file), SHA256.get((subset, file))))):
-                if split != "test" and (i % 100 == 0) != (split == "validation"):
+            fetch(path, URL.format(subset, file), SHA256.get((subset, file)))
+            for i, (where, record) in enumerate(read_lines(path)):
+                # Every hundredth line of the training file belongs to the validation split.
+                if split == "train" and i % 100 == 0:
                     continue
-                if not {"chosen", "rejected"} <= record.keys():
+                if split == "validation" and i % 100 != 0:
+                    continue
+                if "chosen" not in record or "rejected" not in record:
                     raise SystemExit(f"{where}: needs 'chosen' and 'rejected', found {keys(record)}")
-                prompt, chosen, rejected = common_prompt(text(record, "chosen", where), text(record, "rejected", where))
+                chosen = text(record, "chosen", where)
+                rejected = text(record, "rejected", where)
+                prompt, chosen, rejected = common_prompt(chosen, rejected)
                 check_text(where, prompt, chosen, rejected)
                 if chosen and rejected:
                     examples.append((prompt, [chosen, rejected]))
                 else:
-                    empty += 1
-        if empty:
-            log.info(f"hh: left out {empty} comparisons of the {split} split with an empty response")
+                    n_empty += 1
+        if n_empty:
+            log.info(f"hh: left out {n_empty} comparisons of the {split} split with an empty response")
         return examples

@@ -1,26 +1,32 @@
-"""IMDb reviews (Maas et al. 2011) and the controlled sentiment experiment of the DPO paper (arXiv:2305.18290 §6.1 and C.1).
+"""IMDb reviews (Maas et al. 2011) and the DPO paper's sentiment experiment (arXiv:2305.18290 §6.1 and C.1).
 
-DATA_DIR/imdb/aclImdb_v1.tar.gz is fetched where it is missing and read as it is: nothing is unpacked, and of its members only
-aclImdb/{train,test}/{pos,neg}/ID_RATING.txt are read, 25,000 and 25,000. A tenth of the test reviews, drawn once, is for validation.
+Looks for DATA_DIR/imdb/aclImdb_v1.tar.gz and downloads it if it is missing. The archive is read without being
+unpacked, and only its members aclImdb/{train,test}/{pos,neg}/ID_RATING.txt are read, 25,000 of each
+split. A fixed random tenth of the test reviews becomes the validation split.
 
-    prompt     the first 2 to 8 tokens of a review          response    the rest of it
+    prompt     the first 2 to 8 tokens of a review
+    response   the rest of the review
 
-The true reward is the score of a sentiment model that reward.py trains on the labels. Its comparisons are a positive and a negative
-review after one and the same prompt, the empty one: then P(a is the positive one of a, b) = σ(log-odds(a) − log-odds(b)), so that
-Bradley–Terry's r is the log-odds that a classifier of single texts has, up to one constant for all texts, and reads prefix and
-response as what they are together, the beginning of a review. (The paper's classifier was a RoBERTa, its reward a probability.)
+The true reward is the score of a sentiment model, which reward.py trains on the labels of the reviews. It
+compares a positive with a negative review, both as responses to the empty prompt. Bradley–Terry then fits
+P(a is the positive one of a and b) = σ(r(a) − r(b)), which holds if r is the log-odds that a text is
+positive, up to a constant. So the reward model is a sentiment classifier. Because it was trained with empty
+prompts, it reads a prefix and a response as one text, the beginning of a review. (The paper's reward is the
+probability that a RoBERTa classifier gives.)
 
-The paper's frontier (Figure 2, left) is
+These commands draw the paper's frontier (Figure 2, left):
 
     python sft.py imdb
     python reward.py imdb
     python sample.py out/sft-imdb --pairs=out/imdb-pairs.jsonl --reward_model=out/reward-imdb
     for beta in 0.05 0.1 1 5; do python dpo.py imdb --beta=$beta --out=out/dpo-imdb-beta$beta; done
     for kl in 3 6 9 12; do python ppo.py imdb --kl_target=$kl --out=out/ppo-imdb-kl$kl; done
-    python evaluate.py out/sft-imdb out/dpo-imdb-beta* out/ppo-imdb-kl* --data=imdb --reward_model=out/reward-imdb --frontier --plot=f.png
+    python evaluate.py out/sft-imdb out/dpo-imdb-beta* out/ppo-imdb-kl* --data=imdb \\
+        --reward_model=out/reward-imdb --frontier --plot=f.png
 
-A text that is longer than max_len, the same in all stages, loses its end and its EOS with it; a completion that did not end is sampled
-beyond max_len, so that no stage takes the place where sampling stopped for an end.
+All stages use the same max_len. A longer text loses its end, and with it the EOS. sample.py samples a little
+beyond max_len, so a completion that has not ended by then loses its EOS too, and no stage mistakes the place
+where sampling stopped for the end of a review.
 """
 import os
 import random
@@ -36,55 +42,73 @@ from engine.files import fetch
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
 MEMBER = re.compile(r"aclImdb/(train|test)/(pos|neg)/(\d+)_\d+\.txt")
-PREFIX = (2, 8)  # tokens of a prompt, both included
+PREFIX = (2, 8)  # smallest and largest number of tokens in a prompt
 
 
 class IMDB:
     def __init__(self, data_dir):
         self.data_dir = data_dir
-        self.read, self.demonstrations = cache(self.read), cache(self.demonstrations)
+        self.read = cache(self.read)
+        self.demonstrations = cache(self.demonstrations)
 
     def tokenizer(self):
         return get_tokenizer("gpt2")
 
     def read(self):
-        """{"train": [(text, is it positive), …], "test": …}, in one shuffled order."""
-        path = where = fetch(os.path.join(self.data_dir, "imdb", "aclImdb_v1.tar.gz"), URL, SHA256)
-        found = {(split, label): {} for split in ("train", "test") for label in ("pos", "neg")}
+        """Returns {"train": [(text, is_positive), …], "test": […]}, each in a fixed random order."""
+        path = fetch(os.path.join(self.data_dir, "imdb", "aclImdb_v1.tar.gz"), URL, SHA256)
+        # (split, label) -> {ID: text}
+        texts = {("train", "pos"): {}, ("train", "neg"): {}, ("test", "pos"): {}, ("test", "neg"): {}}
+        where = path
         try:
             with tarfile.open(path, "r:gz") as archive:
                 for member in archive:
                     match = MEMBER.fullmatch(member.name)
-                    if match and member.isfile():
-                        where = f"{path}: {member.name}"
-                        found[match[1], match[2]][int(match[3])] = text = archive.extractfile(member).read().decode("utf-8")
-                        if not text.strip():
-                            raise SystemExit(f"{where}: an empty review")
+                    if not match or not member.isfile():
+                        continue
+                    where = f"{path}: {member.name}"
+                    text = archive.extractfile(member).read().decode("utf-8")
+                    if not text.strip():
+                        raise SystemExit(f"{where}: an empty review")
+                    split, label, review_id = match.groups()
+                    texts[split, label][int(review_id)] = text
         except (OSError, EOFError, zlib.error, tarfile.TarError, UnicodeDecodeError) as error:
             raise SystemExit(f"{where}: cannot be read ({error})")
-        for (split, label), texts in found.items():
-            if not texts:
+
+        reviews = {"train": [], "test": []}
+        for (split, label), texts_by_id in texts.items():
+            if not texts_by_id:
                 raise SystemExit(f"{path}: holds no review aclImdb/{split}/{label}/ID_RATING.txt")
-        reviews = {split: [(texts[i], label == "pos") for (s, label), texts in found.items() if s == split for i in sorted(texts)]
-                   for split in ("train", "test")}
+            for review_id in sorted(texts_by_id):
+                reviews[split].append((texts_by_id[review_id], label == "pos"))
         for split in reviews:
             random.Random(split).shuffle(reviews[split])
         return reviews
 
     def reviews(self, split):
-        """[(text, is it positive), …]"""
+        """Returns [(text, is_positive), …]."""
         if split == "train":
             return self.read()["train"]
-        reviews = self.read()["test"]
-        tenth = len(reviews) // 10
-        return reviews[:tenth] if split == "validation" else reviews[tenth:]
+        held_out = self.read()["test"]
+        tenth = len(held_out) // 10
+        if split == "validation":
+            return held_out[:tenth]
+        return held_out[tenth:]
 
     def demonstrations(self, split):
-        """(prefix, the rest of the review); prefixes of PREFIX tokens, and one less than all of a review that is as short."""
-        texts, rng, examples = [text for text, _ in self.reviews(split)], random.Random(f"prefixes of {split}"), []
-        for text, ids in zip(texts, encode(self.tokenizer(), [text[:200] for text in texts])):
+        """Returns [(prefix, rest of the review), …].
+
+        The length of a prefix is drawn from PREFIX, but the rest keeps at least one token.
+        """
+        rng = random.Random(f"prefixes of {split}")
+        tokenizer = self.tokenizer()
+        texts = [text for text, _ in self.reviews(split)]
+        beginnings = encode(tokenizer, [text[:200] for text in texts])  # long enough for every prefix
+        examples = []
+        for text, ids in zip(texts, beginnings):
             n = min(rng.randint(*PREFIX), len(ids) - 1)
-            prefix = self.tokenizer().decode_bytes(ids[:n].tolist()).decode("utf-8", "ignore")  # a token may end inside a character
+            # A token may end inside a character; the prefix ends before that character.
+            prefix = tokenizer.decode_bytes(ids[:n].tolist()).decode("utf-8", "ignore")
             examples.append((prefix, text[len(prefix):]))
         return examples
 
@@ -92,8 +116,10 @@ class IMDB:
         return [prefix for prefix, _ in self.demonstrations(split)]
 
     def comparisons(self, split, k=2):
-        """An empty prompt, a positive review and a negative one: each review once."""
+        """Pairs positive with negative reviews, as responses to the empty prompt. Uses no review twice."""
         if k != 2:
-            raise SystemExit(f"--k={k}: the comparisons of imdb are pairs of a positive and a negative review, K is 2")
-        positive, negative = ([text for text, good in self.reviews(split) if good == label] for label in (True, False))
-        return [Comparison("", [p, n], ranks=[0, 1]) for p, n in zip(positive, negative)]
+            raise SystemExit(f"--k={k}: imdb compares a positive with a negative review, K is 2")
+        reviews = self.reviews(split)
+        positive = [text for text, is_positive in reviews if is_positive]
+        negative = [text for text, is_positive in reviews if not is_positive]
+        return [Comparison("", list(pair), ranks=[0, 1]) for pair in zip(positive, negative)]

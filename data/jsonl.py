@@ -1,13 +1,14 @@
-"""Anybody's own file: one JSON object a line, plain or .gz, in the schemas that the field already has.
+"""Your own file: one JSON object per line, plain or gzipped, in formats that are already in common use.
 
     {"prompt": …, "completion": …}                    a demonstration
     {"prompt": …, "chosen": …, "rejected": …}         a comparison
-    {"chosen": …, "rejected": …}                      a comparison whose prompt is what the two have in common
-    {"messages": [{"role": …, "content": …}, …]}      a demonstration: the last message answers the ones before it
+    {"chosen": …, "rejected": …}                      a comparison; the prompt is what the two share
+    {"messages": [{"role": …, "content": …}, …]}      a demonstration: the last message is the response
 
-Text is used as it stands: prompt and response are joined without a space, so let the response bring its own (" Yes.").
-prompt, completion, chosen and rejected may be lists of messages too; turns are then written as in Anthropic's HH-RLHF,
-"\\n\\nHuman: …\\n\\nAssistant: …". Of every twenty lines, the first is kept for validation and the second for test.
+Text is used as it is. Prompt and response are joined without a space, so a response should start with its own
+(" Yes."). prompt, completion, chosen and rejected may also be lists of messages, which are then written in
+the format of Anthropic's HH-RLHF, "\\n\\nHuman: …\\n\\nAssistant: …". Of every twenty records, the first goes
+to the validation split and the second to the test split.
 """
 import os
 from functools import cache
@@ -22,7 +23,7 @@ ASSISTANT = "\n\nAssistant:"
 
 
 def text(record, key, where):
-    """The field as text, messages rendered."""
+    """Returns a field as text. A list of messages is rendered."""
     value = record[key]
     if isinstance(value, list):
         return render(value, where)
@@ -32,33 +33,43 @@ def text(record, key, where):
 
 
 def render(messages, where):
+    """Writes messages as one text, in the format of HH-RLHF."""
     try:
-        return "".join(ROLES[m["role"]] + m["content"] for m in messages)
+        return "".join(ROLES[message["role"]] + message["content"] for message in messages)
     except (KeyError, TypeError):
         raise SystemExit(f'{where}: a message must be {{"role": {" | ".join(ROLES)}, "content": text}}')
 
 
 def keys(record):
-    """The keys that were found, for an error's one line."""
-    return ", ".join(map(short_repr, sorted(record)[:6])) or "nothing"
+    """Lists the keys of a record for a one-line error message, at most six of them."""
+    return ", ".join(short_repr(key) for key in sorted(record)[:6]) or "nothing"
 
 
 def common_prompt(chosen, rejected):
-    """Splits two texts that begin alike: at the last "\\n\\nAssistant:" they share, else at the last space they share."""
+    """Splits two texts that begin alike into (prompt, rest of chosen, rest of rejected).
+
+    The prompt ends with the last "\\n\\nAssistant:" that they share. If they share none, it ends before
+    the last space or newline that they share.
+    """
     shared = os.path.commonprefix([chosen, rejected])
     if ASSISTANT in shared:
-        cut = shared.rindex(ASSISTANT) + len(ASSISTANT)
+        end = shared.rindex(ASSISTANT) + len(ASSISTANT)
     else:
-        cut = max(shared.rfind(" "), shared.rfind("\n"), 0)
-    return chosen[:cut], chosen[cut:], rejected[cut:]
+        end = max(shared.rfind(" "), shared.rfind("\n"), 0)
+    return chosen[:end], chosen[end:], rejected[end:]
 
 
 def parse(record, where):
-    """A record -> (prompt, [response]) or (prompt, [chosen, rejected]); SystemExit naming file and line where it is neither."""
+    """Converts a record to (prompt, [response]) or (prompt, [chosen, rejected]).
+
+    Raises SystemExit with one line that starts with `where` ("path:line") for any other record.
+    """
     if "messages" in record:
-        if not isinstance(record["messages"], list) or not record["messages"]:
+        messages = record["messages"]
+        if not isinstance(messages, list) or not messages:
             raise SystemExit(f"{where}: 'messages' must be a list of messages")
-        prompt, responses = render(record["messages"][:-1], where), [render(record["messages"][-1:], where)]
+        prompt = render(messages[:-1], where)
+        responses = [render(messages[-1:], where)]
     elif "chosen" in record and "rejected" in record:
         responses = [text(record, "chosen", where), text(record, "rejected", where)]
         if "prompt" in record:
@@ -66,12 +77,15 @@ def parse(record, where):
         else:
             prompt, *responses = common_prompt(*responses)
     elif "prompt" in record and "completion" in record:
-        prompt, responses = text(record, "prompt", where), [text(record, "completion", where)]
+        prompt = text(record, "prompt", where)
+        responses = [text(record, "completion", where)]
     else:
         raise SystemExit(f"{where}: needs prompt and completion, [prompt,] chosen and rejected, or messages; "
                          f"found {keys(record)}")
-    if all(r.startswith(ASSISTANT) for r in responses):  # rendered turns: the marker belongs to the prompt
-        prompt, responses = prompt + ASSISTANT, [r[len(ASSISTANT):] for r in responses]
+    # In rendered messages, the "Assistant:" before the response belongs to the prompt.
+    if all(response.startswith(ASSISTANT) for response in responses):
+        prompt += ASSISTANT
+        responses = [response.removeprefix(ASSISTANT) for response in responses]
     if "" in responses:
         raise SystemExit(f"{where}: an empty response")
     check_text(where, prompt, *responses)
@@ -79,7 +93,7 @@ def parse(record, where):
 
 
 class Jsonl:
-    """A dataset module over one file."""
+    """A dataset that is read from one file."""
 
     def __init__(self, path):
         self.path = path
@@ -89,10 +103,15 @@ class Jsonl:
         return get_tokenizer("gpt2")
 
     def records(self, split):
+        """Returns [(prompt, [response]) or (prompt, [chosen, rejected]), …]."""
         keep = {"train": range(2, 20), "validation": [0], "test": [1]}[split]
-        examples = [parse(record, where) for i, (where, record) in enumerate(read_lines(self.path)) if i % 20 in keep]
+        examples = []
+        for i, (where, record) in enumerate(read_lines(self.path)):
+            if i % 20 in keep:
+                examples.append(parse(record, where))
         if split == "train" and not examples:
-            raise SystemExit(f"{self.path}: no example to train on (of every 20 lines, the first two are kept for validation and test)")
+            raise SystemExit(f"{self.path}: no example to train on "
+                             "(the first two of every 20 are kept for validation and test)")
         return examples
 
     def demonstrations(self, split):
@@ -106,7 +125,8 @@ class Jsonl:
             if len(responses) == 2:
                 pairs.append(Comparison(prompt, responses, ranks=[0, 1]))
         if split == "train" and not pairs:
-            raise SystemExit(f"{self.path}: holds demonstrations only; a comparison has 'chosen' and 'rejected'")
+            raise SystemExit(f"{self.path}: holds demonstrations only; "
+                             "a comparison has 'chosen' and 'rejected'")
         return pairs
 
     def prompts(self, split):

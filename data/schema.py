@@ -1,8 +1,8 @@
-"""The shape of a comparison."""
+"""The type that every dataset uses for comparisons."""
 from typing import NamedTuple
 
 
 class Comparison(NamedTuple):
     prompt: str
-    responses: list  # texts
-    ranks: list      # of each response: 0 is the best, and equal ranks are a tie
+    responses: list  # of str
+    ranks: list      # of int, one per response: 0 is the best, equal ranks are a tie

@@ -1,21 +1,23 @@
-"""Cutting text into sentences and sub-sentences, and finding the token in which a segment ends."""
+"""Splits text into sentences and sub-sentences, and finds the token in which a segment ends."""
 import codecs
 import re
 from bisect import bisect_left
 
-MIN_WORDS = 5  # of a sub-sentence
+MIN_WORDS = 5  # in a sub-sentence
 
-# A line; and in it a sentence's end: . ! ? with what closes after it, before a space that no small letter follows.
 LINE = re.compile(r"\S[^\n]*")
+# . ! or ?, then perhaps closing quotes or brackets, then a space and no lowercase letter
 SENTENCE_END = re.compile(r"(\S*[.!?][\"'”’)\]]*)\s+(?=[^\sa-z])")
-ABBREVIATION = re.compile(r"[\"'“(\[]*([A-Z]|Mr|Mrs|Ms|Dr|St|Jr|Sr|No|vs)\.")  # "J." in "J. Smith", and titles
+# initials ("J. Smith"), titles and the like, whose period does not end a sentence
+ABBREVIATION = re.compile(r"[\"'“(\[]*([A-Z]|Mr|Mrs|Ms|Dr|St|Jr|Sr|No|vs)\.")
 
 
 def sentences(text):
-    """[(start, end), …] in characters. Every character that is not a space lies in one sentence; none begins or ends with a space.
+    """Returns the sentences of a text as [(start, end), …] in characters.
 
-    A sentence ends at the end of a line, or at . ! ? where a space and no small letter follow, but not after an initial
-    or a title.
+    A sentence ends at the end of a line, or at . ! ? if a space follows and then no lowercase letter, but not
+    after an initial or a title. Every character except whitespace lies in exactly one sentence, and no
+    sentence begins or ends with whitespace.
     """
     spans = []
     for line in LINE.finditer(text):
@@ -31,15 +33,16 @@ def sentences(text):
 
 
 def segments(text):
-    """[(start, end), …] in characters: sentences cut after , ; ! ? into sub-sentences, as in the code of arXiv:2306.01693.
+    """Returns the sub-sentences of a text as [(start, end), …] in characters, as in arXiv:2306.01693's code.
 
-    No sub-sentence is shorter than MIN_WORDS words unless its sentence is: a short first one is joined to the next, a
-    short later one to the one before it, and the last one has more than MIN_WORDS.
+    Sentences are split after , ; ! ? such that every sub-sentence has at least MIN_WORDS words, unless its
+    sentence is shorter. A first one that is too short is joined to the next, a later one to the one before.
+    The last one has more than MIN_WORDS words.
     """
     spans = []
     for start, end in sentences(text):
         words = [(start + m.start(), start + m.end()) for m in re.finditer(r"\S+", text[start:end])]
-        first_words = [0]  # of each sub-sentence
+        first_words = [0]  # the index of each sub-sentence's first word
         for i in range(1, len(words) - MIN_WORDS):
             last_character = text[words[i - 1][1] - 1]
             if last_character not in ",;!?":
@@ -48,15 +51,18 @@ def segments(text):
                 first_words.append(i)
             elif len(first_words) > 1:
                 first_words[-1] = i
-        for a, b in zip(first_words, [*first_words[1:], len(words)]):
-            spans.append((words[a][0], words[b - 1][1]))
+        last_words = [i - 1 for i in first_words[1:]] + [len(words) - 1]
+        for first, last in zip(first_words, last_words):
+            first_start, _ = words[first]
+            _, last_end = words[last]
+            spans.append((first_start, last_end))
     return spans
 
 
 def decode_with_ends(tokenizer, tokens):
-    """The text of some tokens, and for each token the number of characters that are complete where it ends.
+    """Decodes tokens. Returns the text and, for each token, how many characters are complete after it.
 
-    A token may end inside a character; the next one completes it.
+    A token may end in the middle of a character, which a later token completes.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     text = ""
@@ -71,5 +77,5 @@ def decode_with_ends(tokenizer, tokens):
 
 
 def last_token(ends, end):
-    """The token that completes the character before `end`. ends: from decode_with_ends."""
+    """Returns the index of the token that completes the character before `end`. See decode_with_ends."""
     return bisect_left(ends, end)

@@ -1,7 +1,6 @@
-"""Tokenizers are tiktoken encodings, known by name, so that a checkpoint can say which one it speaks; text to groups of tokens."""
+"""The tokenizers, which are tiktoken encodings known by name, and functions that encode text as token ids."""
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 
 import numpy as np
 import tiktoken
@@ -9,55 +8,83 @@ import tiktoken
 from data import animals
 
 log = logging.getLogger(__name__)
-LONGEST = 2**19  # characters that tiktoken is given at once
+LONGEST = 2**19  # characters that tiktoken gets in one call
+CHUNK = 512      # texts that a thread encodes at a time
 
 
 def get_tokenizer(name):
-    """The tiktoken.Encoding called `name`: "gpt2", which tiktoken fetches once, or "animals", made here."""
+    """Returns the tiktoken.Encoding of that name: "animals", or "gpt2", which tiktoken downloads once."""
     if name == "animals":
         return animals.tokenizer()
     assert name == "gpt2", name
     try:
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # whatever requests raises comes through tiktoken as it is
+    except Exception as error:  # tiktoken passes on whatever `requests` raises
         raise SystemExit(f"cannot fetch the GPT-2 encoding ({type(error).__name__}); "
-                         "on a machine without network set TIKTOKEN_CACHE_DIR to a folder that holds it")
+                         "on a machine without a network, set TIKTOKEN_CACHE_DIR to a folder that holds it")
+
+
+def encode_text(tokenizer, text):
+    """Encodes one text as an int32 array. "<|endoftext|>" in the text becomes ordinary tokens, never the EOS.
+
+    A very long text is encoded in parts: a million spaces at once overflow the stack of tiktoken's regex.
+    """
+    ids = []
+    for start in range(0, len(text), LONGEST):
+        ids += tokenizer.encode_ordinary(text[start:start + LONGEST])
+    return np.array(ids, dtype=np.int32)
 
 
 def encode(tokenizer, texts):
-    """List of str -> list of int32 arrays. Special-token text inside is text, never a control token."""
-    def ids(text):  # in parts, where it is endless: a million spaces overflow the stack of tiktoken's regular expression
-        parts = (text[i:i + LONGEST] for i in range(0, len(text), LONGEST))
-        return np.array(sum(map(tokenizer.encode_ordinary, parts), []), dtype=np.int32)
-    pieces = [texts[i:i + 512] for i in range(0, len(texts), 512)]
-    with ThreadPoolExecutor() as pool:  # tiktoken lets go of the GIL; its own encode_ordinary_batch makes a task of every text
-        return list(chain.from_iterable(pool.map(lambda piece: list(map(ids, piece)), pieces)))
+    """Encodes a list of texts as a list of int32 arrays; see encode_text."""
+    def encode_chunk(start):
+        return [encode_text(tokenizer, text) for text in texts[start:start + CHUNK]]
+
+    result = []
+    # tiktoken releases the GIL, so threads help. Its encode_ordinary_batch would start a task for every text.
+    with ThreadPoolExecutor() as pool:
+        for chunk in pool.map(encode_chunk, range(0, len(texts), CHUNK)):
+            result += chunk
+    return result
 
 
 def encode_prompts(tokenizer, texts):
-    """Prompts as arrays; an empty one becomes the EOS token, which GPT-2 was trained to take for a beginning."""
+    """Encodes prompts. An empty one becomes the EOS token, after which GPT-2 learned to begin a new text."""
     eos = np.array([tokenizer.eot_token], dtype=np.int32)
     return [ids if len(ids) else eos for ids in encode(tokenizer, texts)]
 
 
 def encode_groups(tokenizer, examples, max_len):
-    """examples: list of (prompt, [response, …]) -> groups: list of (prompt_ids, [response_ids, …]), EOS ending each response.
+    """Encodes [(prompt, [response, …]), …] as [(prompt_ids, [response_ids, …]), …]; EOS ends each response.
 
-    Where prompt and longest response exceed max_len, the prompt loses its beginning, down to max_len / 2; a response that
-    is still too long loses its end, and with it the EOS. How many were cut is printed.
+    If the prompt and its longest response exceed max_len, the prompt loses its beginning, but keeps at least
+    max_len / 2 tokens. A response that is still too long loses its end, including the EOS. The number of cut
+    texts is logged.
     """
     eos = np.array([tokenizer.eot_token], dtype=np.int32)
     prompts = encode_prompts(tokenizer, [prompt for prompt, _ in examples])
-    flat = iter(encode(tokenizer, [r for _, responses in examples for r in responses]))
-    groups, cut_prompts, cut_responses = [], 0, 0
+    response_texts = []
+    for _, texts in examples:
+        response_texts += texts
+    encoded_responses = iter(encode(tokenizer, response_texts))
+
+    groups = []
+    n_cut_prompts = 0
+    n_cut_responses = 0
     for prompt, (_, texts) in zip(prompts, examples):
-        responses = [np.concatenate([next(flat), eos]) for _ in texts]
-        room = max(max_len - max(map(len, responses)), max_len // 2)
-        cut_prompts += len(prompt) > room
-        prompt = prompt[-room:]
-        cut_responses += sum(len(prompt) + len(r) > max_len for r in responses)
-        groups.append((prompt, [r[:max_len - len(prompt)] for r in responses]))
-    if cut_prompts or cut_responses:
-        log.info(f"cut to max_len={max_len}: the beginning of {cut_prompts} prompts, the end of {cut_responses} responses, "
-            f"of {len(examples)} examples")
+        responses = [np.concatenate([next(encoded_responses), eos]) for _ in texts]
+        longest = max(len(response) for response in responses)
+        prompt_room = max(max_len - longest, max_len // 2)
+        if len(prompt) > prompt_room:
+            n_cut_prompts += 1
+            prompt = prompt[-prompt_room:]
+        response_room = max_len - len(prompt)
+        for i, response in enumerate(responses):
+            if len(response) > response_room:
+                n_cut_responses += 1
+                responses[i] = response[:response_room]
+        groups.append((prompt, responses))
+    if n_cut_prompts or n_cut_responses:
+        log.info(f"cut to max_len={max_len}: the beginning of {n_cut_prompts} prompts, "
+                 f"the end of {n_cut_responses} responses, of {len(examples)} examples")
     return groups

@@ -12,9 +12,13 @@ if (SHARED / "tiktoken").is_dir():
 
 import reward  # noqa: E402
 import sft  # noqa: E402
-from common import make_optimizer, save_checkpoint  # noqa: E402
+from common.checkpoints import save_checkpoint  # noqa: E402
+from common.dist import log_to_console  # noqa: E402
+from common.optim import make_optimizer  # noqa: E402
 from data import animals, get_tokenizer  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+
+log_to_console()  # what data/ and engine/ log is printed, as in a run, and tests read it with capsys
 
 
 def make_model(seed=0, vocab_size=100, block_size=64, n_layer=2, n_head=2, n_embd=32, scale=3.0, n_scalars=0):
@@ -46,9 +50,12 @@ def start(tmp_path):
     save_checkpoint(str(tmp_path / "start"), 1, model, make_optimizer(model, 1e-3), sft.Config(), "animals")
     model.set_scalar_heads(1)
     os.makedirs(tmp_path / "reward")
-    save_checkpoint(str(tmp_path / "reward"), 1, model, make_optimizer(model, 1e-3), reward.Config(), "animals", score_std=2.0)
-    (tmp_path / "mine.jsonl").write_text("".join(
-        json.dumps({"prompt": f"{i}:", "chosen": f" {i + 1}." + " yes" * (i % 5), "rejected": " no" * (1 + i % 3)}) + "\n" for i in range(60)))
+    save_checkpoint(str(tmp_path / "reward"), 1, model, make_optimizer(model, 1e-3), reward.Config(), "animals",
+                    score_std=2.0)
+    with open(tmp_path / "mine.jsonl", "w") as f:
+        for i in range(60):
+            chosen, rejected = f" {i + 1}." + " yes" * (i % 5), " no" * (1 + i % 3)
+            f.write(json.dumps({"prompt": f"{i}:", "chosen": chosen, "rejected": rejected}) + "\n")
     return tmp_path
 
 
@@ -62,10 +69,12 @@ def random_groups(seed=0, n=7, vocab_size=100, responses=(1, 4)):
 
 def feedback(**changes):
     """A record of QA-Feedback, with other fields or other errors."""
-    r = {"question": "Who?", "passages": [["Title", "One.", "Two."]], "gold": "He.", "prediction 1": "It was him. Or not.", "prediction 2": "B.",
-         "prediction 3": "C.", "prediction 4": "D.", "preference": [1, 1, 1, 0, 2, 2],
+    r = {"question": "Who?", "passages": [["Title", "One.", "Two."]], "gold": "He.",
+         "prediction 1": "It was him. Or not.", "prediction 2": "B.", "prediction 3": "C.", "prediction 4": "D.",
+         "preference": [1, 1, 1, 0, 2, 2],
          "feedback": {"errors": [{"error type": "Irrelevant", "explanation": "", "start": 12, "end": 19}],
-                      "missing-info": [{"error type": "Missing-Answer", "passage_id": 1, "sentence_id": [1]}], "corrected-prediction": "It was him, so it was."}}
+                      "missing-info": [{"error type": "Missing-Answer", "passage_id": 1, "sentence_id": [1]}],
+                      "corrected-prediction": "It was him, so it was."}}
     errors = changes.pop("errors", None)
     r |= changes
     return r if errors is None else r | {"feedback": r["feedback"] | {"errors": errors}}

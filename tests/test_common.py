@@ -4,25 +4,39 @@ import copy
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
+import typing
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, random_groups
+from test_stages import on_two_processes
 
-import common
+import common.batches
+import common.dist
 import dpo
 import finegrained
 import ppo
 import reward
 import sft
 import simpo
-from common import Log, lr_schedule, load_checkpoint, load_model, make_optimizer, parse, save_checkpoint, whole
+from common.batches import micro_batches
+from common.checkpoints import load_checkpoint, load_model, resume, save_checkpoint
+from common.dist import sync_gradients
+from common.log import Log
+from common.optim import lr_schedule, make_optimizer
+from common.options import check_config, check_value, parse, split_type
+from common.run import Run, choose_device, run_dir
+from common.sharding import unshard_model
+from data import get_tokenizer
+from engine.packing import group_length
 from model import GPTConfig
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +110,7 @@ def test_bad_arguments_get_one_line(argument, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("stage, argument, message", [
+OUT_OF_RANGE = [
     (sft, "--lr=nan", "--lr=nan: expected a finite number"),
     (ppo, "--value_lr=inf", "--value_lr=inf: expected a finite number"),
     (sft, "--lr=-1e-3", "--lr=-0.001: expected at least 0"),
@@ -118,33 +132,74 @@ def test_bad_arguments_get_one_line(argument, message):
     (ppo, "--kl_horizon=0", "--kl_horizon=0.0: expected a number above 0"),
     (finegrained, "--reward_batch_size=3", "--reward_batch_size=3: expected at least 4"),
     (finegrained, "--w1=nan", "--w1=nan: expected a finite number"),
-])
+]
+
+
+@pytest.mark.parametrize("stage, argument, message", OUT_OF_RANGE)
 def test_numbers_that_no_run_can_be_made_with_get_one_line(stage, argument, message):
     with pytest.raises(SystemExit) as error:
         parse(stage.Config, stage.RECIPES, [argument])
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("stage, argument, message", OUT_OF_RANGE)
+def test_a_config_made_in_python_is_held_to_the_same_ranges(stage, argument, message, tmp_path):
+    """The message is that of the command line, and nothing is written before it."""
+    name, text = argument.removeprefix("--").split("=")
+    kind = split_type(typing.get_type_hints(stage.Config, include_extras=True)[name])[0]
+    with pytest.raises(SystemExit) as error:
+        Run(stage.__name__, stage.Config(**{name: kind(text), "out": str(tmp_path / "run")}))
+    assert str(error.value) == message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_range_of_each_field_is_checked_at_its_limits(stage):
+    """On the command line and in Python: the limit itself or the next number, the one below it, NaN, and a choice there is not."""
+    for name, annotation in typing.get_type_hints(stage.Config, include_extras=True).items():
+        kind, limit, optional = split_type(annotation)
+        good, bad = [], []
+        if isinstance(limit, tuple):
+            good, bad = [*limit], ["none of them"]
+        elif kind is int:
+            good, bad = [limit.limit], [limit.limit - 1]  # each whole number has a smallest value
+        elif kind is float:
+            bad = [math.nan, math.inf, -math.inf]
+            if limit is not None:
+                good, bad = [limit.limit + 1e-9], [*bad, limit.limit - 1e-9]
+                (bad if type(limit).__name__ == "Above" else good).append(float(limit.limit))
+        good += [None] * optional
+        for value in good:
+            check_config(stage.Config(**{name: value}))
+            assert getattr(parse(stage.Config, {}, [f"--{name}={value}"]), name) == value
+        for value in bad:
+            in_python = one_line(check_config, stage.Config(**{name: value}))
+            assert in_python == one_line(parse, stage.Config, {}, [f"--{name}={value}"])
+            assert in_python.startswith(f"--{name}={value}: expected ") or in_python.startswith(f"unknown {name} '{value}'")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_default_and_every_recipe_is_in_range(stage):
     for settings in ({}, *stage.RECIPES.values()):
-        for name, value in asdict(stage.Config(**settings)).items():
+        check_config(stage.Config(**settings))
+        for name, annotation in typing.get_type_hints(stage.Config, include_extras=True).items():
+            value = getattr(stage.Config(**settings), name)
             if type(value) in (int, float):
-                assert common.in_range(name, value) == value
+                assert check_value(name, value, split_type(annotation)[1]) == value
 
 
 def test_a_file_of_ones_own_takes_the_settings_for_real_text(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("")
     assert parse(Config, RECIPES | {"hh": dict(lr=1e-6)}, [f"--data={path}"]).lr == 1e-6
-    assert common.run_dir("dpo", Config(data=str(path))) == "out/dpo-mine"
-    assert common.run_dir("dpo", Config(recipe="big", data="hh")) == "out/dpo-big"
+    assert run_dir("dpo", Config(data=str(path))) == "out/dpo-mine"
+    assert run_dir("dpo", Config(recipe="big", data="hh")) == "out/dpo-big"
 
 
 def test_a_whole_model_in_another_precision_is_a_copy():
     model = make_model(n_scalars=1)
-    state, half = torch.get_rng_state(), whole(model, torch.bfloat16)
-    assert torch.equal(state, torch.get_rng_state()) and whole(model) is model
+    state, half = torch.get_rng_state(), unshard_model(model, torch.bfloat16)
+    assert torch.equal(state, torch.get_rng_state()) and unshard_model(model) is model
     for name, weight in copy.deepcopy(model).to(torch.bfloat16).state_dict().items():
         assert torch.equal(half.state_dict()[name], weight) and model.state_dict()[name].dtype == torch.float32
     assert len(half.generate([[1, 2], [3]], 4)) == 2
@@ -156,18 +211,23 @@ def test_the_device_asked_for_is_made_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
-    monkeypatch.setattr(torch, "autocast", lambda *arguments: None)
     for device in ("cuda", "cuda:0", "cuda:1"):
-        assert common.setup(SimpleNamespace(device=device, seed=0)) == (device, None)
+        assert choose_device(device) == device
     assert chosen == [0, 0, 1]
     with pytest.raises(SystemExit, match="--device=cuda:2: torch sees 2 CUDA devices here"):
-        common.setup(SimpleNamespace(device="cuda:2", seed=0))
+        choose_device("cuda:2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device("cuda") == "cuda:1" and chosen[3:] == [1]  # each of several processes has its own
 
 
 def test_heads_that_are_too_narrow_for_cuda():
-    model = SimpleNamespace(config=GPTConfig(n_head=4, n_embd=32), device=torch.device("cuda"))
-    with pytest.raises(SystemExit, match="--n_head=4: flex_attention on CUDA needs heads of 16 dimensions or more, these have 8"):
-        common.configure(model, SimpleNamespace())
+    model = SimpleNamespace(config=GPTConfig(n_head=4, n_embd=32))
+    for compile in (None, True):  # None: on CUDA
+        run = SimpleNamespace(device="cuda", cfg=SimpleNamespace(compile=compile))
+        with pytest.raises(SystemExit, match="--n_head=4: flex_attention on CUDA needs heads of 16 dimensions or more, "
+                                             "these have 8; --compile=False runs without it"):
+            Run.prepare(run, model)
 
 
 def test_a_stage_starts_without_the_compiler():
@@ -193,9 +253,12 @@ def test_help_lists_every_option_its_default_in_each_recipe_and_its_meaning(stag
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_option_is_read(stage):
-    pages = {f"{base.__module__}.py" for base in stage.Config.__mro__[:-1]}  # finegrained.py's options are ppo.py's and more
-    source = "".join((ROOT / name).read_text() for name in (*pages, "common.py", "evaluate.py"))
-    read = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "cfg"}
+    pages = {ROOT / f"{base.__module__}.py" for base in stage.Config.__mro__[:-2]}  # finegrained.py's options are ppo.py's and more
+    files = [*pages, *(ROOT / "common").glob("*.py"), ROOT / "evaluate.py"]
+    read = set()
+    for node in ast.walk(ast.parse("\n".join(file.read_text() for file in files))):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("cfg", "self.cfg", "run.cfg"):
+            read.add(node.attr)
     assert {f.name for f in fields(stage.Config)} <= read
     assert all(set(r) <= {f.name for f in fields(stage.Config)} for r in stage.RECIPES.values())
 
@@ -228,11 +291,67 @@ def test_decay_groups():
     assert all(p.dim() == 1 for p in vectors["params"])
 
 
+# ------------------------------------------------------------------------------------------------ several processes
+
+def sum_gradients_of_two_processes():
+    """What each of the two processes of the next test runs: gradients that both of them know, added up in three ways."""
+    common.dist.join_processes("cpu")
+    exchanges = []
+    real = common.dist.all_reduce
+    common.dist.all_reduce = lambda tensor: (exchanges.append(tensor.numel()), real(tensor))[1]
+    model = make_model()
+    n_parameters = len(list(model.parameters()))
+    n_numbers = sum(p.numel() for p in model.parameters())
+    for bucket, n_exchanges in ((2**25, range(1, 2)), (5000, range(3, n_parameters)), (1, range(n_parameters, n_parameters + 1))):
+        common.dist.BUCKET = bucket
+        exchanges.clear()
+        gradients = []
+        for process in (0, 1):
+            generator = torch.Generator().manual_seed(process)
+            gradients.append([torch.randn(p.shape, generator=generator) for p in model.parameters()])
+        for parameter, gradient in zip(model.parameters(), gradients[common.dist.process()]):
+            parameter.grad = gradient.clone()
+        sync_gradients(model)
+        assert len(exchanges) in n_exchanges and sum(exchanges) == n_numbers
+        for parameter, a, b in zip(model.parameters(), *gradients):
+            assert torch.equal(parameter.grad, a + b)
+
+
+def test_gradients_of_two_processes_are_added_up_in_one_bucket_or_in_many():
+    code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; " \
+           "import test_common; test_common.sum_gradients_of_two_processes()"
+    on_two_processes([sys.executable, "-c", code])
+
+
+def test_all_processes_get_as_many_micro_batches_and_each_example_once(monkeypatch):
+    """Whatever the lengths, and without asking each other."""
+    monkeypatch.setattr(common.batches, "all_reduce", lambda *args: pytest.fail("the processes communicate"))
+    rng = random.Random(0)
+    halved = 0
+    for case in range(200):
+        n = rng.choice([1, 2, 3, 4, 8])
+        groups = random_groups(case, n=rng.randrange(n, 60), responses=(1, rng.choice([2, 12])))
+        batch = rng.sample(range(len(groups)), len(groups) // n * n)
+        max_tokens = rng.choice([1, 20, 50, 200, 10_000])
+        monkeypatch.setenv("WORLD_SIZE", str(n))
+        pieces = []
+        for process in range(n):
+            monkeypatch.setenv("RANK", str(process))
+            pieces.append(micro_batches(batch, groups, max_tokens))
+            assert sorted(i for piece in pieces[-1] for i in piece) == sorted(batch[process::n])
+        assert len({len(lists) for lists in pieces}) == 1
+        assert Counter(i for lists in pieces for piece in lists for i in piece) == Counter(batch)
+        for piece in (piece for lists in pieces for piece in lists):
+            assert len(piece) == 1 or piece and sum(group_length(groups[i]) for i in piece) <= max_tokens
+        halved += len({len(common.batches.cut_by_tokens(batch[i::n], groups, max_tokens)) for i in range(n)}) > 1
+    assert halved > 20  # of the cases, so many would have had unequal numbers of lists
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 @pytest.fixture
 def saved(tmp_path):
-    model = make_model(vocab_size=dpo.get_tokenizer("animals").n_vocab)
+    model = make_model(vocab_size=get_tokenizer("animals").n_vocab)
     save_checkpoint(str(tmp_path), 3, model, make_optimizer(model, 1e-3), sft.Config(), "animals")
     return tmp_path
 
@@ -240,7 +359,7 @@ def saved(tmp_path):
 def test_a_checkpoint_comes_back_by_folder_and_by_file(saved):
     for path in (saved, saved / "ckpt.pt"):
         model, tokenizer = load_model(str(path), sft.Config())
-        assert tokenizer == "animals"
+        assert tokenizer.name == "animals"
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), make_model(vocab_size=model.config.vocab_size).state_dict().values()))
     assert os.listdir(saved) == ["ckpt.pt"]
 
@@ -277,12 +396,12 @@ def test_a_checkpoint_of_another_shape(saved):
     checkpoint = load_checkpoint(str(saved))
     checkpoint["model_config"]["n_embd"] = 64
     torch.save(checkpoint, saved / "ckpt.pt")
-    assert "the weights are of another shape than the model: size mismatch for wte.weight" in one_line(load_model, str(saved))
+    assert "the weights have another shape than the model: size mismatch for wte.weight" in one_line(load_model, str(saved))
     assert "max_len=100: the context" in one_line(load_model, str(save_again(saved)), sft.Config(max_len=100))
 
 
 def save_again(folder):
-    model = make_model(vocab_size=dpo.get_tokenizer("animals").n_vocab)
+    model = make_model(vocab_size=get_tokenizer("animals").n_vocab)
     save_checkpoint(str(folder), 3, model, make_optimizer(model, 1e-3), sft.Config(), "animals")
     return folder
 
@@ -293,10 +412,10 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 
 
 def test_resume_wants_the_options_of_the_run(saved):
-    model = make_model(vocab_size=dpo.get_tokenizer("animals").n_vocab)
+    model = make_model(vocab_size=get_tokenizer("animals").n_vocab)
     optimizer = make_optimizer(model, 1e-3)
-    assert common.resume(str(saved), sft.Config(resume=True, log_every=7, wandb="p", tensorboard=True), model, optimizer)["step"] == 3
-    assert "was started with --lr=0.004, not 1.0" in one_line(common.resume, str(saved), sft.Config(lr=1.0), model, optimizer)
+    assert resume(str(saved), sft.Config(resume=True, log_every=7, wandb="p", tensorboard=True), model, optimizer)["step"] == 3
+    assert "was started with --lr=0.004, not 1.0" in one_line(resume, str(saved), sft.Config(lr=1.0), model, optimizer)
 
 
 # ------------------------------------------------------------------------------------------------ the log
@@ -336,7 +455,7 @@ def test_wandb_and_tensorboard_get_what_the_log_gets(tmp_path, recorders, monkey
     assert [settings.pop("id") for settings in wandb.inits] == [None, "run1", None]  # the resumed run is the first one
     assert wandb.inits == [dict(project="rlhf", dir=out + "/", name="sft-run", config=asdict(cfg), resume="allow")] * 3
     assert tensorboard.inits == [(out + "/tensorboard", 1), (out + "/tensorboard", 3), (out + "/tensorboard", 1)]
-    monkeypatch.setattr(common, "RANK", 1)
+    monkeypatch.setenv("RANK", "1")
     Log(out, cfg)(1, tokens=10, loss=0.5)
     assert len(wandb.inits) == len(tensorboard.inits) == 3
 

@@ -10,13 +10,17 @@ import pytest
 import tiktoken
 from conftest import SHARED, feedback, make_model
 
+import engine.files
 import evaluate
 import ppo
+import sample
 from data import animals, dataset, encode_groups, encode_prompts, files, get_tokenizer, tokenizers
-from data.files import fetch, read_lines
+from data.files import read_lines
 from data.hh import HH
 from data.jsonl import Jsonl, common_prompt, parse
+from data.schema import Comparison
 from data.tokenizers import encode
+from engine.files import fetch
 
 needs_gpt2 = pytest.mark.skipif(not (SHARED / "tiktoken").is_dir(), reason="the GPT-2 encoding is not beside the checkout")
 PROMPT = "Tell me about the owl: what it eats and how it moves."
@@ -58,13 +62,13 @@ def test_splits_share_no_question():
     pairs = {split: {animals.parse_prompt(p)[0] + str(animals.parse_prompt(p)[1]) for p in animals.prompts(split)} for split in animals.SIZES}
     assert all(not pairs[a] & pairs[b] for a in pairs for b in pairs if a != b)
     for split in pairs:
-        texts = {p for p, _ in animals.demonstrations(split)} | {p for p, _ in animals.comparisons(split)}
+        texts = {p for p, _ in animals.demonstrations(split)} | {c.prompt for c in animals.comparisons(split)}
         assert texts <= set(animals.prompts(split))
 
 
 def test_labelers_agree_with_each_other_as_often_as_instructgpts_did():
     """72.6 ± 1.5% (arXiv:2203.02155 §3.4): both right or both wrong about a pair, each Bradley–Terry."""
-    gap = np.array([abs(animals.gold(p, a) - animals.gold(p, b)) for p, (a, b) in animals.comparisons("train")])
+    gap = np.array([abs(animals.gold(p, a) - animals.gold(p, b)) for p, (a, b), _ in animals.comparisons("train")])
     right = 1 / (1 + np.exp(-animals.LABEL_SCALE * gap))
     assert abs((right**2 + (1 - right)**2).mean() - 0.726) < 0.015
     assert abs(right.mean() - 0.79) < 0.01
@@ -73,7 +77,9 @@ def test_labelers_agree_with_each_other_as_often_as_instructgpts_did():
 @pytest.mark.parametrize("k", [2, 4])
 def test_every_pair_of_a_ranking_is_bradley_terry(k):
     """Labels go against gold as often as σ(−scale · |Δgold|) says."""
-    pairs = [(animals.gold(p, a), animals.gold(p, b)) for p, rs in animals.comparisons("train", k)[:5000] for a, b in combinations(rs, 2)]
+    comparisons = animals.comparisons("train", k)[:5000]
+    assert all(c.ranks == list(range(k)) for c in comparisons)  # the best first
+    pairs = [(animals.gold(c.prompt, a), animals.gold(c.prompt, b)) for c in comparisons for a, b in combinations(c.responses, 2)]
     pairs = np.array([(a, b) for a, b in pairs if not math.isclose(a, b, abs_tol=1e-9)])
     against = (pairs[:, 0] < pairs[:, 1]).mean()
     expected = (1 / (1 + np.exp(animals.LABEL_SCALE * np.abs(pairs[:, 0] - pairs[:, 1])))).mean()
@@ -137,15 +143,15 @@ def test_special_token_text_is_text_on_every_way_in(name):
     assert t.decode(prompt.tolist()) == text and t.eot_token not in prompt
     assert [t.decode(r[:-1].tolist()) for r in responses] == [text, "<|endoftext|>"] and [r.tolist().count(t.eot_token) for r in responses] == [1, 1]
     assert [t.decode(p.tolist()) for p in encode_prompts(t, [text])] == [text]
-    ids, = evaluate.fit_prompts([text], make_model(), t)
+    ids, = evaluate.encode_cut([text], make_model(), t)
     assert t.decode(ids) == text[-len(t.decode(ids)):] and t.eot_token not in ids
 
 
 def test_special_token_text_reaches_the_models_as_text(start, monkeypatch):
-    """evaluate.py --prompt, and the prompts of a rollout."""
+    """sample.py --prompt, and the prompts of a rollout."""
     t, seen = get_tokenizer("animals"), []
     monkeypatch.setattr(evaluate, "respond", lambda model, ids, *rest, **more: seen.extend(ids) or [[t.eot_token]] * len(ids))
-    evaluate.main([str(start / "start"), "--prompt=a<|endoftext|>"])
+    sample.main([str(start / "start"), "--prompt=a<|endoftext|>"])
     path = write(start / "special.jsonl", [{"prompt": "a<|endoftext|>", "completion": " <|endoftext|>"}] * 20)
     ppo.train(ppo.Config(data=path, init=str(start / "start"), out=str(start / "a"), steps=1, batch_size=4, minibatches=1, epochs=1, eval_n=0, device="cpu",
                          ptx_coef=0.1), lambda prompts, responses: seen.extend(prompts) or [[0.0] * max(map(len, responses))] * len(responses))
@@ -271,7 +277,7 @@ def hh_files(tmp_path):
 
 def test_hh_reads_the_published_files(hh_files, capsys):
     data = dataset("hh/helpful-base", hh_files)
-    assert data.comparisons("test")[1] == ("\n\nHuman: What is 1?\n\nAssistant:", [" It is 1.", " I cannot say."])
+    assert data.comparisons("test")[1] == Comparison("\n\nHuman: What is 1?\n\nAssistant:", [" It is 1.", " I cannot say."], [0, 1])
     assert "left out 1 comparisons of the test split with an empty response" in capsys.readouterr().out
     assert len(data.comparisons("train")) == 98 and len(data.comparisons("validation")) == 2 and len(data.comparisons("test")) == 2
     assert data.demonstrations("validation")[1][1] == " It is 100."
@@ -280,7 +286,7 @@ def test_hh_reads_the_published_files(hh_files, capsys):
 def test_hh_without_file_or_network(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no route")
-    monkeypatch.setattr(files, "urlopen", refuse)
+    monkeypatch.setattr(engine.files, "urlopen", refuse)
     with pytest.raises(SystemExit, match="harmless-base/train.jsonl.gz is missing and https.*no route.*--data_dir") as error:
         dataset("hh", str(tmp_path)).comparisons("train")
     assert "\n" not in str(error.value)
@@ -300,5 +306,5 @@ def test_the_real_file():
     data = Jsonl(str(SHARED / "hh-rlhf/harmless-base/test.jsonl.gz"))
     pairs = [pair for split in ("train", "validation", "test") for pair in data.comparisons(split)]
     assert len(pairs) == 2312
-    assert all(prompt.endswith("\n\nAssistant:") for prompt, _ in pairs)
+    assert all(pair.prompt.endswith("\n\nAssistant:") for pair in pairs)
     assert len(HH(str(SHARED), ["harmless-base"]).comparisons("test")) == 2312

@@ -11,12 +11,19 @@ import pytest
 from conftest import SHARED, make_model
 
 import dpo
+import engine.files
 import evaluate
 import reward
+import sample
 import sft
-from common import load_model, make_optimizer, parse, save_checkpoint, score_groups
-from data import dataset, encode_groups, encode_prompts, files, get_tokenizer, imdb, tldr
-from data.imdb import MEMBER, ordered_pairs
+from common.checkpoints import load_model, save_checkpoint
+from common.optim import make_optimizer
+from common.options import parse
+from common.scoring import score_groups
+from data import dataset, encode_groups, encode_prompts, get_tokenizer, imdb, tldr
+from data.imdb import MEMBER
+from data.schema import Comparison
+from sample import ordered_pairs
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--device=cpu", "--steps=2", "--batch_size=4", "--warmup=0", "--eval_n=2"]
@@ -30,7 +37,7 @@ def no_network(monkeypatch):
     """Nothing is fetched; the animals tokenizer, which spells foreign text in bytes, stands in for GPT-2's."""
     def refuse(url, *args, **kwargs):
         raise OSError("no route")
-    monkeypatch.setattr(files, "urlopen", refuse)
+    monkeypatch.setattr(engine.files, "urlopen", refuse)
     for dataset_class in (tldr.TLDR, imdb.IMDB):
         monkeypatch.setattr(dataset_class, "tokenizer", lambda self: get_tokenizer("animals"))
 
@@ -72,8 +79,8 @@ def test_tldr_is_written_as_in_the_paper(tldr_files):
     data = dataset("tldr", str(tldr_files))
     text = "SUBREDDIT: r/tifu\n\nTITLE: TIFU 2 times\n\nPOST: It was 2 o'clock.\nThen it was not.\n\nTL;DR:"
     assert data.demonstrations("train")[2] == (text, " train 2")
-    assert data.comparisons("train")[2] == (text, [" Model's 2.", " Human's 2"])  # choice 0; one space before either
-    assert data.comparisons("train")[3][1] == [" Human's 3", " Model's 3."]       # choice 1
+    assert data.comparisons("train")[2] == Comparison(text, [" Model's 2.", " Human's 2"], [0, 1])  # choice 0; one space before either
+    assert data.comparisons("train")[3][1:] == ([" Human's 3", " Model's 3."], [0, 1])  # choice 1
     assert data.prompts("train") == [prompt for prompt, _ in data.demonstrations("train")]
     assert [len(data.demonstrations(split)) for split in ("train", "validation", "test")] == [8, 4, 3]
     with pytest.raises(SystemExit, match="--k=4: .*K is 2"):
@@ -84,7 +91,7 @@ def test_the_split_of_a_comparison_is_its_own_whatever_its_batch(tldr_files, cap
     data = dataset("tldr", str(tldr_files))
 
     def titles(split):
-        return [prompt.split("TIFU ")[1].split()[0] for prompt, _ in data.comparisons(split)]
+        return [prompt.split("TIFU ")[1].split()[0] for prompt, _, _ in data.comparisons(split)]
     assert titles("train") == [*"01234567", "10"] and titles("validation") == ["8", "11"] and titles("test") == ["9"]
     path = tldr_files / "tldr/comparisons/batch22.json"
     path.write_text(lines([compared(0, summaries=[{"text": " "}, {"text": " b"}])]))
@@ -200,9 +207,9 @@ def test_short_reviews_and_characters_of_several_tokens_are_cut_somewhere(imdb_f
 def test_imdb_comparisons_are_labels_after_one_prompt(imdb_files):
     data = dataset("imdb", str(imdb_files))
     pairs, published = data.comparisons("train"), dict(some_reviews())
-    assert len(pairs) == 12 and {prompt for prompt, _ in pairs} == {""}
-    assert sorted(good for _, (good, _) in pairs) == sorted(text for name, text in published.items() if "train/pos" in name)
-    assert sorted(bad for _, (_, bad) in pairs) == sorted(text for name, text in published.items() if "train/neg" in name)
+    assert len(pairs) == 12 and {prompt for prompt, _, _ in pairs} == {""} and all(pair.ranks == [0, 1] for pair in pairs)
+    assert sorted(good for _, (good, _), _ in pairs) == sorted(text for name, text in published.items() if "train/pos" in name)
+    assert sorted(bad for _, (_, bad), _ in pairs) == sorted(text for name, text in published.items() if "train/neg" in name)
     with pytest.raises(SystemExit, match="--k=8: .*K is 2"):
         data.comparisons("train", 8)
 
@@ -266,15 +273,19 @@ def test_pairs_by_hand():
 def test_the_sentiment_experiment_in_miniature(imdb_files, monkeypatch, capsys):
     """The commands at the head of data/imdb.py: SFT, reward model, pairs, DPO, the frontier."""
     monkeypatch.chdir(imdb_files)
-    with pytest.raises(SystemExit, match="out/imdb-pairs.jsonl: no such file.*; `python data/imdb.py` makes it"):
+    make = ["out/sft-imdb", "--pairs=out/imdb-pairs.jsonl", "--reward_model=out/reward-imdb"]
+    command = f"python sample.py {' '.join(make)}"
+    assert f"    {command}\n" in imdb.__doc__
+    with pytest.raises(SystemExit, match=f"out/imdb-pairs.jsonl: no such file.*; `{command}` makes it"):
         run(dpo, "imdb", *SMALL)
     run(sft, "imdb", f"--data_dir={imdb_files}", *SMALL, *SCRATCH, "--max_len=48")
     run(reward, "imdb", f"--data_dir={imdb_files}", *SMALL, "--max_len=24")
     with pytest.raises(SystemExit, match="out/sft-imdb: its context is 48 tokens, --max_len=136 needs 152"):
-        imdb.main([f"--data_dir={imdb_files}"])
+        sample.main(make)
     with pytest.raises(SystemExit, match="out/sft-imdb: not a reward model"):
-        imdb.main(["--reward_model=out/sft-imdb"])
-    imdb.main([f"--data_dir={imdb_files}", "--n=5", "--max_len=24"])
+        sample.main([*make[:2], "--reward_model=out/sft-imdb"])
+    assert not Path("out/imdb-pairs.jsonl").exists()
+    sample.main([*make, "--n=5", "--max_len=24"])
     pairs = [json.loads(line) for line in open("out/imdb-pairs.jsonl")]
     assert len(pairs) == 30 and {p["prompt"] for p in pairs} == set(dataset("imdb", str(imdb_files)).prompts("train")[:5])
     run(dpo, "imdb", *SMALL, "--beta=0.05", "--max_len=24", "--out=out/dpo-imdb-beta0.05")
@@ -282,7 +293,7 @@ def test_the_sentiment_experiment_in_miniature(imdb_files, monkeypatch, capsys):
     evaluate.main(["out/sft-imdb", "out/dpo-imdb-beta0.05", "--data=imdb", "--reward_model=out/reward-imdb", "--frontier", "--n=2",
                    "--samples=16"])
     out = capsys.readouterr().out
-    assert "the most score that any policy reaches" in out and "out/dpo-imdb-beta0.05" in out
+    assert "the most score that any policy can have" in out and "out/dpo-imdb-beta0.05" in out
 
 
 def test_pairs_are_in_the_order_of_the_reward_of_what_dpo_reads(imdb_files, monkeypatch):
@@ -293,8 +304,9 @@ def test_pairs_are_in_the_order_of_the_reward_of_what_dpo_reads(imdb_files, monk
         (imdb_files / "out" / name).mkdir(parents=True)
         model = make_model(n_scalars, tokenizer.n_vocab, 48, n_layer=1, n_embd=16, n_scalars=n_scalars)
         save_checkpoint(f"out/{name}", 1, model, make_optimizer(model, 1e-3), sft.Config(), "animals")
-    imdb.main([f"--data_dir={imdb_files}", "--n=8", "--max_len=16", "--out=deep/er/pairs.jsonl"])
-    pairs = dataset("deep/er/pairs.jsonl").comparisons("train")
+    sample.main(["out/sft-imdb", "--pairs=deep/er/pairs.jsonl", "--reward_model=out/reward-imdb", "--data=imdb",
+                 f"--data_dir={imdb_files}", "--n=8", "--max_len=16"])
+    pairs = [(c.prompt, c.responses) for c in dataset("deep/er/pairs.jsonl").comparisons("train")]
     chosen, rejected = score_groups(load_model("out/reward-imdb")[0], encode_groups(tokenizer, pairs, 16)).view(-1, 2).unbind(1)
     assert (chosen > rejected).all()
 
@@ -307,12 +319,12 @@ def test_a_completion_that_did_not_end_gets_no_eos():
     class Policy:
         def generate(self, prompts, max_new_tokens, eos):
             return [[mice] * 3 + [eos] if i % 2 else [mice] * max_new_tokens for i in range(len(prompts))]
-    examples = imdb.complete(Policy(), tokenizer, ["It eats", "It"], 16 + imdb.SPARE, batch_size=1)
+    examples = sample.complete(Policy(), tokenizer, ["It eats", "It"], 4, 16 + sample.SPARE, batch_size=1)
     assert [prompt for prompt, _ in examples] == ["It eats", "It"] and examples[0][1][1::2] == [" mice mice mice"] * 2
     for prompt, responses in encode_groups(tokenizer, examples, 16):
         assert [r.tolist() for r in responses] == [[mice] * (16 - len(prompt)), [mice] * 3 + [eos]] * 2
 
 
 def test_the_command_runs_from_any_folder(tmp_path):
-    out = subprocess.run([sys.executable, str(ROOT / "data/imdb.py"), "--help"], cwd=tmp_path, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0 and "out/imdb-pairs.jsonl" in out.stdout, out.stderr

@@ -6,8 +6,8 @@ import torch
 from conftest import feedback, make_model, random_groups
 from test_stages import here, log_of
 
-from common import load_checkpoint
-from data import pack
+from common.checkpoints import load_checkpoint
+from engine.packing import pack
 
 STAGES = ["sft", "reward", "dpo", "simpo", "ppo", "finegrained"]
 

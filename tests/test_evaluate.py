@@ -1,14 +1,19 @@
-"""evaluate.py beside the table: the curves of runs, and a checkpoint for transformers."""
+"""evaluate.py and sample.py beside the table and the answers: the curves of runs, and a checkpoint for transformers."""
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_model
 
+import common.checkpoints
 import evaluate
+import sample
 import sft
-from common import load_model, make_optimizer, save_checkpoint
+from common.checkpoints import load_model, save_checkpoint
+from common.optim import make_optimizer
+from common.plots import curve
 from data import dataset, get_tokenizer
 
 # ------------------------------------------------------------------------------------------------ curves
@@ -21,19 +26,19 @@ def write_log(folder, records, end=""):
 
 def test_a_curve_by_hand():
     log = [(step, {"loss": None if step == 3 else float(step)}) for step in (1, 2, 3, 4)]
-    steps, values, means = evaluate.curve(log, "loss")
+    steps, values, means = curve(log, "loss")
     assert steps.tolist() == [1, 2, 3, 4] and torch.equal(values.isnan(), torch.tensor([False, False, True, False]))
     assert torch.equal(means.nan_to_num(-1), values.nan_to_num(-1))  # so few are not averaged
 
 
 def test_a_long_curve_is_a_running_mean_with_its_gaps():
     log = [(step, {"loss": None if step == 50 else step % 2, "val_loss": 7.0 if step % 60 == 0 else None}) for step in range(1, 121)]
-    steps, values, means = evaluate.curve(log, "loss")
+    steps, values, means = curve(log, "loss")
     assert means[:3].tolist() == pytest.approx([1 / 2, 2 / 3, 1 / 3])  # of what there is of three neighbours
     assert means[48].item() == 0.5 and means[49].isnan() and values[49].isnan() and means.isnan().sum() == 1
-    steps, values, means = evaluate.curve(log, "val_loss")
+    steps, values, means = curve(log, "val_loss")
     assert steps.tolist() == [60, 120] and values.tolist() == means.tolist() == [7, 7]  # measured now and then: no gap
-    assert evaluate.curve(log, "gold") is None
+    assert curve(log, "gold") is None
 
 
 def test_curves_of_several_stages(tmp_path, monkeypatch, capsys):
@@ -55,9 +60,9 @@ def test_logs_that_are_none_get_one_line(tmp_path):
     for name, content, message in [
             ("missing", None, "missing/log.jsonl: cannot be read .No such file"),
             ("empty", "", "empty: no steps are logged yet"),
-            ("cut", '{"step": 1, "loss": 1.0}\n{"st\n', "cut/log.jsonl: line 2 is no line of a run's log .JSONDecodeError"),
-            ("list", "[1]\n", "list/log.jsonl: line 1 is no line of a run's log .TypeError"),
-            ("other", '{"loss": 1.0}\n', "other/log.jsonl: line 1 is no line of a run's log .KeyError")]:
+            ("cut", '{"step": 1, "loss": 1.0}\n{"st\n', "cut/log.jsonl: line 2 is not a line of a run's log .JSONDecodeError"),
+            ("list", "[1]\n", "list/log.jsonl: line 1 is not a line of a run's log .TypeError"),
+            ("other", '{"loss": 1.0}\n', "other/log.jsonl: line 1 is not a line of a run's log .KeyError")]:
         (tmp_path / name).mkdir()
         if content is not None:
             (tmp_path / name / "log.jsonl").write_text(content)
@@ -72,9 +77,11 @@ def test_a_place_that_cannot_be_written_gets_one_line(option, place, tmp_path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
     write_log(tmp_path / "run", [{"step": 1, "loss": 1.0}])
-    command = ["run", "--curves"] if option == "--plot" else [str(start / "start"), "--n=2"]
+    main, *command = {"--plot": (evaluate.main, "run", "--curves"),
+                      "--json": (evaluate.main, str(start / "start"), "--n=2"),
+                      "--export": (sample.main, str(start / "start"))}[option]
     with pytest.raises(SystemExit, match=f"{place}: cannot be written") as error:
-        evaluate.main([*command, f"{option}={place}"])
+        main([*command, f"{option}={place}"])
     assert "\n" not in str(error.value)
 
 
@@ -87,26 +94,27 @@ def test_a_picture_is_a_png_a_pdf_or_an_svg(tmp_path):
 
 def test_an_exported_reward_model_is_opened_by_transformers(start, capsys):
     transformers = pytest.importorskip("transformers")
-    evaluate.main([str(start / "reward"), f"--export={start}/exported"])
+    sample.main([str(start / "reward"), f"--export={start}/exported"])
     out = capsys.readouterr().out
-    assert "that of data/animals.py" in out and "its scalar head stays behind" in out
+    assert "that of data/animals.py" in out and "its scalar head is left out" in out
     ours, vocab_size = load_model(str(start / "reward"))[0], get_tokenizer("animals").n_vocab
     theirs = transformers.GPT2LMHeadModel.from_pretrained(str(start / "exported")).eval()
     tokens = torch.randint(vocab_size, (3, 40))
     with torch.no_grad():
-        mine, their = ours.logits(ours.hidden(tokens, torch.arange(40))), theirs(tokens).logits
+        mine, their = ours(tokens), theirs(tokens).logits
     torch.testing.assert_close(mine, their, atol=1e-4, rtol=0)
     assert ours.wte.weight.size(0) > theirs.transformer.wte.weight.size(0) == vocab_size  # the padding is cut
     assert theirs.config.eos_token_id == get_tokenizer("animals").eot_token
 
 
-def test_an_export_with_the_vocabulary_of_gpt2_is_a_start(tmp_path, capsys):
+def test_an_export_with_the_vocabulary_of_gpt2_is_a_start(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common.checkpoints, "get_tokenizer", lambda name: SimpleNamespace(name=name))  # nothing is fetched
     model = make_model(vocab_size=50257, n_layer=1, n_embd=8)
     save_checkpoint(str(tmp_path), 1, model, make_optimizer(model, 1e-3), sft.Config(), "gpt2")
-    evaluate.main([str(tmp_path), f"--export={tmp_path}/exported"])
+    sample.main([str(tmp_path), f"--export={tmp_path}/exported"])
     assert 'its tokenizer: AutoTokenizer.from_pretrained("gpt2")\n' in capsys.readouterr().out
     again, tokenizer = load_model(f"{tmp_path}/exported", sft.Config())
-    assert tokenizer == "gpt2" and again.config == model.config
+    assert tokenizer.name == "gpt2" and again.config == model.config
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
         assert torch.equal(a[:50257], b[:50257]) if name == "wte.weight" else torch.equal(a, b), name
 
@@ -117,9 +125,9 @@ def test_an_export_overwrites_nothing(start):
     before = os.listdir(folder)
     for where in (folder, folder + "/", str(start / "reward"), str(start / "file")):
         with pytest.raises(SystemExit, match=f"--export={where}: something is there already; name a new folder"):
-            evaluate.main([folder, f"--export={where}"])
-    with pytest.raises(SystemExit, match="--export takes one checkpoint"):
-        evaluate.main([folder, folder, f"--export={start}/new"])
+            sample.main([folder, f"--export={where}"])
+    with pytest.raises(SystemExit, match="--export take one checkpoint"):
+        sample.main([folder, folder, f"--export={start}/new"])
     assert os.listdir(folder) == before and not (start / "new").exists()
 
 

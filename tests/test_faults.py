@@ -16,13 +16,17 @@ import torch
 from conftest import feedback
 from test_stages import TINY, command, here, log_of, two_processes
 
-import common
+import common.optim
+import common.run
 import dpo
 import evaluate
 import finegrained
 import ppo
 import reward
-from common import check_pairs, checkpoint_files, load_checkpoint, load_model, parse
+from common.checkpoints import checkpoint_files, load_checkpoint, load_model
+from common.options import parse
+from common.run import Run
+from data import check_pairs, get_tokenizer
 
 STAGES = ["sft", "reward", "ppo", "dpo", "simpo", "finegrained"]
 
@@ -141,20 +145,34 @@ def test_two_processes_stop_at_one_step_and_speak_with_one_voice(start):
     step = load_checkpoint(str(start / "b"))["step"]
     assert 5 <= step == lines(start / "b" / "log.jsonl") < 2000 and checkpoint_files(str(start / "b")) == [str(start / "b" / "ckpt.pt")]
     assert nothing == "" and out.count("cut to max_len=8") == 1
-    assert f"stopped after step {step}; go on with: torchrun --nproc_per_node=2 {argv[1]} " in out
+    assert f"stopped after step {step}; continue with: torchrun --nproc_per_node=2 {argv[1]} " in out
 
 
-def test_a_signal_that_comes_while_the_processes_ask_each_other_counts_at_the_next_step(monkeypatch):
+def test_a_signal_that_comes_while_the_processes_ask_each_other_counts_at_the_next_step(start, monkeypatch):
     """Or this process would stop alone, or never."""
-    cfg = dpo.Config(steps=9, ckpt_every=100)
-    monkeypatch.setattr(common, "WORLD", 2)
-    monkeypatch.setattr(common.dist, "get_backend", lambda: "gloo")
-    monkeypatch.setattr(common, "all_reduce", lambda tensor: (common.ASKED.append(signal.SIGTERM), tensor)[1])
-    assert not common.due(1, cfg) and common.STOP == []
-    monkeypatch.setattr(common, "all_reduce", lambda tensor: tensor)
-    assert common.due(2, cfg) and common.STOP == [signal.SIGTERM]
-    common.ASKED.clear()
-    assert common.due(9, cfg) and common.STOP == []  # the last step; signals mean what they mean again
+    run = Run("dpo", settings(start, "a", steps=9, ckpt_every=100))
+    run.tokenizer = get_tokenizer("animals")
+    saved = []
+    monkeypatch.setattr(common.run, "save_checkpoint", lambda out, step, *args: saved.append(step))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(common.run.dist, "get_backend", lambda: "gloo")
+
+    def signal_meanwhile(tensor):
+        run.stop_signal.received = signal.SIGTERM
+        return tensor
+    monkeypatch.setattr(common.run, "all_reduce", signal_meanwhile)
+    run.save_if_due(1, None, None)
+    assert saved == [] and run.stop_signal.agreed is None
+    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == run.stop_signal.on_signal  # it listens
+    monkeypatch.setattr(common.run, "all_reduce", lambda tensor: tensor)
+    with pytest.raises(SystemExit) as error:
+        run.save_if_due(2, None, None)
+    assert saved == [2] and run.stop_signal.agreed == signal.SIGTERM and error.value.code == 128 + signal.SIGTERM
+    run.stop_signal.received = None
+    run.save_if_due(9, None, None)  # the last step; signals mean what they mean again
+    assert saved == [2, 9] and run.stop_signal.agreed is None
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 def test_a_signal_saves_and_says_how_to_go_on(start):
@@ -167,7 +185,7 @@ def test_a_signal_saves_and_says_how_to_go_on(start):
     step = load_checkpoint(str(start / "b"))["step"]
     assert step == len(log_of(start / "b")) and 5 <= step < 80  # no step lost
     last = out.splitlines()[-1]
-    assert last.startswith(f"stopped after step {step}; go on with: python ") and last.endswith(" --resume")
+    assert last.startswith(f"stopped after step {step}; continue with: python ") and last.endswith(" --resume")
     done = log_of(start / "b")
     here(stage, start, "b", "--ckpt_every=1000", "--resume")
     log = log_of(start / "b")
@@ -201,16 +219,16 @@ def damage(path, how, rng):
 @pytest.mark.parametrize("how", ["cut short", "empty", "flipped", "gone"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(how, start, monkeypatch, capsys):
     policy = dpo.train(settings(start, "a"))
-    real = dpo.save_checkpoint
+    real = common.run.save_checkpoint
 
     def save_and_die(out, step, *args, **more):
         real(out, step, *args, **more)
         if step == 15:
             raise KeyboardInterrupt
-    monkeypatch.setattr(dpo, "save_checkpoint", save_and_die)
+    monkeypatch.setattr(common.run, "save_checkpoint", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         dpo.train(settings(start, "b"))
-    monkeypatch.setattr(dpo, "save_checkpoint", real)
+    monkeypatch.setattr(common.run, "save_checkpoint", real)
     assert sorted(p.name for p in (start / "b").glob("*.pt*")) == ["ckpt-previous.pt", "ckpt.pt"]  # the last two, no more
     damage(start / "b" / "ckpt.pt", how, random.Random(0))
     assert load_checkpoint(str(start / "b"))["step"] == 10
@@ -218,7 +236,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(how, st
     resumed = dpo.train(settings(start, "b", resume=True))
     if how != "gone":
         out = capsys.readouterr().out
-        assert "b/ckpt.pt: not a checkpoint of this repository, or damaged" in out and "taking the one before it" in out
+        assert "b/ckpt.pt: not a checkpoint of this repository, or damaged" in out and "using the one before it" in out
     assert log_of(start / "a") == log_of(start / "b")
     assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), resumed.parameters()))
 
@@ -251,8 +269,9 @@ def refused(path, run, *args):
 
 
 @pytest.mark.parametrize("name, module, call, n, room, step", [
-    ("ckpt.pt", dpo, "due", 10, 20_000, 5), ("ckpt.pt", dpo, "due", 15, 100, 10), ("log.jsonl", dpo, "lr_schedule", 13, None, 10),
-    ("eval.json", evaluate, "compare", 1, 64, 20), ("samples.txt", ppo, "show_samples", 3, None, 15)])
+    ("ckpt.pt", Run, "save_if_due", 10, 20_000, 5), ("ckpt.pt", Run, "save_if_due", 15, 100, 10),
+    ("log.jsonl", dpo, "lr_schedule", 13, None, 10), ("eval.json", evaluate, "compare", 1, 64, 20),
+    ("samples.txt", ppo, "show_samples", 3, None, 15)])
 def test_a_full_disk_leaves_what_was_whole_and_the_run_goes_on_from_there(name, module, call, n, room, step, start, disk, monkeypatch):
     """The disk is full from the n-th call of module.call on: `room` is the most a file can have; None: half a line more."""
     stage, a = ("ppo" if module is ppo else "dpo"), start / "a"
@@ -279,7 +298,8 @@ def test_no_space_left_on_the_device(start):
     (start / "a").mkdir()
     os.symlink("/dev/full", start / "a" / "ckpt.pt.tmp")
     message = refused(start / "a" / "ckpt.pt", here, "dpo", start, "a", "--steps=5")
-    assert "([Errno 28] No space left on device); what was there before stands: make room, or name another place;" in message
+    assert "([Errno 28] No space left on device); what was there before is untouched. " \
+           "Make room or name another place; a run continues with --resume" in message
     assert os.listdir(start / "a") == ["log.jsonl"]
 
 
@@ -313,9 +333,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_said(start, monkey
     assert [r["step"] for r in log if r["grad_norm"] is None] == [3, 4, 9] and [r["step"] for r in log if r["loss"] is None] == [3, 4, 9]
     calls.clear()
     bad = (12).__le__
-    with pytest.raises(SystemExit, match=f"{common.PATIENCE} gradients in a row were not finite: lower --lr .now"):
+    with pytest.raises(SystemExit, match=f"{common.optim.PATIENCE} gradients in a row were not finite: lower --lr .now"):
         dpo.train(settings(start, "a", steps=30))
-    assert len(calls) == 11 + common.PATIENCE
+    assert len(calls) == 11 + common.optim.PATIENCE
 
 
 def pairs(path, same, n=60):
@@ -340,9 +360,9 @@ def test_pairs_that_are_cut_to_the_same_and_ranks_that_all_tie(start):
     with pytest.raises(SystemExit, match="all 54 pairs are identical, as cut to --max_len=8"):
         here("dpo", start, "a", "--max_len=8")
     groups = [(torch.tensor([1]).numpy(), [torch.tensor([i]).numpy() for i in (2, 2, 3)])]
-    check_pairs(groups, dpo.Config(), [[0, 0, 1]])
+    check_pairs(groups, [[0, 0, 1]], 64, "animals")
     with pytest.raises(SystemExit, match="--data=animals: all responses tie: there is nothing to learn from them"):
-        check_pairs(groups, dpo.Config(), [[0, 0, 0]])
+        check_pairs(groups, [[0, 0, 0]], 64, "animals")
 
 
 def test_feedback_without_a_mark_or_with_nothing_else_is_said(start, capsys):
@@ -366,6 +386,6 @@ def test_feedback_without_a_mark_or_with_nothing_else_is_said(start, capsys):
 def test_a_learning_rate_of_0_is_said_and_changes_nothing(start, capsys):
     argv = command("ppo", start, "a", "--steps=2", "--lr=0")[2:]
     policy = ppo.train(parse(ppo.Config, ppo.RECIPES, argv))
-    assert capsys.readouterr().out.count("--lr=0: the weights that it is for stay as they are\n") == 1
+    assert capsys.readouterr().out.count("--lr=0: the weights that it applies to will not change\n") == 1
     before, after = load_model(str(start / "start"))[0].state_dict(), policy.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)

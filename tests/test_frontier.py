@@ -9,7 +9,7 @@ import torch
 from conftest import make_model
 
 import evaluate
-from data import pack, per_sequence
+from engine.packing import pack, per_sequence
 from evaluate import best_of, frontier, gap, tilt
 
 
@@ -114,7 +114,7 @@ def test_frontier_command(start, small_world, capsys):
     folder = str(start / "start")
     evaluate.main([folder, folder, "--n=12", "--frontier", "--samples=32", f"--json={start}/rows.json"])
     out = capsys.readouterr().out
-    assert "from 32 samples a prompt" in out and "gap" in out and "best of 32" in out
+    assert "from 32 samples per prompt" in out and "gap" in out and "best of 32" in out
     rows = json.load(open(start / "rows.json"))
     assert len({tuple(row) for row in rows}) == 1 and {"gap", "gap_se", "beta", "ess", "gold", "kl_se"} <= set(rows[0])
     assert rows[0]["kl"] == 0 and rows[0]["gap"] > -2 * rows[0]["gap_se"] and rows[2]["beta"] > rows[3]["beta"]
@@ -123,7 +123,7 @@ def test_frontier_command(start, small_world, capsys):
 def test_frontier_by_the_reward_model_where_nobody_knows_gold(start, capsys):
     evaluate.main([str(start / "start"), "--n=2", "--frontier", "--samples=16", f"--data={start}/mine.jsonl", f"--reward_model={start}/reward"])
     out = capsys.readouterr().out
-    assert "the reward model's score is taken for it" in out and "the most score that any policy" in out
+    assert "the reward model's score is used instead" in out and "the most score that any policy" in out
 
 
 def test_pictures(start, small_world, capsys):
@@ -151,7 +151,7 @@ def test_what_cannot_be_drawn_gets_one_line(start, small_world, monkeypatch):
             ([folder, "--overoptimization"], "takes one run of ppo.py and --plot=FILE"),
             ([folder, str(start / "nameless")], "nameless/ckpt.pt: not a checkpoint of this repository, or damaged"),
             ([folder, str(start / "other")], "trained on different data .*start: animals, .*other: hh.: say which to compare them on with --data"),
-            ([folder, f"--data={start}/mine.jsonl", "--frontier", "--n=2"], "nobody knows the true reward of this data; name a --reward_model")]:
+            ([folder, f"--data={start}/mine.jsonl", "--frontier", "--n=2"], "the true reward of this data is not known; name a --reward_model")]:
         with pytest.raises(SystemExit, match=message) as error:
             evaluate.main(argv)
         assert "\n" not in str(error.value)
@@ -162,7 +162,7 @@ def test_what_cannot_be_drawn_gets_one_line(start, small_world, monkeypatch):
 
 def test_overoptimization_needs_a_run_of_ppo(start):
     pytest.importorskip("matplotlib")
-    with pytest.raises(SystemExit, match="start/log.jsonl: cannot be read .No such file or directory.; name a run's folder"):
+    with pytest.raises(SystemExit, match="start/log.jsonl: cannot be read .No such file or directory.; expected a run's folder"):
         evaluate.main([str(start / "start"), "--overoptimization", "--plot=x.png"])
     (start / "start" / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "kl": null, "score": 0.1, "gold": 0.2}\n')
     with pytest.raises(SystemExit, match="start: --overoptimization reads the log of a run of ppo.py"):

@@ -8,6 +8,7 @@ import json
 import random
 import resource
 import time
+import typing
 from dataclasses import fields
 
 import pytest
@@ -17,11 +18,12 @@ import dpo
 import finegrained
 import ppo
 import sft
-from common import parse
-from data import encode_groups, encode_prompts, get_tokenizer, pack, tldr
+from common.options import parse, split_type
+from data import encode_groups, encode_prompts, get_tokenizer, tldr
 from data.hh import HH
 from data.jsonl import Jsonl
 from data.qa_feedback import QAFeedback
+from engine.packing import pack
 
 TOKENIZER = "gpt2" if (SHARED / "tiktoken").is_dir() else "animals"  # GPT-2's where it need not be fetched
 MESSAGE = {"role": "user", "content": "Hi"}
@@ -101,13 +103,16 @@ EXTREMES = [b"", b"\n", b" \r\n\t\n", b"\xef\xbb\xbf", b"\x00" * 10**6, b"a" * 1
 def read_all(data, splits=("validation", "test", "train")):
     """Everything the stages ask of a dataset, encoded and packed as they do."""
     tokenizer = get_tokenizer(TOKENIZER)
-    examples = [example for split in splits for example in sft.by_prompt(data.demonstrations(split)) + data.comparisons(split)]
+    examples = []
+    for split in splits:
+        examples += sft.group_by_prompt(data.demonstrations(split))
+        examples += [(c.prompt, c.responses) for c in data.comparisons(split)]
     "".join(text for prompt, responses in examples for text in (prompt, *responses)).encode()  # can be printed
     groups = encode_groups(tokenizer, examples, 64)
     prompts = encode_prompts(tokenizer, [prompt for split in splits for prompt in data.prompts(split)])
     assert all(len(p) for p in prompts) and (not groups or pack(groups, 64 * 9))
     if hasattr(data, "spans"):
-        finegrained.examples(data, "train", list(finegrained.AXES), tokenizer, 64)
+        finegrained.load_feedback(data, "train", list(finegrained.AXES), tokenizer, 64)
 
 
 def trouble(read, place):
@@ -193,7 +198,8 @@ def wild_argument(rng, stage):
 
 @pytest.mark.parametrize("stage", [dpo, ppo])
 def test_options(stage, capsys):
-    kinds = {f.name: f.type for f in fields(stage.Config)}
+    types = {name: split_type(hint) for name, hint in typing.get_type_hints(stage.Config, include_extras=True).items()}
+    kinds = {name: kind | None if optional else kind for name, (kind, _, optional) in types.items()}
     inputs = [[wild_argument(rng, stage) for _ in range(rng.randrange(4))] for rng in (random.Random(f"{stage.__name__} {i}") for i in range(1250))]
 
     def take(argv):

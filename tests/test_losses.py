@@ -1,4 +1,4 @@
-"""The SFT and DPO losses: hand-worked cases, gradients, limits, and the closed form that all of RLHF is measured against."""
+"""The SFT and DPO losses: hand-worked cases, gradients, limits, and the closed form that RLHF is measured against."""
 import math
 from itertools import combinations, product
 
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import make_model, random_groups
 
-from data import pack, per_sequence
 from dpo import dpo_loss
+from engine.packing import pack, per_sequence
 from sft import sft_loss
 
 # β = 0.5; log-ratios: chosen 2 and −1, rejected −1 and 3; so h = 3 and −4, βh = 1.5 and −2
@@ -19,11 +19,13 @@ LOGSIGMOID = {x: -math.log(1 + math.exp(-x)) for x in (1.5, -1.5, 2.0, -2.0)}
 
 @pytest.mark.parametrize("options, expected", [
     (dict(), [-LOGSIGMOID[1.5], -LOGSIGMOID[-2.0]]),
-    (dict(label_smoothing=0.1), [-0.9 * LOGSIGMOID[1.5] - 0.1 * LOGSIGMOID[-1.5], -0.9 * LOGSIGMOID[-2.0] - 0.1 * LOGSIGMOID[2.0]]),
+    (dict(label_smoothing=0.1),
+     [-0.9 * LOGSIGMOID[1.5] - 0.1 * LOGSIGMOID[-1.5], -0.9 * LOGSIGMOID[-2.0] - 0.1 * LOGSIGMOID[2.0]]),
     (dict(loss_type="ipo"), [(3 - 1) ** 2, (-4 - 1) ** 2]),
     (dict(loss_type="hinge"), [0, 3]),
     (dict(loss_type="robust", label_smoothing=0.1),
-     [(-0.9 * LOGSIGMOID[1.5] + 0.1 * LOGSIGMOID[-1.5]) / 0.8, (-0.9 * LOGSIGMOID[-2.0] + 0.1 * LOGSIGMOID[2.0]) / 0.8]),
+     [(-0.9 * LOGSIGMOID[1.5] + 0.1 * LOGSIGMOID[-1.5]) / 0.8,
+      (-0.9 * LOGSIGMOID[-2.0] + 0.1 * LOGSIGMOID[2.0]) / 0.8]),
 ])
 def test_dpo_by_hand(options, expected):
     losses, chosen_reward, rejected_reward = dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, 0.5, **options)
@@ -85,7 +87,7 @@ def test_dpo_loss_of_packed_pairs_does_not_depend_on_their_order(model):
 
 def test_sft_loss_is_cross_entropy_of_the_response(model):
     prompt, response = [1, 2, 3], [4, 5, 6, 7]
-    logits = model.logits(model.hidden(torch.tensor([prompt + response]), torch.arange(7)))[0]
+    logits = model(torch.tensor([prompt + response]))[0]
     loss = sft_loss(model.logprobs(pack([(prompt, [response])], 7)), 4)
     torch.testing.assert_close(loss, F.cross_entropy(logits[2:-1], torch.tensor(response)))
 

@@ -1,16 +1,15 @@
 """The packed batch: layout, and that no number depends on how sequences share rows."""
 import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_model, random_groups
 from torch._dynamo.testing import CompileCounter
 
-from common import configure
-from data import batch_order, group_length, micro_batches, pack, packing, per_sequence
-from data.packing import GroupMask
-from model import attention
+from common.batches import cut_by_tokens, shuffled_batches
+from engine import attention as attention_module
+from engine.attention import GroupMask, attention, group_attention, packed_forward, packed_mask
+from engine.packing import group_length, pack, per_sequence
 
 
 def alone(model, groups):
@@ -19,8 +18,7 @@ def alone(model, groups):
     for prompt, responses in groups:
         for response in responses:
             tokens = torch.tensor([prompt + response])
-            logits = model.logits(model.hidden(tokens, torch.arange(tokens.size(1))))[0]
-            logp = logits.log_softmax(-1)[len(prompt) - 1:-1]
+            logp = model(tokens)[0].log_softmax(-1)[len(prompt) - 1:-1]
             result.append(logp.gather(1, torch.tensor(response)[:, None])[:, 0])
     return result
 
@@ -31,8 +29,8 @@ def test_layout_by_hand():
     assert batch.segment.tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2], [0, 1, 0, 0, 0, 0, 0, 0, 0]]
     assert batch.position.tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5], [0, 1, 0, 0, 0, 0, 0, 0, 0]]
     assert batch.group.tolist() == [[0] * 9, [1, 1] + [-1] * 7]
-    assert batch.source.tolist() == [3, 4, 5, 3, 7, 9]
-    assert batch.at.tolist() == [4, 5, 6, 7, 8, 10]
+    assert batch.state_index.tolist() == [3, 4, 5, 3, 7, 9]
+    assert batch.token_index.tolist() == [4, 5, 6, 7, 8, 10]
     assert batch.sequence.tolist() == [0, 0, 0, 1, 1, 2]
     assert batch.sequence_group.tolist() == [0, 0, 1]
     assert batch.target.tolist() == [5, 6, 7, 8, 9, 2]
@@ -43,7 +41,7 @@ def test_layout_by_hand():
 @pytest.fixture(params=["dense", "groups"])
 def kind(request, monkeypatch):
     """Either mask, whatever the batch."""
-    monkeypatch.setattr(packing, "CALL", 10**9 if request.param == "dense" else -10**9)
+    monkeypatch.setattr(attention_module, "CALL_COST", 10**9 if request.param == "dense" else -10**9)
     return request.param
 
 
@@ -54,17 +52,17 @@ def test_mask_by_hand():
             [1, 1, 1, 0, 0],   # the first response
             [1, 1, 1, 1, 0],
             [1, 1, 0, 0, 1]]   # the second sees the prompt and itself
-    assert batch.mask("dense")[0, 0].int().tolist() == mask
-    groups = batch.mask("groups")
+    assert packed_mask(batch, "dense")[0, 0].int().tolist() == mask
+    groups = packed_mask(batch, "groups")
     assert groups.lengths == [5, 2, 3]  # the last is padding
-    assert groups.visible[0].int().tolist() == mask and groups.visible[1:] == [None, None]
+    assert groups.allowed[0].int().tolist() == mask and groups.allowed[1:] == [None, None]
 
 
 def test_groups_attend_one_by_one_where_that_is_less_work():
-    """Two groups of 400 tokens and eight of 50, in three rows: 2·400² + 8·50² pairs of tokens in 10 calls, against 3·400²."""
+    """Two groups of 400 tokens and eight of 50, in three rows: 2·400² + 8·50² pairs in 10 calls, against 3·400²."""
     long, short = ([1] * 200, [[2] * 200]), ([1] * 25, [[2] * 25])
-    assert isinstance(pack([long] * 2 + [short] * 8).mask(), GroupMask)
-    assert torch.is_tensor(pack([long] * 3).mask()) and torch.is_tensor(pack([short] * 20).mask())
+    assert isinstance(packed_mask(pack([long] * 2 + [short] * 8)), GroupMask)
+    assert torch.is_tensor(packed_mask(pack([long] * 3))) and torch.is_tensor(packed_mask(pack([short] * 20)))
 
 
 def test_rows_are_filled_and_the_order_is_the_callers():
@@ -99,13 +97,62 @@ def test_gradients_packed_equal_one_sequence_a_row(kind):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-4, msg=lambda m: f"{name}: {m}")
 
 
+def queries_keys_values(rows, T, n_head=2, size=16):
+    return torch.randn(3, rows, n_head, T, size, generator=torch.Generator().manual_seed(0)).unbind(0)
+
+
+def textbook_attention(q, k, v, allowed):
+    """softmax(q kᵀ/√d + mask) v, with the mask 0 where allowed and −∞ elsewhere. allowed: (B, T, T) boolean."""
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+    scores = q @ k.transpose(2, 3) / q.size(3) ** 0.5 + mask[:, None]
+    return scores.softmax(-1) @ v
+
+
+def may_look(batch):
+    """Who may look at whom, pair by pair: the prompt of one's own group and one's own segment, causally."""
+    rows, T = batch.tokens.shape
+    allowed = torch.zeros(rows, T, T, dtype=torch.bool)
+    for row in range(rows):
+        group, segment = batch.group[row].tolist(), batch.segment[row].tolist()
+        for i in range(T):
+            for j in range(i + 1):
+                allowed[row, i, j] = group[i] == group[j] and segment[j] in (0, segment[i])
+    return allowed
+
+
+@pytest.mark.parametrize("mask_kind", ["dense", "groups", "flex"])
+def test_attention_under_each_mask_is_the_textbooks(mask_kind):
+    batch = pack(random_groups(), 40)
+    q, k, v = queries_keys_values(*batch.tokens.shape)
+    expected = textbook_attention(q, k, v, may_look(batch))
+    torch.testing.assert_close(attention(q, k, v, packed_mask(batch, mask_kind)), expected, atol=1e-5, rtol=0)
+
+
+def test_attention_without_a_mask_is_causal_and_a_mask_of_numbers_is_added():
+    q, k, v = queries_keys_values(3, 20)
+    causal = torch.ones(3, 20, 20, dtype=torch.bool).tril()
+    torch.testing.assert_close(attention(q, k, v), textbook_attention(q, k, v, causal), atol=1e-5, rtol=0)
+    numbers = torch.randn(3, 1, 20, 20)
+    expected = (q @ k.transpose(2, 3) / 4 + numbers).softmax(-1) @ v
+    torch.testing.assert_close(attention(q, k, v, numbers), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("max_tokens", [40, 64, None])
+def test_attention_group_by_group_equals_dense_attention(max_tokens):
+    batch = pack(random_groups(n=20), max_tokens)
+    q, k, v = queries_keys_values(*batch.tokens.shape)
+    by_group = group_attention(q, k, v, packed_mask(batch, "groups"))
+    torch.testing.assert_close(by_group, attention(q, k, v, packed_mask(batch, "dense")), atol=1e-5, rtol=0)
+
+
 def test_flex_attention_equals_sdpa_under_the_packed_mask(kind):
     batch = pack(random_groups(), 64)
-    rows, T = batch.tokens.shape
-    q, k, v = torch.randn(3, rows, 2, T, 16).unbind(0)
+    q, k, v = queries_keys_values(*batch.tokens.shape)
+    mask = packed_mask(batch)
+    assert isinstance(mask, GroupMask) == (kind == "groups")
     real = batch.group[:, None, :, None] >= 0
-    flex = attention(q, k, v, batch.mask("flex")) * real
-    torch.testing.assert_close(flex, attention(q, k, v, batch.mask(kind)) * real, atol=1e-5, rtol=1e-5)
+    flex = attention(q, k, v, packed_mask(batch, "flex")) * real
+    torch.testing.assert_close(flex, attention(q, k, v, mask) * real, atol=1e-5, rtol=1e-5)
 
 
 def test_checkpointed_blocks_give_the_same_gradient_and_keep_less(model, kind):
@@ -126,14 +173,16 @@ def test_checkpointed_blocks_give_the_same_gradient_and_keep_less(model, kind):
 def test_compiled_passes_compile_no_more_after_the_second_shape(model, monkeypatch, compilable):
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    configure(model, SimpleNamespace(compile=True, checkpoint_blocks=False))
-    assert model.packed_mask == "dense"  # here; on CUDA flex
+    model.prepare(compile=True, checkpoint_blocks=False)
+    assert model.mask_kind == "dense"  # here; on CUDA flex
     for seed in range(8):
         batch = pack(random_groups(seed, n=1 + 3 * seed), 40 + 3 * seed)
         with torch.no_grad():
-            arguments = batch.tokens, batch.position, batch.mask(compilable)
-            assert torch.equal(model.packed_hidden(*arguments, at=batch.source), model.hidden(*arguments, at=batch.source))
+            mask = packed_mask(batch, compilable)
+            arguments = model, batch.tokens, batch.position, mask, batch.state_index
+            assert torch.equal(model.packed_forward(*arguments), packed_forward(*arguments))
         assert counter.frame_count <= 2
+    assert counter.frame_count > 0
 
 
 def test_a_siblings_tokens_change_nothing_to_the_bit(model, kind):
@@ -151,7 +200,7 @@ def test_padding_and_neighbours_change_nothing_to_the_bit(model, kind):
     before = model.logprobs(batch)
     batch.tokens[batch.group < 0] = 7
     assert torch.equal(model.logprobs(batch), before)
-    mine = batch.group.flatten()[batch.at] == 0
+    mine = batch.group.flatten()[batch.token_index] == 0
     batch.tokens[batch.group > 0] = 3
     assert torch.equal(model.logprobs(batch)[mine], before[mine])
 
@@ -161,19 +210,30 @@ def test_the_order_of_groups_changes_nothing(model, kind):
     forward, backward = pack(groups, 64), pack(groups[::-1], 64)
     a = [x.tolist() for x in model.logprobs(forward).split(forward.sequence.bincount().tolist())]
     b = [x.tolist() for x in model.logprobs(backward).split(backward.sequence.bincount().tolist())]
-    per_group = lambda x, batch: [[s for s, g in zip(x, batch.sequence_group.tolist()) if g == i] for i in range(len(groups))]  # noqa: E731
+
+    def per_group(x, batch):
+        group = batch.sequence_group.tolist()
+        return [[s for s, g in zip(x, group) if g == i] for i in range(len(groups))]
     for x, y in zip(per_group(a, forward), per_group(b, backward)[::-1]):
         assert [len(s) for s in x] == [len(s) for s in y]
         torch.testing.assert_close(torch.tensor(sum(x, [])), torch.tensor(sum(y, [])), atol=1e-5, rtol=0)
 
 
 def test_the_gradient_of_a_shared_state_is_added_in_one_order():
-    """Responses share the state that predicts their first token; whichever thread comes first, the sum is the same to the bit."""
+    """Responses share the state that predicts their first token; whichever thread comes first, the sum is the same bits."""
     torch.manual_seed(0)
-    block, source = make_model(n_embd=128).h[-1], pack([([1], [[2]] * 500)], 501).source
+    block, places = make_model(n_embd=128).h[-1], pack([([1], [[2]] * 500)], 501).state_index
     x, gradient = torch.randn(1, 501, 128, requires_grad=True), torch.randn(500, 128)
-    results = [torch.autograd.grad(block(x, lambda q, k, v: attention(q, k, v, None), source), x, gradient)[0] for _ in range(50)]
-    assert len(set(source.tolist())) == 1 and all(torch.equal(result, results[0]) for result in results)
+    results = [torch.autograd.grad(block.forward_at(x, attention, places), x, gradient)[0] for _ in range(50)]
+    assert len(set(places.tolist())) == 1 and all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_block_at_some_places_is_the_block_there(model):
+    block, x = model.h[-1], torch.randn(3, 10, 32)
+    places = torch.tensor([7, 0, 29, 7, 14])
+    with torch.no_grad():
+        everywhere = block(x, attention).flatten(0, 1)
+        torch.testing.assert_close(block.forward_at(x, attention, places), everywhere[places], atol=1e-5, rtol=0)
 
 
 def test_errors():
@@ -186,15 +246,15 @@ def test_errors():
 
 
 def test_micro_batches_keep_every_index_and_the_bound():
-    lengths = [5, 9, 2, 20, 7, 7]
-    pieces = micro_batches(range(6), lengths, 14)
+    groups = [([1], [[2] * (n - 1)]) for n in (5, 9, 2, 20, 7, 7)]
+    pieces = cut_by_tokens(range(6), groups, 14)
     assert pieces == [[2, 0, 4], [5], [1], [3]]
-    assert micro_batches(range(6), lengths, 1000) == [[2, 0, 4, 5, 1, 3]]
+    assert cut_by_tokens(range(6), groups, 1000) == [[2, 0, 4, 5, 1, 3]]
 
 
-def test_batch_order_visits_every_example_once_an_epoch():
-    order = batch_order(10, 3, 7, seed=1)
-    assert len(order) == 7 and all(len(b) == 3 for b in order)
-    for epoch in (order[:3], order[3:6]):
+def test_shuffled_batches_visit_every_example_once_an_epoch():
+    batches = shuffled_batches(10, 3, 7, seed=1)
+    assert len(batches) == 7 and all(len(b) == 3 for b in batches)
+    for epoch in (batches[:3], batches[3:6]):
         assert len(set(sum(epoch, []))) == 9
-    assert order == batch_order(10, 3, 9, seed=1)[:7] != batch_order(10, 3, 7, seed=2)
+    assert batches == shuffled_batches(10, 3, 9, seed=1)[:7] != shuffled_batches(10, 3, 7, seed=2)

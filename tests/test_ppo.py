@@ -1,15 +1,21 @@
 """PPO's arithmetic by hand on ragged grids, its invariances, and the closed form."""
+import copy
 import math
-from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_model
 
 import ppo
-from data import pack, per_sequence
-from ppo import AdaptiveKL, compute_gae, dense_reward, k1_k3, last_token, length_mask, policy_loss, value_loss, whiten
+from common import batches
+from data import get_tokenizer
+from engine.packing import pack, per_sequence
+from evaluate import exact_kl
+from ppo import (AdaptiveKL, Episodes, Models, compute_gae, dense_reward, k1_k3, length_mask, on_last_token, policy_loss,
+                 to_grid, value_loss, whiten)
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
 
@@ -21,7 +27,14 @@ def grid(seed=0):
 def test_length_mask_and_last_token():
     mask = length_mask([[7, 7, 7, 7], [7, 7], [7]])
     assert torch.equal(mask, MASK)
-    assert last_token(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[0, 0, 0, 1], [0, 2, 0, 0], [3, 0, 0, 0]]
+    assert on_last_token(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[0, 0, 0, 1], [0, 2, 0, 0], [3, 0, 0, 0]]
+
+
+def test_the_numbers_of_a_packed_batch_come_to_lie_on_the_grid():
+    flat = torch.arange(1.0, 8)
+    on_grid = to_grid(flat, MASK)
+    assert on_grid.tolist() == [[1, 2, 3, 4], [5, 6, 0, 0], [7, 0, 0, 0]]
+    assert torch.equal(on_grid[MASK], flat)
 
 
 # ------------------------------------------------------------------------------------------------ advantages
@@ -42,7 +55,8 @@ def test_gae_is_the_direct_sum(gamma, lam):
 
 def test_gae_by_hand():
     """γ = 1, λ = ½; rewards 0, 1; values ½, ¼: δ = (0 + ¼ − ½, 1 − ¼), Â = (−¼ + ½·¾, ¾)."""
-    advantages, returns = compute_gae(torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([[0.5, 0.25, 7.0]]), torch.tensor([[True, True, False]]), 1.0, 0.5)
+    rewards, values = torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([[0.5, 0.25, 7.0]])
+    advantages, returns = compute_gae(rewards, values, torch.tensor([[True, True, False]]), 1.0, 0.5)
     assert advantages.tolist() == [[0.125, 0.75, 0]] and returns.tolist() == [[0.625, 1.0, 0]]
 
 
@@ -71,21 +85,23 @@ def test_whitening_by_hand():
     mask = torch.tensor([[True, True, False], [True, True, False]])
     expected = torch.tensor([[-2.0, -1.0, 0.0], [0.0, 3.0, 0.0]]) / 3.5 ** 0.5
     torch.testing.assert_close(whiten(x, mask), expected)
-    torch.testing.assert_close(whiten(x, mask, shift=False), (expected + 3) * mask)
+    torch.testing.assert_close(whiten(x, mask, shift_mean=False), (expected + 3) * mask)
 
 
 # ------------------------------------------------------------------------------------------------ reward and KL
 
 def test_dense_reward_by_hand():
     """β = 0.1; the second response did not end and pays 1; the third's reward of −9 is clipped to −5."""
-    rewards = last_token(torch.tensor([2.0, 1.0, -9.0]), MASK)
+    rewards = on_last_token(torch.tensor([2.0, 1.0, -9.0]), MASK)
     logprobs, ref_logprobs = torch.full((3, 4), -1.0), torch.full((3, 4), -2.0)
-    total = dense_reward(rewards, logprobs, ref_logprobs, torch.tensor([True, False, True]), MASK, 0.1, clip=5.0, missing_eos_penalty=1.0)
+    ended = torch.tensor([True, False, True])
+    total = dense_reward(rewards, logprobs, ref_logprobs, ended, MASK, 0.1, clip=5.0, missing_eos_penalty=1.0)
     torch.testing.assert_close(total, torch.tensor([[-0.1, -0.1, -0.1, 1.9], [-0.1, -0.1, 0, 0], [-5.1, 0, 0, 0]]))
 
 
 def test_k1_and_k3_by_hand():
-    logprobs, ref_logprobs = torch.tensor([[-1.0, -1.0], [-2.0, 5.0]]), torch.tensor([[-1.5, -1.0], [-1.0, -5.0]])
+    logprobs = torch.tensor([[-1.0, -1.0], [-2.0, 5.0]])
+    ref_logprobs = torch.tensor([[-1.5, -1.0], [-1.0, -5.0]])
     k1, k3 = k1_k3(logprobs, ref_logprobs, torch.tensor([[True, True], [True, False]]))
     assert k1.item() == pytest.approx((0.5 - 1.0) / 2)
     assert k3.item() == pytest.approx((math.exp(-0.5) - 1 + 0.5 + math.e - 1 - 1) / 2)
@@ -123,11 +139,12 @@ def test_policy_loss_gradient_is_the_policy_gradient_where_the_clip_does_not_bin
     logprobs, old = torch.zeros(1, 3).requires_grad_(), torch.tensor([[0.0, -1.0, 1.0]])
     loss, _, _ = policy_loss(logprobs, old, torch.tensor([[2.0, 1.0, 1.0]]), torch.ones(1, 3).bool(), 0.2)
     loss.backward()
-    torch.testing.assert_close(logprobs.grad, -torch.tensor([[2.0, 0.0, math.exp(-1)]]) / 3)  # ρ = e is clipped, ρ = 1/e is not
+    # ρ = e is clipped, ρ = 1/e is not
+    torch.testing.assert_close(logprobs.grad, -torch.tensor([[2.0, 0.0, math.exp(-1)]]) / 3)
 
 
 def test_value_loss_by_hand():
-    """ε = 0.2, V_old = 0, return 1. V = 0.5: unclipped (0.5)², clipped to 0.2 (0.8)². V = −1: 2² beats (1.2)². V = 0.1: 0.9² both."""
+    """ε = 0.2, V_old = 0, return 1. V = 0.5: unclipped 0.5², clipped to 0.2 0.8². V = −1: 2² beats 1.2². V = 0.1: 0.9²."""
     values, mask = torch.tensor([[0.5, -1.0, 0.1, 9.0]]), torch.tensor([[True, True, True, False]])
     loss = value_loss(values, torch.zeros(1, 4), torch.ones(1, 4) * mask, mask, 0.2)
     assert loss.item() == pytest.approx(0.5 * (0.64 + 4 + 0.81) / 3)
@@ -142,68 +159,85 @@ def test_what_lies_outside_the_mask_changes_no_loss():
 
 # ------------------------------------------------------------------------------------------------ scoring and update
 
-def episodes(policy, n=12, seed=0):
+def run_of(cfg):
+    """What of a run `update` needs."""
+    return SimpleNamespace(cfg=cfg, device="cpu",
+                           micro_batches=lambda rows, groups: batches.micro_batches(rows, groups, cfg.micro_tokens))
+
+
+def sampled(policy, n=12, seed=0):
+    """The episodes of random prompts, without rewards."""
     torch.manual_seed(seed)
     prompts = [torch.randint(90, (int(k),)).tolist() for k in torch.randint(1, 9, (n,))]
-    return [(p, [r]) for p, r in zip(prompts, policy.generate(prompts, 10, eos=3))]
-
-
-def score(models, groups, micros, cfg):
-    mask = length_mask([r for _, (r,) in groups])
-    return mask, ppo.score_rollout(models, groups, mask, micros, cfg, "cpu", nullcontext())
-
-
-def test_scores_are_the_models_numbers_and_kl_is_exact():
-    from evaluate import exact_kl
-    policy, ref_policy, value_model = make_model(0), make_model(1), make_model(2)
-    value_model.set_scalar_heads(1)
-    groups, cfg = episodes(policy), ppo.Config(temperature=1.0)
-    mask, (logprobs, ref_logprobs, values, kl, entropy) = score((policy, ref_policy, value_model), groups, [[3, 0, 1], [2, *range(4, 12)]], cfg)
-    batch = pack(groups, 20)
-    with torch.no_grad():
-        for got, expected in ((logprobs, policy.logprobs(batch)), (ref_logprobs, ref_policy.logprobs(batch)), (values, value_model.values(batch))):
-            torch.testing.assert_close(got[mask], expected, atol=1e-5, rtol=1e-5)
-            assert not got[~mask].any()
-        torch.testing.assert_close(kl.sum(1), exact_kl(policy, ref_policy, [p for p, _ in groups], [r for _, (r,) in groups]), atol=1e-5, rtol=1e-5)
-        logp = policy.log_softmax(policy.states(batch))
-        torch.testing.assert_close(entropy[mask], -(logp.exp() * logp).sum(-1), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("share_value, temperature", [(False, 1.0), (True, 0.7)])
-def test_at_the_first_minibatch_the_ratio_is_1_to_the_bit(share_value, temperature, monkeypatch):
-    policy, ref_policy, value_model = make_model(0), make_model(1), make_model(2)
-    value_model.set_scalar_heads(1)
-    if share_value:
-        policy.set_scalar_heads(1)
-        value_model = policy
-    cfg = ppo.Config(temperature=temperature, micro_tokens=40)
-    groups = episodes(policy)
-    lengths = [len(p) + len(r) for p, (r,) in groups]
-    first = [[5, 2, 9, 0, 11, 7], [1, 3, 4, 6, 8, 10]]
-    mask, (logprobs, _, values, _, _) = score((policy, ref_policy, value_model), groups,
-                                              [m for rows in first for m in ppo.micro_batches(rows, lengths, 40)], cfg)
-    seen, real = [], ppo.policy_loss
-    monkeypatch.setattr(ppo, "policy_loss", lambda new, old, *rest: (seen.append((new.detach(), old, rest[1])), real(new, old, *rest))[1])
-    optimizers = [(m, torch.optim.SGD(m.parameters(), lr=0.1)) for m in ([policy] if share_value else [policy, value_model])]
-    stats = ppo.update(policy, value_model, optimizers, groups, (mask, logprobs, values, grid_like(mask), grid_like(mask)), [first[:1]], None,
-                       cfg, "cpu", nullcontext())
-    assert len(seen) > 1 and all(torch.equal(new[m], old[m]) for new, old, m in seen)
-    assert stats["approx_kl"] == 0 and stats["clip_frac"] == 0 and stats["optimizer_steps"] == 1
+    responses = policy.generate(prompts, 10, eos=3)
+    mask = length_mask(responses)
+    ended = torch.tensor([response[-1] == 3 for response in responses])
+    return Episodes(prompts, responses, ended, mask, torch.zeros(mask.shape), None)
 
 
 def grid_like(mask, seed=5):
     return torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed)) * mask
 
 
-def gradient(policy, groups, cfg, ptx, micro_tokens=16384):
+def value_head_on(model):
+    model.set_scalar_heads(1)
+    return model
+
+
+def test_scores_are_the_models_numbers_and_kl_is_exact():
+    policy, ref_policy, value_model = make_model(0), make_model(1), value_head_on(make_model(2))
+    episodes, cfg = sampled(policy), ppo.Config(temperature=1.0)
+    models, mask = Models(policy, ref_policy, value_model, None), episodes.mask
+    ppo.score(episodes, models, [[3, 0, 1], [2, *range(4, 12)]], cfg)
+    batch = pack(episodes.groups, 20)
+    with torch.no_grad():
+        for found, expected in ((episodes.logprobs, policy.logprobs(batch)),
+                                (episodes.ref_logprobs, ref_policy.logprobs(batch)),
+                                (episodes.values, value_model.values(batch))):
+            torch.testing.assert_close(found[mask], expected, atol=1e-5, rtol=1e-5)
+            assert not found[~mask].any()
+        kl = exact_kl(policy, ref_policy, episodes.prompts, episodes.responses)
+        torch.testing.assert_close(episodes.kl.sum(1), kl, atol=1e-5, rtol=1e-5)
+        logp = policy.log_softmax(policy.states(batch))
+        entropy = -(logp.exp() * logp).sum(-1)
+        torch.testing.assert_close(episodes.entropy[mask], entropy, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("share_value, temperature", [(False, 1.0), (True, 0.7)])
+def test_at_the_first_minibatch_the_ratio_is_1_to_the_bit(share_value, temperature, monkeypatch):
+    policy, ref_policy, value_model = make_model(0), make_model(1), value_head_on(make_model(2))
+    if share_value:
+        value_model = value_head_on(policy)
+    models = Models(policy, ref_policy, value_model, None)
+    cfg = ppo.Config(temperature=temperature, micro_tokens=40)
+    run, episodes = run_of(cfg), sampled(policy)
+    first = [[5, 2, 9, 0, 11, 7], [1, 3, 4, 6, 8, 10]]
+    ppo.score(episodes, models, [micro for rows in first for micro in run.micro_batches(rows, episodes.groups)], cfg)
+    episodes.advantages = episodes.returns = grid_like(episodes.mask)
+    seen, real = [], ppo.policy_loss
+
+    def watched(logprobs, old_logprobs, advantages, mask, clip):
+        seen.append((logprobs.detach(), old_logprobs, mask))
+        return real(logprobs, old_logprobs, advantages, mask, clip)
+    monkeypatch.setattr(ppo, "policy_loss", watched)
+    optimizers = {"policy": torch.optim.SGD(policy.parameters(), lr=0.1)}
+    if not share_value:
+        optimizers["value"] = torch.optim.SGD(value_model.parameters(), lr=0.1)
+    stats = ppo.update(run, models, optimizers, episodes, [first[:1]], dict.fromkeys(optimizers, 0.1))
+    assert len(seen) > 1 and all(torch.equal(new[m], old[m]) for new, old, m in seen)
+    assert stats["approx_kl"] == 0 and stats["clip_frac"] == 0 and stats["optimizer_steps"] == 1
+
+
+def gradient(policy, episodes, cfg, ptx_batches=None, micro_tokens=16384):
     """The policy's gradient of one whole-batch step, taken from what SGD with lr 1 does to its weights."""
-    value_model = make_model(2)
-    value_model.set_scalar_heads(1)
-    mask, (logprobs, _, values, _, _) = score((policy, policy, value_model), groups, [list(range(len(groups)))], cfg)
+    models = Models(policy, policy, value_head_on(make_model(2)), None)
+    everything = list(range(len(episodes.prompts)))
+    ppo.score(episodes, models, [everything], cfg)
+    episodes.advantages, episodes.returns = grid_like(episodes.mask), grid_like(episodes.mask, 6)
     before = [p.detach().clone() for p in policy.parameters()]
-    ppo.update(policy, value_model, [(policy, torch.optim.SGD(policy.parameters(), lr=1.0))], groups,
-               (mask, logprobs, values, grid_like(mask), grid_like(mask, 6)), [[list(range(len(groups)))]], ptx,
-               replace(cfg, grad_clip=1e9, micro_tokens=micro_tokens), "cpu", nullcontext())
+    run = run_of(replace(cfg, grad_clip=1e9, micro_tokens=micro_tokens))
+    optimizers = {"policy": torch.optim.SGD(policy.parameters(), lr=1.0)}
+    ppo.update(run, models, optimizers, episodes, [[everything]], {"policy": 1.0}, ptx_batches)
     result = [b - p.detach() for b, p in zip(before, policy.parameters())]
     with torch.no_grad():
         for p, b in zip(policy.parameters(), before):
@@ -213,9 +247,9 @@ def gradient(policy, groups, cfg, ptx, micro_tokens=16384):
 
 def test_the_ptx_gradient_is_the_sum_of_the_two():
     policy, cfg = make_model(0), ppo.Config(ptx_coef=0.5)
-    groups, demonstrations = episodes(policy), episodes(make_model(1), n=4, seed=1)
-    both = gradient(policy, groups, cfg, (demonstrations, iter([[0, 1, 2, 3]])))
-    alone = gradient(policy, groups, cfg, None)
+    episodes, demonstrations = sampled(policy), sampled(make_model(1), n=4, seed=1).groups
+    both = gradient(policy, episodes, cfg, iter([demonstrations]))
+    alone = gradient(policy, episodes, cfg)
     loss = -policy.logprobs(pack(demonstrations, 20)).mean()
     language_model = torch.autograd.grad(loss, list(policy.parameters()))
     for g, a, b in zip(both, alone, language_model):
@@ -224,21 +258,68 @@ def test_the_ptx_gradient_is_the_sum_of_the_two():
 
 def test_micro_batches_add_up_to_the_minibatch():
     policy, cfg = make_model(0), ppo.Config()
-    groups = episodes(policy)
-    for a, b in zip(gradient(policy, groups, cfg, None), gradient(policy, groups, cfg, None, micro_tokens=30)):
+    episodes = sampled(policy)
+    for a, b in zip(gradient(policy, episodes, cfg), gradient(policy, episodes, cfg, micro_tokens=30)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_target_kl_ends_the_epochs():
-    policy = make_model(0)
-    value_model = make_model(2)
-    value_model.set_scalar_heads(1)
-    groups, cfg = episodes(policy), ppo.Config(target_kl=1e-3)
+    policy, cfg = make_model(0), ppo.Config(target_kl=1e-3)
+    models, episodes = Models(policy, policy, value_head_on(make_model(2)), None), sampled(policy)
     rows = [list(range(12))]
-    mask, (logprobs, _, values, _, _) = score((policy, policy, value_model), groups, rows, cfg)
-    stats = ppo.update(policy, value_model, [(policy, torch.optim.SGD(policy.parameters(), lr=10.0))], groups,
-                       (mask, logprobs, values, grid_like(mask), grid_like(mask)), [rows] * 5, None, cfg, "cpu", nullcontext())
+    ppo.score(episodes, models, rows, cfg)
+    episodes.advantages = episodes.returns = grid_like(episodes.mask)
+    optimizers = {"policy": torch.optim.SGD(policy.parameters(), lr=10.0)}
+    stats = ppo.update(run_of(cfg), models, optimizers, episodes, [rows] * 5, {"policy": 10.0})
     assert stats["optimizer_steps"] == 1  # the first step is at approx_kl 0, the second sees what it did
+
+
+# ------------------------------------------------------------------------------------------------ rollout
+
+EOS_IS_3 = SimpleNamespace(eot_token=3)
+
+
+def test_a_rollout_is_what_the_policy_generates_and_what_reward_fn_says_of_it():
+    policy, prompts, asked = make_model(), [[1, 2, 3], [4], [5, 6], [7]], []
+
+    def reward_fn(prompts, responses):
+        asked.append((prompts, responses))
+        return grid_like(length_mask(responses))
+    torch.manual_seed(0)
+    responses, noise = policy.generate(prompts, 12, 2.0, eos=3), torch.rand(2)
+    torch.manual_seed(0)
+    cfg = ppo.Config(max_new_tokens=12, temperature=2.0)
+    episodes = ppo.rollout(policy, prompts, reward_fn, EOS_IS_3, cfg)
+    assert torch.equal(torch.rand(2), noise)  # no more random numbers than that
+    assert asked == [(prompts, responses)]
+    assert episodes.prompts == prompts and episodes.responses == responses
+    assert episodes.ended.tolist() == [response[-1] == 3 for response in responses]
+    assert torch.equal(episodes.mask, length_mask(responses))
+    assert torch.equal(episodes.rewards, grid_like(episodes.mask))
+    assert episodes.sampler_logprobs is None  # on a CPU the policy itself has sampled
+
+
+def test_a_reward_fn_that_draws_random_numbers_does_not_move_those_of_the_run():
+    policy, cfg = make_model(), ppo.Config(max_new_tokens=12)
+
+    def without_drawing(prompts, responses):
+        return torch.zeros(length_mask(responses).shape)
+
+    def drawing(prompts, responses):
+        torch.rand(1000)
+        return without_drawing(prompts, responses)
+
+    def seeding(prompts, responses):
+        torch.manual_seed(5)
+        return without_drawing(prompts, responses)
+
+    def numbers(reward_fn):
+        torch.manual_seed(0)
+        responses = [ppo.rollout(policy, [[1, 2, 3], [4]], reward_fn, EOS_IS_3, cfg).responses for _ in range(2)]
+        return responses, torch.rand(5).tolist()
+    expected = numbers(without_drawing)
+    assert expected[0][0] != expected[0][1]  # the second rollout has other noise
+    assert numbers(drawing) == expected and numbers(seeding) == expected
 
 
 # ------------------------------------------------------------------------------------------------ reward functions
@@ -247,12 +328,11 @@ def test_target_kl_ends_the_epochs():
     (torch.zeros(2, 3), r"returned the shape \(2, 3\), expected \(2, 2\)"),
     ([[0.0, 0.0], [0.0]], "reward_fn must return a .B, R. array of numbers"),
     (None, "reward_fn must return a .B, R. array of numbers"),
-    ([[0.0, math.nan], [0.0, 0.0]], "gave response 0 nan at token 1: 'It eats'"),
-    ([[0.0, 0.0], [-math.inf, 0.0]], "gave response 1 -inf at token 0"),
-    ([[0.0, 0.0], [0.0, 1.0]], "rewarded, after its end, response 1 1.0 at token 1"),
+    ([[0.0, math.nan], [0.0, 0.0]], "the reward nan of response 0 at token 1 is not finite: 'It eats'"),
+    ([[0.0, 0.0], [-math.inf, 0.0]], "the reward -inf of response 1 at token 0 is not finite"),
+    ([[0.0, 0.0], [0.0, 1.0]], "the reward 1.0 of response 1 at token 1 lies after the response's end"),
 ])
 def test_a_reward_function_that_answers_wrongly_is_named(rewards, message):
-    from data import get_tokenizer
     tokenizer = get_tokenizer("animals")
     with pytest.raises(ValueError, match=message) as error:
         ppo.check_reward(rewards, [tokenizer.encode("It eats"), tokenizer.encode("It")], tokenizer)
@@ -264,30 +344,32 @@ def test_a_reward_function_that_answers_wrongly_is_named(rewards, message):
 @pytest.mark.parametrize("seed, beta", [(0, 1.0), (1, 0.5)])
 def test_ppo_reaches_the_closed_form(seed, beta):
     """Sampled rollouts of two tokens of three: KL(π‖π*) falls below 0.02, π* ∝ π_ref exp(r/β)."""
-    from itertools import product
     policy = make_model(seed, vocab_size=3, block_size=3, n_layer=1, n_head=2, n_embd=32, scale=8.0)
     every = pack([([0], [list(r) for r in product(range(3), repeat=2)])], 19)
     reward = torch.randn(9)
-    ref_policy, value_model = ppo.copy.deepcopy(policy), ppo.copy.deepcopy(policy)
-    value_model.set_scalar_heads(1)
+    ref_policy, value_model = copy.deepcopy(policy), value_head_on(copy.deepcopy(policy))
     with torch.no_grad():
         ref_logp = per_sequence(policy.logprobs(every), every)
     optimum = (ref_logp + reward / beta).log_softmax(0)
-    cfg, models = ppo.Config(max_new_tokens=2, kl_coef=beta, clip=0.2), (policy, ref_policy, value_model)
-    optimizers = [(m, torch.optim.Adam(m.parameters(), lr=3e-3)) for m in (policy, value_model)]
+
+    def reward_fn(prompts, responses):
+        return on_last_token(reward[torch.tensor([3 * a + b for a, b in responses])], length_mask(responses))
+    models = Models(policy, ref_policy, value_model, None)
+    optimizers = {"policy": torch.optim.Adam(policy.parameters(), lr=3e-3),
+                  "value": torch.optim.Adam(value_model.parameters(), lr=3e-3)}
     B, steps = 256, 100
+    cfg = ppo.Config(max_new_tokens=2, kl_coef=beta, clip=0.2, batch_size=B, epochs=2, minibatches=2)
+    no_eos = SimpleNamespace(eot_token=None)  # every response is of two tokens
     for step in range(steps):
-        for _, optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
-        responses = ppo.rollout(policy, [[0]] * B, None, cfg, torch.rand(B, 2))
-        groups, mask = [([0], [r]) for r in responses], length_mask(responses)
-        rewards = last_token(reward[torch.tensor([3 * a + b for a, b in responses])], mask)
-        epochs = [[rows.tolist() for rows in torch.randperm(B).chunk(2)] for _ in range(2)]
-        logprobs, ref_logprobs, values, _, _ = ppo.score_rollout(models, groups, mask, epochs[0], cfg, "cpu", nullcontext())
-        total = dense_reward(rewards, logprobs, ref_logprobs, torch.ones(B).bool(), mask, beta)
-        advantages, returns = compute_gae(total, values, mask, 1.0, 0.95)
-        ppo.update(policy, value_model, optimizers, groups, (mask, logprobs, values, whiten(advantages, mask), returns), epochs, None, cfg, "cpu",
-                   nullcontext())
+        episodes = ppo.rollout(policy, [[0]] * B, reward_fn, no_eos, cfg)
+        epochs = ppo.shuffled_epochs(cfg)
+        ppo.score(episodes, models, epochs[0], cfg)
+        total = dense_reward(episodes.rewards, episodes.logprobs, episodes.ref_logprobs, torch.ones(B).bool(),
+                             episodes.mask, beta)
+        advantages, episodes.returns = compute_gae(total, episodes.values, episodes.mask, 1.0, 0.95)
+        episodes.advantages = whiten(advantages, episodes.mask)
+        lr = 3e-3 * (1 - step / steps)
+        ppo.update(run_of(cfg), models, optimizers, episodes, epochs, {"policy": lr, "value": lr})
     logp = per_sequence(policy.logprobs(every), every).detach()
     kl = (logp.exp() * (logp - optimum)).sum().item()
     assert kl < 0.02 < (ref_logp.exp() * (ref_logp - optimum)).sum().item(), kl

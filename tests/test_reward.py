@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from conftest import make_model, random_groups
 
-import reward
-from common import score_groups
-from data import pack
-from reward import ranked_pairs, ranking_loss, ranks
+from common.scoring import score_groups
+from data.schema import Comparison
+from engine.packing import pack
+from reward import center_scores, group_and_rank, ranked_pairs, ranking_loss
 
 
 def nll(x):
@@ -17,13 +17,14 @@ def nll(x):
 
 
 def test_two_responses_are_bradley_terry():
-    scores, group, rank = torch.tensor([1.0, 3.0, 0.5, 0.0]), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    scores = torch.tensor([1.0, 3.0, 0.5, 0.0])
+    group, rank = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
     loss, accuracy = ranking_loss(scores, group, rank)
     assert loss.item() == pytest.approx((nll(-2) + nll(0.5)) / 2) and accuracy.item() == 0.5
 
 
 def test_ragged_groups_and_ties_by_hand():
-    """Group 7: three pairs. Group 3: ranks 0, 0, 1: the tie of the first two is left out. Group 5 is all ties: no pair, no weight."""
+    """Group 7 has three pairs; group 3 has ranks 0, 0, 1, and its tie is left out; group 5 is one tie: no pair, no weight."""
     scores = torch.tensor([2.0, 1.0, 0.0, 1.0, 0.0, 0.5, 4.0, 5.0])
     group, rank = torch.tensor([7, 7, 7, 3, 3, 3, 5, 5]), torch.tensor([0, 1, 2, 0, 0, 1, 0, 0])
     loss, accuracy = ranking_loss(scores, group, rank)
@@ -68,11 +69,20 @@ def test_all_pairs_of_a_group_weigh_one():
     group, rank = torch.tensor([0] * 5 + [1] * 2), torch.tensor([0, 1, 2, 3, 4, 1, 0])
     scores = torch.randn(7, generator=torch.Generator().manual_seed(0)).requires_grad_()
     ranking_loss(scores, group, rank)[0].backward()
-    pulls = [torch.autograd.grad(-F.logsigmoid(scores[i] - scores[j]), scores)[0] for i in range(5) for j in range(i + 1, 5)]
-    expected = torch.stack(pulls).mean(0) / 2 + torch.autograd.grad(-F.logsigmoid(scores[6] - scores[5]), scores)[0] / 2
+
+    def pull(i, j):
+        return torch.autograd.grad(-F.logsigmoid(scores[i] - scores[j]), scores)[0]
+    pulls = [pull(i, j) for i in range(5) for j in range(i + 1, 5)]
+    expected = torch.stack(pulls).mean(0) / 2 + pull(6, 5) / 2
     torch.testing.assert_close(scores.grad, expected)
     r_w, r_l = ranked_pairs(torch.arange(5.0), rank[:5])
     assert len(r_w) == 10 and (r_w < r_l).all()  # here the score is the rank
+
+
+def test_the_prompt_and_the_rank_of_every_response_by_hand():
+    comparisons = [Comparison("a", ["b", "c", "d"], [0, 2, 1]), Comparison("e", ["f", "g"], [0, 0])]
+    group, rank = group_and_rank(comparisons)
+    assert group.tolist() == [0, 0, 0, 1, 1] and rank.tolist() == [0, 2, 1, 0, 0]
 
 
 def test_loss_of_a_packed_group_is_that_of_its_pairs_one_by_one():
@@ -80,14 +90,19 @@ def test_loss_of_a_packed_group_is_that_of_its_pairs_one_by_one():
     model = make_model()
     model.set_scalar_heads(1)
     groups = random_groups(responses=(3, 5))
-    group, rank = ranks(groups, "cpu")
+    # In the order in which they stand, the best first.
+    comparisons = [Comparison(prompt, responses, list(range(len(responses)))) for prompt, responses in groups]
+    group, rank = group_and_rank(comparisons, "cpu")
     together, _ = ranking_loss(model.score(pack(groups, 64)), group, rank)
 
     def alone(prompt, response):
         return model.score(pack([(prompt, [response])], 64))[0]
-    pairs = [torch.stack([-F.logsigmoid(alone(p, rs[i]) - alone(p, rs[j])) for i in range(len(rs)) for j in range(i + 1, len(rs))]).mean()
-             for p, rs in groups]
-    torch.testing.assert_close(together, torch.stack(pairs).mean(), atol=1e-5, rtol=0)
+    means = []
+    for p, rs in groups:
+        K = len(rs)
+        pairs = [-F.logsigmoid(alone(p, rs[i]) - alone(p, rs[j])) for i in range(K) for j in range(i + 1, K)]
+        means.append(torch.stack(pairs).mean())
+    torch.testing.assert_close(together, torch.stack(means).mean(), atol=1e-5, rtol=0)
 
 
 def test_centring_sets_the_mean_of_the_demonstrations_to_0():
@@ -95,7 +110,7 @@ def test_centring_sets_the_mean_of_the_demonstrations_to_0():
     model.set_scalar_heads(1)
     groups = random_groups()
     before = score_groups(model, groups)
-    std = reward.center(model, groups, reward.Config(micro_tokens=40), reward.torch.autocast("cpu", enabled=False))
+    std = center_scores(model, groups, micro_tokens=40)
     after = score_groups(model, groups)
     assert abs(after.mean()) < 1e-5 and std == pytest.approx(before.std().item(), abs=1e-5)
     torch.testing.assert_close(after, before - before.mean(), atol=1e-5, rtol=0)
@@ -105,4 +120,5 @@ def test_scores_come_in_the_order_of_the_groups():
     model = make_model()
     model.set_scalar_heads(1)
     groups = random_groups()
-    torch.testing.assert_close(score_groups(model, groups, micro_tokens=30), model.score(pack(groups, 64)).detach(), atol=1e-5, rtol=0)
+    expected = model.score(pack(groups, 64)).detach()
+    torch.testing.assert_close(score_groups(model, groups, micro_tokens=30), expected, atol=1e-5, rtol=0)

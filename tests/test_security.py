@@ -14,15 +14,17 @@ import pytest
 import torch
 from conftest import make_model
 
-import common
 import dpo
 import evaluate
 import finegrained
-import model as model_module
 import ppo
-from common import load_checkpoint, load_model, make_optimizer
-from data import dataset, files, hh, qa_feedback
-from data.files import fetch
+import sample
+from common.checkpoints import is_finished, load_checkpoint, load_model, resume
+from common.optim import make_optimizer
+from common.run import Run
+from data import dataset, get_tokenizer, hh, imdb, qa_feedback, tldr
+from engine import files, weights
+from engine.files import fetch
 from model import GPT
 
 ROOT = Path(__file__).parents[1]
@@ -106,11 +108,14 @@ def test_a_run_with_a_pickle_in_it(poison, start, small_world):
     good = str(start / "start")
     model = make_model(vocab_size=97)
     cfg = finegrained.Config(init=good, reward_models=str(bad), device="cpu")
-    readers = [lambda: load_checkpoint(str(bad)), lambda: load_model(str(bad)), lambda: load_model(str(bad / "ckpt.pt")), lambda: common.finished(str(bad)),
-               lambda: common.resume(str(bad), dpo.Config(), model, make_optimizer(model, 1e-3)),
+    run = Run("ppo", ppo.Config(reward_model=str(bad), out=str(start / "a"), device="cpu"))
+    readers = [lambda: load_checkpoint(str(bad)), lambda: load_model(str(bad)), lambda: load_model(str(bad / "ckpt.pt")),
+               lambda: is_finished(str(bad)), lambda: resume(str(bad), dpo.Config(), model, make_optimizer(model, 1e-3)),
                lambda: evaluate.main([str(bad)]), lambda: evaluate.main([good, f"--reward_model={bad}"]),
-               lambda: finegrained.load_rewards(cfg, good, "animals"),
-               lambda: ppo.load_models(ppo.Config(reward_model=str(bad)), good, None)]
+               lambda: sample.main([str(bad), "--prompt=x"]), lambda: sample.main([str(bad), f"--export={start}/x"]),
+               lambda: sample.main([good, f"--pairs={start}/x.jsonl", f"--reward_model={bad}"]),
+               lambda: finegrained.load_rewards(cfg, good, get_tokenizer("animals")),
+               lambda: ppo.load_models(run, good, has_reward_fn=False)]
     for names in (["ckpt.pt"], ["ckpt.pt", "ckpt-previous.pt"]):
         for name in names:
             (bad / name).write_bytes(poison)
@@ -185,8 +190,11 @@ def test_a_config_json_that_is_none_of_a_gpt2(content, message, tmp_path):
 
 def test_the_code_has_nothing_that_executes_data():
     """No eval, exec, pickle, marshal, yaml, shell; torch.load with weights_only=True alone; addresses with https alone."""
-    pages = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
-    assert len(pages) > 15
+    pages = [*ROOT.glob("*.py")]
+    for folder in ("data", "engine", "common"):
+        assert (ROOT / folder / "__init__.py").exists()
+        pages += (ROOT / folder).glob("*.py")
+    assert len(pages) > 30
     loads = 0
     for page in pages:
         for node in ast.walk(ast.parse(page.read_text())):
@@ -202,7 +210,7 @@ def test_the_code_has_nothing_that_executes_data():
                     assert options.get("weights_only") == "True", page
                     loads += 1
     assert loads == 2
-    assert all(url.startswith("https://") for url in (hh.URL, qa_feedback.URL, model_module.URL))
+    assert all(url.startswith("https://") for url in (hh.URL, qa_feedback.URL, imdb.URL, tldr.URL, weights.URL))
 
 
 # ------------------------------------------------------------------------------------------------ downloads

@@ -1,4 +1,4 @@
-"""SimPO's loss: hand-worked cases, its limits and gradient, what it does not depend on, and that one model is all there is."""
+"""SimPO's loss: hand-worked cases, limits, the gradient, what it does not depend on; one model is all there is."""
 import math
 
 import pytest
@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from conftest import make_model, random_groups
 
 import simpo
-from data import pack, per_sequence
-from simpo import lengths_of, pair_logp, simpo_loss
+from engine.packing import pack, per_sequence
+from simpo import length_statistics, pair_logp, simpo_loss
 
-# β = 2: rewards 2/4 · −8 = −4 and 2/2 · −3 = −3; 2/8 · −20 = −5 and 2/1 · −2 = −4; so the differences are 1 and 1 with γ to come off
-CHOSEN, REJECTED, CHOSEN_LEN, REJECTED_LEN = (torch.tensor(x) for x in ([-8.0, -3.0], [-20.0, -2.0], [4, 2], [8, 1]))
+# β = 2: rewards 2/4 · −8 = −4 and 2/2 · −3 = −3; 2/8 · −20 = −5 and 2/1 · −2 = −4; so the differences are 1 and 1, less γ
+CHOSEN, REJECTED = torch.tensor([-8.0, -3.0]), torch.tensor([-20.0, -2.0])
+CHOSEN_LEN, REJECTED_LEN = torch.tensor([4, 2]), torch.tensor([8, 1])
 
 
 def nll(x):
@@ -21,14 +22,17 @@ def nll(x):
 @pytest.mark.parametrize("gamma, smoothing, expected", [
     (0.0, 0.0, nll(1)), (0.4, 0.0, nll(0.6)), (1.5, 0.0, nll(-0.5)), (0.4, 0.1, 0.9 * nll(0.6) + 0.1 * nll(-0.6))])
 def test_simpo_by_hand(gamma, smoothing, expected):
-    losses, chosen_reward, rejected_reward = simpo_loss(CHOSEN, REJECTED, CHOSEN_LEN, REJECTED_LEN, 2.0, gamma, smoothing)
+    losses, chosen_reward, rejected_reward = simpo_loss(
+        CHOSEN, REJECTED, CHOSEN_LEN, REJECTED_LEN, 2.0, gamma, smoothing)
     assert losses.tolist() == pytest.approx([expected] * 2, abs=1e-6)
-    assert chosen_reward.tolist() == [-4, -3] and rejected_reward.tolist() == [-5, -4] and not chosen_reward.requires_grad
+    assert chosen_reward.tolist() == [-4, -3] and rejected_reward.tolist() == [-5, -4]
+    assert not chosen_reward.requires_grad
 
 
 def test_simpo_is_equation_6():
     g = torch.Generator().manual_seed(0)
-    w, l = -30 * torch.rand(64, generator=g, dtype=torch.float64), -30 * torch.rand(64, generator=g, dtype=torch.float64)
+    w = -30 * torch.rand(64, generator=g, dtype=torch.float64)
+    l = -30 * torch.rand(64, generator=g, dtype=torch.float64)
     nw, nl = torch.randint(1, 40, (64,), generator=g), torch.randint(1, 40, (64,), generator=g)
     direct = -torch.log(torch.sigmoid(10 / nw * w - 10 / nl * l - 3))
     torch.testing.assert_close(simpo_loss(w, l, nw, nl, 10.0, 3.0)[0], direct, atol=1e-6, rtol=0)
@@ -39,11 +43,12 @@ def test_limits():
     same = CHOSEN, CHOSEN, CHOSEN_LEN, CHOSEN_LEN
     assert simpo_loss(*same, 2.0, 0.0)[0].tolist() == pytest.approx([math.log(2)] * 2)
     assert simpo_loss(*same, 2.0, 3.0)[0].tolist() == pytest.approx([nll(-3)] * 2)
-    assert simpo_loss(CHOSEN, REJECTED, CHOSEN_LEN, REJECTED_LEN, 1e-9, 0.0)[0].tolist() == pytest.approx([math.log(2)] * 2)
+    different = CHOSEN, REJECTED, CHOSEN_LEN, REJECTED_LEN
+    assert simpo_loss(*different, 1e-9, 0.0)[0].tolist() == pytest.approx([math.log(2)] * 2)
 
 
 def test_the_gradient_is_the_papers_and_weighs_a_token_of_a_short_response_more():
-    """∂L/∂ log π(y_w) = −β/|y_w| σ(−h), and +β/|y_l| σ(−h) for y_l (the gradient of App. F): by length, where DPO's is β for both."""
+    """∂L/∂ log π(y_w) = −β/|y_w| σ(−h), and +β/|y_l| σ(−h) for y_l (App. F): by length, where DPO has β for both."""
     chosen, rejected = CHOSEN.clone().requires_grad_(), REJECTED.clone().requires_grad_()
     simpo_loss(chosen, rejected, CHOSEN_LEN, REJECTED_LEN, 2.0, 0.4)[0].sum().backward()
     sigma = 1 / (1 + math.exp(0.6))
@@ -62,9 +67,10 @@ def test_packed_pairs_give_the_mean_logprob_of_each_response_alone():
     model = make_model()
     pairs = random_groups(responses=(2, 3))
     with torch.no_grad():
-        chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(model, pairs, "cpu", torch.autocast("cpu", enabled=False))
+        chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(model, pairs)
         for i, (prompt, responses) in enumerate(pairs):
-            for logp, length, response in zip((chosen_logp[i], rejected_logp[i]), (chosen_len[i], rejected_len[i]), responses):
+            logps, lengths = (chosen_logp[i], rejected_logp[i]), (chosen_len[i], rejected_len[i])
+            for logp, length, response in zip(logps, lengths, responses):
                 alone = pack([(prompt, [response])], 64)
                 assert length == len(response)
                 torch.testing.assert_close(logp, per_sequence(model.logprobs(alone), alone)[0], atol=1e-5, rtol=0)
@@ -74,7 +80,7 @@ def test_the_order_of_pairs_changes_nothing():
     model, pairs = make_model(), random_groups(responses=(2, 3))
 
     def loss(pairs):
-        return simpo_loss(*pair_logp(model, pairs, "cpu", torch.autocast("cpu", enabled=False)), 10.0, 3.0)[0].mean()
+        return simpo_loss(*pair_logp(model, pairs), 10.0, 3.0)[0].mean()
     torch.testing.assert_close(loss(pairs), loss(pairs[::-1]), atol=1e-5, rtol=0)
 
 
@@ -86,7 +92,8 @@ def test_smoothing_at_one_half_prefers_neither():
 
 
 def test_lengths_by_hand():
-    assert lengths_of([[5, 6, 0], [0], [5, 6, 7, 8]], eos=0) == {"response_len": 8 / 3, "empty": 1 / 3, "unfinished": 1 / 3}
+    lengths = length_statistics([[5, 6, 0], [0], [5, 6, 7, 8]], eos=0)
+    assert lengths == {"response_len": 8 / 3, "empty": 1 / 3, "unfinished": 1 / 3}
 
 
 def test_one_model_is_in_memory(start, small_world, monkeypatch):
@@ -103,5 +110,6 @@ def test_one_model_is_in_memory(start, small_world, monkeypatch):
     gc.collect()
     before = sum(isinstance(o, GPT) for o in gc.get_objects())
     monkeypatch.setattr(simpo, "simpo_loss", count)
-    simpo.train(simpo.Config(n_layer=1, n_head=2, n_embd=16, batch_size=8, device="cpu", init=str(start / "start"), out=str(start / "a"), steps=2, eval_n=0))
+    simpo.train(simpo.Config(n_layer=1, n_head=2, n_embd=16, batch_size=8, device="cpu", init=str(start / "start"),
+                             out=str(start / "a"), steps=2, eval_n=0))
     assert set(alive) == {before + 1}

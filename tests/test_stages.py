@@ -7,19 +7,27 @@ import shutil
 import socket
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SHARED, feedback, make_model
 
+import common.checkpoints
+import common.run
 import dpo
 import evaluate
 import ppo
 import reward
+import sample
 import sft
-from common import load_checkpoint, make_optimizer, parse, save_checkpoint
+from common.checkpoints import load_checkpoint, load_model, save_checkpoint
+from common.optim import make_optimizer
+from common.options import parse
 from data import get_tokenizer
+from engine.packing import pack, per_sequence
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(n_layer=1, n_head=2, n_embd=16, batch_size=8, log_every=5, device="cpu")
@@ -88,6 +96,18 @@ def test_the_options_of_ppo_run(start, small_world, options):
     assert len(log) == 2 and all(math.isfinite(v) for record in log for v in record.values())
 
 
+def test_the_policy_and_the_value_model_have_learning_rates_of_their_own(start, small_world):
+    """With --lr=0 the policy stays as it is to the bit, while --value_lr moves the value model, which starts from the reward model."""
+    ppo.train(ppo_settings(start, lr=0.0, value_lr=1e-3))
+    after = load_checkpoint(str(start / "a"))
+    policy, value_model = (load_model(str(start / name))[0].state_dict() for name in ("start", "reward"))
+    assert after["model"].keys() == policy.keys() and after["value_model"].keys() == value_model.keys()
+    assert all(torch.equal(after["model"][name], weight) for name, weight in policy.items())
+    changed = [name for name, weight in value_model.items() if not torch.equal(after["value_model"][name], weight)]
+    assert "scalar_head.weight" in changed and "h.0.mlp.c_fc.weight" in changed and "wte.weight" in changed
+    assert [r["lr"] for r in log_of(start / "a")] == [0.0, 0.0]
+
+
 def test_any_callable_is_a_reward(start, small_world):
     """Paying for each token that is the EOS's neighbour makes no sense, and is what is paid."""
     seen = []
@@ -107,10 +127,12 @@ def test_any_callable_is_a_reward(start, small_world):
 
 def test_a_kl_that_runs_away_is_said_once(start, small_world, capsys):
     ppo.train(ppo_settings(start, lr=0.1, kl_coef=0.0, steps=4))
-    assert capsys.readouterr().out.count("warning: the KL to the reference runs away") == 1
+    assert capsys.readouterr().out.count("warning: the KL to the reference is running away") == 1
 
 
-def test_settings_that_ppo_cannot_run_get_one_line(start, small_world):
+def test_settings_that_ppo_cannot_run_get_one_line(start, small_world, monkeypatch):
+    monkeypatch.setattr(common.checkpoints, "get_tokenizer",  # GPT-2's would have to be fetched
+                        lambda name: SimpleNamespace(name=name) if name == "gpt2" else get_tokenizer(name))
     model = make_model(vocab_size=get_tokenizer("animals").n_vocab, n_layer=1, n_embd=16, block_size=32)
     model.set_scalar_heads(1)
     for name, tokenizer in (("short", "animals"), ("foreign", "gpt2")):
@@ -122,9 +144,9 @@ def test_settings_that_ppo_cannot_run_get_one_line(start, small_world):
             (dict(value_init="rm"), "unknown value_init 'rm'"),
             (dict(minibatches=3), "--batch_size=8 is not a multiple of --minibatches=3"),
             (dict(max_new_tokens=64), "--max_new_tokens=64 leaves no room for a prompt in --max_len=64"),
-            (dict(reward="gold", data=str(start / "mine.jsonl")), "--reward=gold: nobody knows the true reward of --data="),
+            (dict(reward="gold", data=str(start / "mine.jsonl")), "--reward=gold: the true reward of --data=.*mine.jsonl is not known"),
             (dict(reward_model=str(start / "short")), "--max_len=64: the context of .*short is 32 tokens"),
-            (dict(reward_model=str(start / "foreign")), "reads the tokenizer gpt2, the policy .* writes animals"),
+            (dict(reward_model=str(start / "foreign")), "this reward model has the tokenizer gpt2, the policy .* has animals"),
             (dict(reward_model=str(start / "start")), "start: not a reward model")]:
         with pytest.raises(SystemExit, match=message) as error:
             ppo.train(ppo_settings(start, **options))
@@ -141,9 +163,9 @@ def test_the_first_step_of_dpo_is_at_the_reference_to_the_bit(start):
 
 
 def test_the_reference_in_memory_and_precomputed_give_one_log(start):
-    common = dict(**TINY, data=str(start / "mine.jsonl"), init=str(start / "start"), steps=9, eval_n=0, micro_tokens=64)
-    dpo.train(dpo.Config(**common, out=str(start / "a")))
-    dpo.train(dpo.Config(**common, out=str(start / "b"), precompute_ref=False))
+    settings = dict(**TINY, data=str(start / "mine.jsonl"), init=str(start / "start"), steps=9, eval_n=0, micro_tokens=64)
+    dpo.train(dpo.Config(**settings, out=str(start / "a")))
+    dpo.train(dpo.Config(**settings, out=str(start / "b"), precompute_ref=False))
     a, b = log_of(start / "a"), log_of(start / "b")
     assert a[:6] == b[:6]  # the first epoch, to the bit; later the pairs meet others in their rows
     assert all(abs(x["loss"] - y["loss"]) < 1e-5 for x, y in zip(a, b))
@@ -166,9 +188,9 @@ def test_options_that_cannot_be_run_get_one_line(start):
 
 
 def test_micro_batches_do_not_change_the_run(start):
-    common = dict(**TINY, data=str(start / "mine.jsonl"), init=str(start / "start"), steps=5, eval_n=0)
+    settings = dict(**TINY, data=str(start / "mine.jsonl"), init=str(start / "start"), steps=5, eval_n=0)
     for name, micro_tokens in (("a", 16384), ("b", 50)):
-        dpo.train(dpo.Config(**common, out=str(start / name), micro_tokens=micro_tokens))
+        dpo.train(dpo.Config(**settings, out=str(start / name), micro_tokens=micro_tokens))
     for x, y in zip(log_of(start / "a"), log_of(start / "b")):
         assert all(abs(x[k] - y[k]) < 1e-4 * max(1, abs(x[k])) for k in x)
 
@@ -193,14 +215,14 @@ def here(stage, start, out, *more):
 def test_an_sft_run_that_was_cut_off_is_finished_before_it_is_used(tmp_path, monkeypatch, small_world, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sft.RECIPES, "animals", dict(steps=10, batch_size=8, eval_n=0, ckpt_every=5))
-    real, stop = sft.save_checkpoint, []
+    real, stop = common.run.save_checkpoint, []
 
     def save_and_die(out, step, *args, **more):
         real(out, step, *args, **more)
         if not stop:
             stop.append(step)
             raise KeyboardInterrupt
-    monkeypatch.setattr(sft, "save_checkpoint", save_and_die)
+    monkeypatch.setattr(common.run, "save_checkpoint", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         dpo.train(dpo.Config(**TINY, steps=2, eval_n=0))
     dpo.train(dpo.Config(**TINY, steps=2, eval_n=0))
@@ -290,14 +312,12 @@ def test_evaluate_command_line(start, small_world, capsys):
     *_, row, mean = json.load(open(start / "rows.json"))
     assert mean["checkpoint"] == "mean of 2" and mean["gold"] == pytest.approx(row["gold"]) and mean["gold_se"] == pytest.approx(0)
     capsys.readouterr()
-    evaluate.main([folder, "--prompt=Tell me about the owl: what it eats and how it moves."])
+    sample.main([folder, "--prompt=Tell me about the owl: what it eats and how it moves."])
     assert capsys.readouterr().out.startswith(folder + ": ")
 
 
 def test_exact_kl_by_enumeration():
     """KL per position summed over sampled responses averages to Σ_y π(y|x) log π/π_ref (y|x) over all 9 responses."""
-    from itertools import product
-    from data import pack, per_sequence
     policy, ref_policy = (make_model(seed, vocab_size=3, block_size=3, n_layer=1, scale=8.0) for seed in (0, 1))
     responses = [list(r) for r in product(range(3), repeat=2)]
     batch = pack([([0], responses)], 19)

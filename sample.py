@@ -1,0 +1,151 @@
+"""Talks to models: answers a prompt, samples and ranks answers for training, and exports a checkpoint.
+
+    python sample.py out/sft-animals out/dpo-animals --prompt="Tell me about the owl: what it eats and how it moves."
+    python sample.py out/sft-imdb --pairs=out/imdb-pairs.jsonl --reward_model=out/reward-imdb
+    python sample.py out/dpo-animals --export=dpo-for-transformers
+
+--pairs makes on-policy preference pairs: for each of --n training prompts it samples K responses from the checkpoint,
+has the reward model score them, and writes all pairs of unequal score as {"prompt", "chosen", "rejected"}. dpo.py,
+simpo.py and reward.py read that file with --data. A response is scored as those stages will see it, cut to --max_len.
+"""
+import argparse
+import json
+import os
+from itertools import combinations
+
+import torch
+
+import evaluate
+from common.checkpoints import load_model, load_reward_model
+from common.dist import log_to_console
+from common.files import write_atomically
+from common.scoring import score_groups
+from common.sharding import sampling_copy
+from data import dataset, encode_groups, encode_prompts
+
+SPARE = 8  # tokens sampled beyond max_len: text that is encoded again may become a little shorter
+
+
+def answer(models, prompt, tokenizer):
+    """Prints each model's answer to a prompt, a line per model."""
+    for name, model in models:
+        ids = evaluate.encode_cut([prompt], model, tokenizer)
+        response, = evaluate.respond(model, ids, tokenizer.eot_token, seed=torch.seed() % 2**32)
+        print(f"{name}: {evaluate.decode(response, tokenizer).strip()}")
+
+
+# ------------------------------------------------------------------------------------------------ preference pairs
+
+def complete(policy, tokenizer, prompts, k, max_new_tokens, batch_size=128):
+    """Samples k responses to each prompt at temperature 1 -> [(prompt, [response, …]), …], as text."""
+    torch.manual_seed(0)
+    ids = [prompt.tolist() for prompt in encode_prompts(tokenizer, prompts)]
+    examples = []
+    for i in range(0, len(prompts), batch_size):
+        print(f"{i} of {len(prompts)} prompts completed", flush=True)
+        repeated = []
+        for prompt in ids[i:i + batch_size]:
+            repeated += [prompt] * k
+        responses = policy.generate(repeated, max_new_tokens, eos=tokenizer.eot_token)
+        texts = [evaluate.decode(response, tokenizer) for response in responses]
+        for j, prompt in enumerate(prompts[i:i + batch_size]):
+            examples.append((prompt, texts[k * j:k * (j + 1)]))
+    return examples
+
+
+def ordered_pairs(prompt, responses, scores):
+    """All pairs of responses of unequal score, the better one chosen, without empty responses: a list of dicts."""
+    best_first = sorted(zip(scores, responses), key=lambda pair: -pair[0])
+    pairs = []
+    for (high, chosen), (low, rejected) in combinations(best_first, 2):
+        if high > low and chosen and rejected:
+            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
+def write_pairs(args, policy, tokenizer, data):
+    """Writes the preference pairs of --pairs."""
+    reward_model = load_reward_model(args.reward_model, tokenizer).to(policy.device)
+    new_tokens = args.max_len + SPARE
+    prompts = data.prompts("train")[:args.n]
+    longest = max(len(ids) for ids in encode_prompts(tokenizer, prompts))
+    if policy.config.block_size < longest + new_tokens:
+        raise SystemExit(f"{args.checkpoints[0]}: its context is {policy.config.block_size} tokens, "
+                         f"--max_len={args.max_len} needs {longest + new_tokens}")
+    examples = complete(sampling_copy(policy), tokenizer, prompts, args.k, new_tokens)
+    scores = score_groups(reward_model, encode_groups(tokenizer, examples, args.max_len)).view(-1, args.k).tolist()
+    pairs = []
+    for (prompt, responses), its_scores in zip(examples, scores):
+        pairs += ordered_pairs(prompt, responses, its_scores)
+    with write_atomically(args.pairs) as f:
+        for pair in pairs:
+            f.write(json.dumps(pair) + "\n")
+    left_out = len(examples) * args.k * (args.k - 1) // 2 - len(pairs)
+    print(f"{len(pairs)} pairs of {len(examples)} prompts -> {args.pairs}; "
+          f"left out {left_out} that tie or have an empty response")
+
+
+# ------------------------------------------------------------------------------------------------ export
+
+def export(name, dir):
+    """Writes a checkpoint as a folder in the Hugging Face format, and prints what is not part of it."""
+    if os.path.isfile(dir) or os.path.isdir(dir) and os.listdir(dir):
+        raise SystemExit(f"--export={dir}: something is there already; name a new folder")
+    model, tokenizer = load_model(name)
+    try:
+        model.save_pretrained(dir)
+    except (OSError, RuntimeError) as error:  # torch.save hides the one behind the other
+        raise SystemExit(f"--export={dir}: cannot be written ({error})")
+    print(f"{name} -> {dir}, which transformers' GPT2LMHeadModel.from_pretrained opens")
+    if tokenizer.name == "gpt2":
+        print('its tokenizer: AutoTokenizer.from_pretrained("gpt2")')
+    else:
+        print("its tokenizer: that of data/animals.py, which transformers cannot open")
+    if model.config.n_scalars:
+        print("its scalar head is left out: the format has no place for one")
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+def arguments(argv):
+    """The command line, as at the top of this page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CKPT", help="a run's folder, a ckpt.pt, a Hugging Face folder, or gpt2 …")
+    add("--prompt", metavar="TEXT", help="print each model's answer to TEXT")
+    add("--pairs", metavar="FILE", help="write preference pairs there, made of samples of the checkpoint")
+    add("--reward_model", metavar="RUN", help="for --pairs: the reward model that ranks the responses")
+    add("--k", type=int, default=4, help="for --pairs: responses per prompt (default 4)")
+    add("--n", type=int, default=25_000, help="for --pairs: at most this many prompts (default 25000)")
+    add("--max_len", type=int, default=136, help="for --pairs: tokens of prompt and response (default 136, as imdb's recipes)")
+    add("--export", metavar="DIR", help="write the checkpoint there for transformers; a scalar head is left out")
+    add("--data", help="for --pairs: where the prompts come from; default: what the checkpoint was trained on")
+    add("--data_dir", help="likewise")
+    args = parser.parse_args(argv)
+    if sum(option is not None for option in (args.prompt, args.pairs, args.export)) != 1:
+        raise SystemExit("sample.py does one thing at a time: --prompt=TEXT, --pairs=FILE or --export=DIR")
+    for name, least in (("n", 1), ("k", 2), ("max_len", 2)):
+        if getattr(args, name) < least:
+            raise SystemExit(f"--{name}={getattr(args, name)}: expected at least {least}")
+    if args.prompt is None and len(args.checkpoints) != 1:
+        raise SystemExit("--pairs and --export take one checkpoint")
+    if args.pairs and not args.reward_model:
+        raise SystemExit("--pairs needs a --reward_model to rank the responses")
+    return args
+
+
+def main(argv=None):
+    log_to_console()
+    args = arguments(argv)
+    if args.export:
+        return export(args.checkpoints[0], args.export)
+    models, tokenizer, configs = evaluate.load_models(args.checkpoints, data="any")
+    if args.prompt is not None:
+        return answer(models, args.prompt, tokenizer)
+    config = configs[0] if configs else {"data": "animals", "data_dir": "data/files"}
+    data = dataset(args.data or config["data"], args.data_dir or config["data_dir"])
+    write_pairs(args, models[0][1], tokenizer, data)
+
+
+if __name__ == "__main__":
+    main()
