@@ -2,24 +2,27 @@
 
     python bench.py                                  gpt2 on CUDA; on a CPU, 6 layers of 384
     python bench.py --model=gpt2-medium --json=FILE
-    python bench.py --against=naive                  beside the textbook version of the same work, in the same run
+    python bench.py --against=naive                  beside the textbook version of the same work
 
-Weights are random and so are the tokens. Prompts and responses have about the lengths of Anthropic's HH-RLHF (124 and
-46 tokens on average, exponential), so padding costs what it would cost there. The columns are medians of --repeat runs,
-after one that warms up:
+Weights and tokens are random. Prompts and responses have about the lengths of Anthropic's HH-RLHF (124 and
+46 tokens on average, exponential), so padding costs what it would cost there. The columns are medians of
+--repeat runs, after one that warms up:
 
-    tokens/s     without padding, a prompt counted once for all of its responses; for decode and rollout, new tokens
+    tokens/s     without padding, a prompt counted once for all of its responses; for decode and rollout, only
+                 new tokens
     seconds      of one step; for decode, of all --new_tokens tokens of all rows without the prompts' own pass
-    memory       the largest allocation on CUDA; on a Linux CPU, the process's largest resident size during that row
-    limit        the share of the machine that was used. Training, scoring, prefill: the FLOPs that the tokens need, over
-                 those of one large matrix product (4096³ on CUDA, 1024³ on a CPU) in the same time. Decode: the bytes
-                 that must be read at least (every weight, and each row's keys and values, once per step), over those
-                 that a copy of 256 MB moves in the same time
-    vs naive     seconds of the textbook version over ours: a padded row per sequence, logits at every position, the
-                 reference run at each step, generation without a cache (run once, without warming up)
+    memory       the largest allocation on CUDA; on a Linux CPU, the process's largest resident size during
+                 that row
+    limit        the share of the machine that was used. Training, scoring, prefill: the FLOPs that the
+                 tokens need, over those of one large matrix product (4096³ on CUDA, 1024³ on a CPU) in the
+                 same time. Decode: the bytes that must be read at least (every weight, and each row's keys
+                 and values, once per step), over those that a copy of 256 MB moves in the same time
+    vs naive     seconds of the textbook version over ours: a padded row per sequence, logits at every
+                 position, the reference run at each step, generation without a cache (run once in the same
+                 process, without warming up)
 
-FLOPs of a forward pass: 24 C² per block and token, 4 C per block for each position that a token looks at, 2 VC per token
-whose log-prob is computed. A training step is three forward passes.
+FLOPs of a forward pass: 24 C² per block and token, 4 C per block for each position that a token looks at,
+2 VC per token whose log-prob is computed. A training step counts as three forward passes.
 """
 import argparse
 import copy
@@ -39,6 +42,7 @@ import evaluate
 import ppo
 import reward
 import simpo
+from common import grids
 from common.batches import micro_batches
 from common.files import write_atomically
 from common.optim import make_optimizer, optimizer_step
@@ -51,7 +55,7 @@ LR = 1e-6
 GRAD_CLIP = 1.0
 
 
-# ------------------------------------------------------------------------------------------------ the work
+# --------------------------------------------------------------------------------------------------- the work
 
 def random_lengths(rng, shape, mean, most):
     return np.clip(rng.exponential(mean, shape), 4, most).astype(int)
@@ -70,7 +74,7 @@ def make_groups(n, k, block_size, vocab_size, seed=0):
 
 
 def forward_flops(config, groups, head=True):
-    """The FLOPs of one forward pass over some groups, without padding. head: with the vocabulary's matrix product."""
+    """The FLOPs of a forward pass over groups, without padding. head: count the vocabulary's product too."""
     flops = 0
     for prompt, responses in groups:
         P = len(prompt)
@@ -86,15 +90,22 @@ def forward_flops(config, groups, head=True):
 
 
 def decode_bytes(model, prompts, new_tokens):
-    """What the steps after the prompts must read at least: all weights but the position table, and each row's keys and values."""
+    """The bytes that the steps after the prompts must read at least.
+
+    Each step reads all weights but the position table, and each row's keys and values.
+    """
     config = model.config
+    n_steps = new_tokens - 1  # the prompts' own pass gives the first token
     n_weights = sum(p.numel() for name, p in model.named_parameters() if name != "wpe.weight")
-    n_positions = sum(len(prompt) + t for prompt in prompts for t in range(1, new_tokens))
-    numbers = n_weights * (new_tokens - 1) + 2 * config.n_layer * config.n_embd * n_positions
+    n_positions = 0
+    for prompt in prompts:
+        for t in range(1, n_steps + 1):
+            n_positions += len(prompt) + t
+    numbers = n_weights * n_steps + 2 * config.n_layer * config.n_embd * n_positions
     return numbers * model.wte.weight.element_size()
 
 
-# ------------------------------------------------------------------------------------------------ the clock
+# -------------------------------------------------------------------------------------------------- the clock
 
 @dataclass
 class Clock:
@@ -158,7 +169,7 @@ def measure_machine(clock, dtype):
     return 2 * n**3 / product_seconds, 2 * x.numel() * 4 / copy_seconds
 
 
-# ------------------------------------------------------------------------------------------------ the textbook versions
+# -------------------------------------------------------------------------------------- the textbook versions
 
 def pad(sequences, device):
     """Lists of ids as one tensor, padded on the right."""
@@ -201,7 +212,7 @@ def naive_generate(model, prompts, new_tokens):
     return [row[len(prompt):] for row, prompt in zip(rows, prompts)]
 
 
-# ------------------------------------------------------------------------------------------------ the rows
+# --------------------------------------------------------------------------------------------------- the rows
 
 @dataclass
 class Row:
@@ -218,7 +229,7 @@ class Row:
 
 
 def training_rows(args, model, clock, rate):
-    """The rows of a DPO, a SimPO and a reward-model step. rate: FLOP/s of the machine."""
+    """The rows of a DPO, a SimPO and a reward-model step. rate: the machine's FLOP/s."""
     config = model.config
     device = model.device
     groups = make_groups(args.batch_size, 2, config.block_size, config.vocab_size)
@@ -231,7 +242,10 @@ def training_rows(args, model, clock, rate):
         ref_logp = dpo.pair_logp(model, groups)
     group = torch.arange(len(groups), device=device).repeat_interleave(2)
     rank = torch.tensor([0, 1], device=device).repeat(len(groups))
-    lengths = torch.tensor([len(response) for _, responses in groups for response in responses], device=device)
+    lengths = []
+    for _, responses in groups:
+        lengths += [len(response) for response in responses]
+    lengths = torch.tensor(lengths, device=device)
     optimizers = {m: make_optimizer(m, LR) for m in (model, scorer)}
 
     def step(m, loss):
@@ -266,9 +280,10 @@ def training_rows(args, model, clock, rate):
     tokens = sum(map(group_length, groups))
     with_head = 3 * forward_flops(config, groups)
     without_head = 3 * forward_flops(config, groups, head=False)
-    for path, m, ours, naive, flops in (("DPO step", model, dpo_step, naive_dpo, with_head),
-                                        ("SimPO step", model, simpo_step, naive_simpo, with_head),
-                                        ("reward step", scorer, reward_step, naive_reward, without_head)):
+    paths = [("DPO step", model, dpo_step, naive_dpo, with_head),
+             ("SimPO step", model, simpo_step, naive_simpo, with_head),
+             ("reward step", scorer, reward_step, naive_reward, without_head)]
+    for path, m, ours, naive, flops in paths:
         seconds, memory = clock(step(m, ours))
         row = Row(path, seconds, tokens, memory, flops / seconds / rate)
         if args.against:
@@ -280,12 +295,14 @@ def sampling_rows(args, model, clock, rate, bandwidth):
     """The rows of prefill and decode. Decode is a whole generation less the prefill."""
     config = model.config
     n = args.new_tokens
-    sampler = copy.deepcopy(model).to(torch.bfloat16 if clock.device.startswith("cuda") else torch.float32)
+    dtype = torch.bfloat16 if clock.device.startswith("cuda") else torch.float32
+    sampler = copy.deepcopy(model).to(dtype)
     groups = make_groups(args.rows, 1, config.block_size, config.vocab_size, seed=1)
     prompts = [prompt[:config.block_size - n] for prompt, _ in groups]
 
     prefill_seconds, memory = clock(lambda: sampler.generate(prompts, 1))
-    flops = forward_flops(config, [(prompt[:-1], [prompt[-1:]]) for prompt in prompts])  # one log-prob per prompt
+    # As if each prompt's last token were its response: one log-prob per prompt.
+    flops = forward_flops(config, [(prompt[:-1], [prompt[-1:]]) for prompt in prompts])
     yield Row("prefill", prefill_seconds, sum(map(len, prompts)), memory, flops / prefill_seconds / rate)
 
     seconds, memory = clock(lambda: sampler.generate(prompts, n))
@@ -299,52 +316,64 @@ def sampling_rows(args, model, clock, rate, bandwidth):
 
 def ppo_rows(args, model, clock, rate):
     """The rows of a PPO iteration and its three parts: rollout, scoring, and four epochs of updates."""
-    cfg = ppo.Config(batch_size=args.ppo_prompts, max_new_tokens=args.ppo_tokens, minibatches=1, lr=LR, value_lr=LR)
+    cfg = ppo.Config(batch_size=args.ppo_prompts, max_new_tokens=args.ppo_tokens, minibatches=1,
+                     lr=LR, value_lr=LR)
     config = model.config
     device = str(model.device)
-    run = SimpleNamespace(cfg=cfg, device=device, micro_batches=lambda rows, g: micro_batches(rows, g, cfg.micro_tokens))
+    run = SimpleNamespace(cfg=cfg, device=device,
+                          micro_batches=lambda rows, groups: micro_batches(rows, groups, cfg.micro_tokens))
     value_model = copy.deepcopy(model)
     value_model.set_scalar_heads(1)
     models = ppo.Models(copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False), value_model, None)
     for m in (models.policy, models.ref_policy, models.value_model):
         m.prepare(args.compile, args.checkpoint_blocks)
-    optimizers = {"policy": make_optimizer(models.policy, LR), "value": make_optimizer(models.value_model, LR)}
+    optimizers = {"policy": make_optimizer(models.policy, LR),
+                  "value": make_optimizer(models.value_model, LR)}
     lrs = {"policy": LR, "value": LR}
     tokenizer = SimpleNamespace(eot_token=None)  # responses never end
     groups = make_groups(cfg.batch_size, 1, config.block_size, config.vocab_size, seed=2)
     prompts = [prompt[:config.block_size - cfg.max_new_tokens] for prompt, _ in groups]
-    epochs = [[list(range(len(prompts)))] for _ in range(cfg.epochs)]
+    minibatch = list(range(len(prompts)))
+    epochs = [[list(minibatch)] for _ in range(cfg.epochs)]  # one minibatch, of all prompts, in each epoch
     state = SimpleNamespace(episodes=None)
 
     def reward_fn(prompts, responses):
-        return ppo.on_last_token(torch.ones(len(responses)), ppo.length_mask(responses))
+        return grids.on_last_token(torch.ones(len(responses)), grids.length_mask(responses))
 
     def rollout():
         state.episodes = ppo.rollout(models.policy, prompts, reward_fn, tokenizer, cfg)
 
     def scoring():
-        ppo.score(state.episodes, models, run.micro_batches(epochs[0][0], state.episodes.groups), cfg)
+        pieces = run.micro_batches(minibatch, state.episodes.groups)
+        ppo.score(state.episodes, models, pieces, cfg)
 
     def update():
         episodes = state.episodes
-        advantages, episodes.returns = ppo.compute_gae(episodes.rewards, episodes.values, episodes.mask, cfg.gamma, cfg.lam)
+        advantages, episodes.returns = ppo.compute_gae(
+            episodes.rewards, episodes.values, episodes.mask, cfg.gamma, cfg.lam)
         episodes.advantages = ppo.whiten(advantages, episodes.mask)
         ppo.update(run, models, optimizers, episodes, epochs, lrs)
 
     new_tokens = len(prompts) * cfg.max_new_tokens
     all_tokens = sum(map(len, prompts)) + new_tokens
-    full = [(prompt, [[0] * cfg.max_new_tokens]) for prompt in prompts]
-    with_head = forward_flops(config, full)
-    without_head = forward_flops(config, full, head=False)
+    groups = [(prompt, [[0] * cfg.max_new_tokens]) for prompt in prompts]
+    with_head = forward_flops(config, groups)
+    without_head = forward_flops(config, groups, head=False)
+    scoring_flops = 2 * with_head + without_head  # policy and reference; value model
+    update_flops = 3 * cfg.epochs * (with_head + without_head)
+    paths = [("PPO rollout", rollout, new_tokens, None),
+             ("PPO scoring", scoring, all_tokens, scoring_flops),
+             ("PPO update", update, all_tokens * cfg.epochs, update_flops)]
     total_seconds = 0.0
     most_memory = 0
-    for path, work, tokens, flops in (("PPO rollout", rollout, new_tokens, None),
-                                      ("PPO scoring", scoring, all_tokens, 2 * with_head + without_head),
-                                      ("PPO update", update, all_tokens * cfg.epochs, 3 * cfg.epochs * (with_head + without_head))):
+    for path, work, tokens, flops in paths:
         seconds, memory = clock(work)
         total_seconds += seconds
         most_memory = max(most_memory, memory)
-        yield Row(path, seconds, tokens, memory, flops and flops / seconds / rate)
+        limit = None
+        if flops is not None:
+            limit = flops / seconds / rate
+        yield Row(path, seconds, tokens, memory, limit)
     row = Row("PPO iteration", total_seconds, all_tokens, most_memory, None)
     if args.against:
         row.vs_naive = clock.once(lambda: naive_ppo(models, optimizers, prompts, cfg)) / total_seconds
@@ -352,7 +381,7 @@ def ppo_rows(args, model, clock, rate):
 
 
 def naive_ppo(models, optimizers, prompts, cfg):
-    """As many passes as an iteration has, each over padded rows with the logits of every position."""
+    """The passes of a PPO iteration, each over padded rows and with the logits of every position."""
     responses = naive_generate(models.policy, prompts, cfg.max_new_tokens)
     groups = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
     with torch.no_grad():
@@ -379,7 +408,8 @@ def table(rows):
 
 def arguments(argv):
     """The command line, as at the top of this page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--model", help="gpt2 … gpt2-xl, or LAYERSxHEADSxWIDTH; default gpt2 on CUDA, 6x6x384 on a CPU")
     add("--device", help="default: cuda if there is one")
@@ -391,7 +421,7 @@ def arguments(argv):
     add("--new_tokens", type=int, default=64, help="tokens that decode writes per row (default 64)")
     add("--ppo_prompts", type=int, default=16, help="prompts of a PPO iteration (default 16)")
     add("--ppo_tokens", type=int, default=48, help="new tokens per response of a PPO iteration (default 48)")
-    add("--repeat", type=int, default=5, help="runs that a median is taken of (default 5)")
+    add("--repeat", type=int, default=5, help="runs whose median is taken (default 5)")
     add("--against", choices=["naive"], help="naive: the textbook version beside ours")
     add("--json", metavar="FILE", help="write the rows there")
     return parser.parse_args(argv)
@@ -407,7 +437,8 @@ def main(argv=None):
     try:
         n_layer, n_head, n_embd = PRETRAINED.get(shape) or map(int, shape.split("x"))
     except ValueError:
-        raise SystemExit(f"--model={shape}: one of {', '.join(PRETRAINED)}, or LAYERSxHEADSxWIDTH as in 6x6x384")
+        names = ", ".join(PRETRAINED)
+        raise SystemExit(f"--model={shape}: one of {names}, or LAYERSxHEADSxWIDTH as in 6x6x384")
     torch.manual_seed(0)
     model = GPT(GPTConfig(50257, args.block_size, n_layer, n_head, n_embd)).to(device)
     clock = Clock(device, args.repeat)
@@ -421,9 +452,10 @@ def main(argv=None):
     rows = [row.as_dict() for row in rows]
     print(table(rows))
     if args.json:
-        result = {"model": shape, "device": name, "torch": torch.__version__, "flops": rate, "bandwidth": bandwidth}
+        result = {"model": shape, "device": name, "torch": torch.__version__, "flops": rate,
+                  "bandwidth": bandwidth, "rows": rows}
         with write_atomically(args.json) as f:
-            json.dump({**result, "rows": rows}, f, indent=2)
+            json.dump(result, f, indent=2)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
 """Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
-RLHF maximizes E[r(x, y)] − β KL(π ‖ π_ref). The optimum is π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β)      (eq. 4).
-Solved for the reward, that is r(x, y) = β log π*/π_ref (y|x) + β log Z(x)                          (eq. 5):
-a policy is a reward model in disguise. The unknown Z(x) cancels in a comparison of two responses to one prompt, so
-the Bradley–Terry likelihood of the comparisons (x, y_w ≻ y_l) can be maximized in the policy itself, without a
-reward model and without sampling:
+RLHF maximizes E[r(x, y)] − β KL(π ‖ π_ref). The optimum of that is known, and can be solved for the reward:
+
+    π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x)                                                      (eq. 4)
+    r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x)                                                 (eq. 5)
+
+A policy is a reward model in disguise. The unknown Z(x) cancels when two responses to one prompt are
+compared, y_w chosen over y_l. So the Bradley–Terry likelihood of such comparisons (x, y_w ≻ y_l) can be
+maximized in the policy itself, without a reward model and without sampling:
 
     L(θ) = −E log σ( β log π_θ/π_ref (y_w|x) − β log π_θ/π_ref (y_l|x) )                            (eq. 7)
 
-    python dpo.py                                                the animals world, from nothing: SFT first, then DPO
-    python dpo.py hh --init=out/sft-hh                           Anthropic's HH-RLHF, GPT-2
-    python dpo.py tldr                                           summaries of Reddit posts
-    python dpo.py imdb --beta=0.1                                the paper's Figure 2 (all commands: data/imdb.py)
-    python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3       your own comparisons
+    python dpo.py                                           the animals world, from nothing, SFT included
+    python dpo.py hh --init=out/sft-hh                      Anthropic's HH-RLHF, GPT-2
+    python dpo.py tldr                                      summaries of Reddit posts
+    python dpo.py imdb --beta=0.1                           the paper's Figure 2 (all commands: data/imdb.py)
+    python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons
 
 Left out: the SFT term that some add to the loss, iterated and online variants.
 """
@@ -26,42 +29,44 @@ import torch.nn.functional as F
 import evaluate
 from common.dist import all_reduce, sync_gradients
 from common.log import Metrics
-from common.optim import lr_schedule, make_optimizer, optimizer_step
+from common.optim import make_optimizer, optimizer_step
 from common.options import PositiveFloat, RunConfig, parse
 from common.run import Run
-from data import dataset, encode_pairs
+from data import encode_pairs
 from engine.packing import pack, per_sequence
 
 
 @dataclass
-class Config(RunConfig):
+class Config(RunConfig):  # the options of all stages (steps, batch size, lr, …): common/options.py
     beta: PositiveFloat = 1.0       # β of eq. 7: the price of a nat of KL
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # see dpo_loss
     label_smoothing: float = 0.0    # ε: the share of labels assumed to be flipped (sigmoid and robust)
-    precompute_ref: bool = True     # ask the reference once, before training; False keeps it in memory instead
+    precompute_ref: bool = True     # ask the reference once, before training; False keeps it in memory
 
 
 RECIPES = {
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
-    # arXiv:2305.18290 App. B: β 0.5 on TL;DR, batch 64, lr 1e-6, 150 steps of warm-up (and RMSprop); one epoch of 92,858
-    "tldr": dict(data="tldr", beta=0.5, steps=1450, max_len=640, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
-    # App. C.1: the pairs that sample.py makes, 6 for each of 25,000 prefixes; one epoch. Figure 2 has β 0.05, 0.1, 1, 5
-    "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", beta=0.1, steps=2100, max_len=136, lr=1e-6, warmup=150,
-                 ckpt_every=500, eval_n=64),
+    # arXiv:2305.18290 App. B: β 0.5 on TL;DR, batch 64, lr 1e-6, 150 steps of warm-up; one epoch of 92,858
+    "tldr": dict(data="tldr", beta=0.5, steps=1450, max_len=640, lr=1e-6, warmup=150, ckpt_every=500,
+                 eval_n=64),
+    # App. C.1: the pairs that sample.py makes, 6 for each of 25,000 prefixes. Figure 2 has β 0.05, 0.1, 1, 5
+    "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", beta=0.1, steps=2100, max_len=136, lr=1e-6,
+                 warmup=150, ckpt_every=500, eval_n=64),
 }
 
 
 def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, beta, label_smoothing=0.0,
              loss_type="sigmoid"):
-    """DPO, arXiv:2305.18290 eq. 7, and its variants. All log-probs are (B,), summed over response tokens, in nats.
+    """DPO, arXiv:2305.18290 eq. 7, and its variants. All log-probs are (B,), summed over response tokens.
 
     With h = log π/π_ref (y_w|x) − log π/π_ref (y_l|x), and ε the label smoothing:
-        sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0; otherwise cDPO, Mitchell 2023,
-                                                                https://ericmitchell.ai/cdpo.pdf eq. 3; ε may be (B,)
+        sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0, otherwise cDPO (Mitchell 2023,
+                                                                ericmitchell.ai/cdpo.pdf eq. 3); ε may be (B,)
         ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17
         hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409
-    Returns the losses and the implicit rewards β · log-ratio of chosen and rejected, without gradient: (B,) each.
+    Returns the losses and the implicit rewards β · log-ratio of chosen and rejected, without gradient: (B,)
+    each.
     """
     chosen_logratio = chosen_logp - ref_chosen_logp        # log π/π_ref (y_w|x)
     rejected_logratio = rejected_logp - ref_rejected_logp  # log π/π_ref (y_l|x)
@@ -94,7 +99,8 @@ def pair_logp(policy, pairs):
 def precompute_reference(ref_policy, pairs, batches, run):
     """log π_ref of chosen and rejected for every pair that training will visit: (len(pairs), 2).
 
-    Each pair is asked in the micro-batch in which training meets it first, so the first log-ratios are exactly 0.
+    Each pair is asked in the micro-batch in which training meets it first, so the first log-ratios are
+    exactly 0.
     """
     logp = torch.zeros(len(pairs), 2, device=run.device)
     visited = set()
@@ -118,9 +124,8 @@ def train(cfg):
     init = cfg.init or run.train_if_missing("sft")
 
     # Comparisons: a prompt x, the chosen response y_w and the rejected response y_l, as token ids.
-    data = dataset(cfg.data, cfg.data_dir)
     policy, tokenizer = run.load_model(init)
-    pairs = encode_pairs(tokenizer, data.comparisons("train"), cfg.max_len, cfg.data)
+    pairs = encode_pairs(tokenizer, run.data.comparisons("train"), cfg.max_len, cfg.data)
     batches = run.shuffled_batches(pairs)
     run.print0(f"dpo: {len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
 
@@ -134,7 +139,10 @@ def train(cfg):
     # reference(rows) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs.
     ref_logp = None
     if cfg.precompute_ref:
-        ref_logp = checkpoint["ref_logp"].to(run.device) if cfg.resume else precompute_reference(policy, pairs, batches, run)
+        if cfg.resume:
+            ref_logp = checkpoint["ref_logp"].to(run.device)
+        else:
+            ref_logp = precompute_reference(policy, pairs, batches, run)
 
         def reference(rows):
             return ref_logp[rows].unbind(1)
@@ -158,13 +166,15 @@ def train(cfg):
             (losses.sum() / cfg.batch_size).backward()
 
             # The accuracy of the policy as a reward model, and the quantities to watch.
-            metrics.add(loss=losses, accuracy=chosen_reward > rejected_reward, margin=chosen_reward - rejected_reward,
+            metrics.add(loss=losses, accuracy=chosen_reward > rejected_reward,
+                        margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
-        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of the gradient.
+        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of
+        # the gradient.
         sync_gradients(policy)
-        lr = cfg.lr * lr_schedule(step, cfg)
+        lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Log, and save a checkpoint when one is due or when Ctrl-C asked for it.
@@ -173,7 +183,7 @@ def train(cfg):
 
     # Policy and reference on held-out prompts.
     del optimizer
-    evaluate.report(run, policy, init, data)
+    evaluate.report(run, policy, init)
     return policy
 
 

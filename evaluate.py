@@ -1,4 +1,4 @@
-"""Compares models on held-out prompts: a row per checkpoint; the first one is the reference for KL and win rate.
+"""Compares models on held-out prompts, a row each; the first is the reference for KL and win rate.
 
     python evaluate.py out/sft-animals out/dpo-animals
     python evaluate.py out/sft-animals out/dpo-animals out/ppo-animals --frontier --plot=frontier.png
@@ -6,11 +6,12 @@
     python evaluate.py out/sft-animals out/ppo-seed0 out/ppo-seed1 out/ppo-seed2 --mean
     python evaluate.py --curves out/sft-animals out/dpo-animals out/ppo-animals --plot=curves.png
 
-Every model answers the same prompts at temperature 1. The columns are means over prompts with their standard errors:
+Every model answers the same prompts at temperature 1. The columns are means over prompts (±standard error):
 
     gold           the true reward (animals), and its parts relevance, factuality, completeness
-    kl             KL(π‖π_ref) in nats per response: exact over the vocabulary at each position, summed over the response
-    win_rate       how often gold is above that of the reference model on the same prompt; a tie counts one half
+    kl             KL(π‖π_ref) in nats per response: exact over the vocabulary at each position, summed over
+                   the response
+    win_rate       how often gold is above the reference model's on the same prompt; a tie counts one half
     length         tokens of a response, EOS included
     eos_rate       the share of responses that ended by themselves
     grammar        the share of sentences that are sentences of the world (animals)
@@ -18,16 +19,17 @@ Every model answers the same prompts at temperature 1. The columns are means ove
 
 gold, win_rate and grammar are empty for data whose true reward is not known.
 
---frontier: max E[r] − β KL(π‖π_ref) has the optimum π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). So samples of the first
-checkpoint, π_ref, give the most reward that any method can reach at each KL. Three more numbers:
+--frontier: max E[r] − β KL(π‖π_ref) has the optimum π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). So samples of the
+first checkpoint, π_ref, give the most reward that any method can reach at each KL. Three more numbers:
 
-    gap            the reward of π* at the checkpoint's KL, less the checkpoint's: β KL(π‖π*), at the β where the two KLs
-                   are equal
+    gap            the reward of π* at the checkpoint's KL, less the checkpoint's own: β KL(π‖π*), at the β
+                   where the two KLs are equal
     beta           the price of KL for which a row of the frontier is the optimum
-    ess            the effective sample size of that row: how many of its n samples count. Rows below MIN_ESS are left out
+    ess            the effective sample size of that row: how many of its n samples count; rows below MIN_ESS
+                   are left out
 
---overoptimization: reward-model score and true reward along a run of ppo.py against √KL (Gao et al. 2022,
-arXiv:2210.10760).
+--overoptimization: reward-model score and true reward against √KL along a run of ppo.py, as in Gao et al.
+(2022, arXiv:2210.10760).
 """
 import argparse
 import json
@@ -42,27 +44,28 @@ from common.dist import is_main, log_to_console, print0
 from common.files import write_atomically
 from common.log import printable
 from common.scoring import score_groups
-from common.sharding import unshard_model
+from common.sharding import sampling_copy, unshard_model
 from data import dataset, encode_prompts
 from engine.packing import pack, per_sequence
 from engine.weights import PRETRAINED
 
-KEYS = ["gold", "relevance", "factuality", "completeness", "kl", "win_rate", "length", "eos_rate", "grammar", "score"]
+KEYS = ["gold", "relevance", "factuality", "completeness", "kl", "win_rate", "length", "eos_rate", "grammar",
+        "score"]
 MAX_NEW_TOKENS = 128
-MIN_ESS = 8  # below, log E exp(r/β) from samples falls short of the true one by more than about 1/(2 · 8)
+MIN_ESS = 8  # below it, an estimate of log E exp(r/β) is too low by more than about 1/(2 · 8)
 
-# What the closing table may take of memory: it must not need more than training did.
+# Limits on the closing table's memory: it must not need more than training did.
 CACHE_BYTES = 2**28      # of a key-value cache
 KL_ROWS = 64             # responses in a forward pass
 KL_TOKENS = 2048         # tokens in a forward pass
 KL_LOGITS = 2**23        # logits of one model
 
 
-# ------------------------------------------------------------------------------------------------ sampling and KL
+# -------------------------------------------------------------------------------------------- sampling and KL
 
 @torch.no_grad()
 def respond(model, prompts, eos, seed=0, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0):
-    """Samples a response to each prompt; prompts and responses are lists of ids. The caller's random state is left alone."""
+    """Samples a response to each prompt (both are lists of ids); leaves the caller's random state alone."""
     if not prompts:
         return []
     model = unshard_model(model)
@@ -73,32 +76,40 @@ def respond(model, prompts, eos, seed=0, max_new_tokens=MAX_NEW_TOKENS, temperat
         torch.manual_seed(seed)
         noise = torch.rand(len(prompts), max_new_tokens)
 
+    # The key-value cache of a row: keys and values of 4 bytes.
     bytes_per_row = 2 * config.n_layer * config.n_embd * 4 * (longest + max_new_tokens)
     n = max(1, CACHE_BYTES // bytes_per_row)
     responses = []
     for i in range(0, len(prompts), n):
-        responses += model.generate(prompts[i:i + n], max_new_tokens, temperature, eos=eos, noise=noise[i:i + n])
+        part = slice(i, i + n)
+        responses += model.generate(prompts[part], max_new_tokens, temperature, eos=eos, noise=noise[part])
     return responses
 
 
 @torch.no_grad()
 def exact_kl(policy, ref_policy, prompts, responses):
     """Σ_t KL(π(·|x, y_<t) ‖ π_ref(·|x, y_<t)) over each response, in nats: (len(prompts),)"""
-    chunk = max(1, min(512, KL_LOGITS // policy.wte.num_embeddings))  # tokens whose distributions exist at one time
+    # How many tokens' distributions exist at one time.
+    chunk = max(1, min(512, KL_LOGITS // policy.wte.num_embeddings))
     result = []
     for groups in slices_of_groups(prompts, responses):
         batch = pack(groups).to(policy.device)
+        states = policy.states(batch).split(chunk)
+        ref_states = ref_policy.states(batch).split(chunk)
         kl = []
-        for states, ref_states in zip(policy.states(batch).split(chunk), ref_policy.states(batch).split(chunk)):
-            logp = policy.log_softmax(states)
-            ref_logp = ref_policy.log_softmax(ref_states)
+        for s, ref_s in zip(states, ref_states):
+            logp = policy.log_softmax(s)
+            ref_logp = ref_policy.log_softmax(ref_s)
             kl.append((logp.exp() * (logp - ref_logp)).sum(-1))
         result.append(per_sequence(torch.cat(kl), batch))
     return torch.cat(result).cpu()
 
 
 def slices_of_groups(prompts, responses):
-    """Yields lists of groups, in order, of at most KL_ROWS responses and KL_TOKENS tokens (or one response)."""
+    """Yields lists of groups, in order, of at most KL_ROWS responses and KL_TOKENS tokens.
+
+    A response of more tokens than that gets a list of its own.
+    """
     groups = []
     n_tokens = 0
     for prompt, response in zip(prompts, responses):
@@ -114,15 +125,15 @@ def slices_of_groups(prompts, responses):
 
 
 def encode_cut(prompts, model, tokenizer):
-    """Prompts as lists of ids. A prompt loses its beginning if it would take more than half of the context."""
+    """Encodes prompts as lists of ids, and cuts off the beginning of those over half of the context."""
     most = model.config.block_size // 2
     return [ids[-most:].tolist() for ids in encode_prompts(tokenizer, prompts)]
 
 
-# ------------------------------------------------------------------------------------------------ the table
+# -------------------------------------------------------------------------------------------------- the table
 
 def evaluate_model(name, policy, ref_policy, prompts, data, tokenizer, ref_gold=None, reward_model=None):
-    """Returns a row of the table, the responses as text, and for each column a list with a number per prompt."""
+    """Returns a row of the table, the responses as text, and {column: a list with a number per prompt}."""
     ids = encode_cut(prompts, policy, tokenizer)
     responses = respond(policy, ids, tokenizer.eot_token)
     ended = [response[-1] == tokenizer.eot_token for response in responses]
@@ -139,7 +150,7 @@ def evaluate_model(name, policy, ref_policy, prompts, data, tokenizer, ref_gold=
             for axis, value in data.axes(prompt, text).items():
                 columns.setdefault(axis, []).append(value)
             n_good, n_sentences = data.grammatical(text)
-            if n_sentences:
+            if n_sentences:  # a response without a sentence has no grammar
                 columns.setdefault("grammar", []).append(n_good / n_sentences)
         gold = [data.gold(prompt, text) for prompt, text in zip(prompts, texts)]
         columns["gold"] = gold
@@ -173,12 +184,16 @@ def mean_se(x):
 
 
 def compare(models, data, tokenizer, n, reward_model=None):
-    """models: [(name, GPT), …], the first the reference -> the table's rows, the prompts, and every model's texts and columns."""
+    """Evaluates models, [(name, GPT), …], the first of which is the reference, on n held-out prompts.
+
+    Returns the rows of the table, the prompts, and the texts and columns of each model (see evaluate_model).
+    """
     prompts = data.prompts("test")[:n]
     most = models[0][1].config.block_size // 2
     n_cut = sum(len(ids) > most for ids in encode_prompts(tokenizer, prompts))
     if n_cut:
-        print0(f"{n_cut} of {len(prompts)} prompts lost their beginning: they take more than half of the context")
+        print0(f"{n_cut} of {len(prompts)} prompts lost their beginning: "
+               "they take more than half of the context")
     ref_policy = models[0][1]
     ref_gold = None
     rows, texts, columns = [], [], []
@@ -193,17 +208,18 @@ def compare(models, data, tokenizer, n, reward_model=None):
 
 
 def mean_row(rows):
-    """The mean of some rows, runs of one method with different seeds, and its standard error over them."""
+    """The mean of rows (runs of one method with different seeds), and its standard error over them."""
     row = {"checkpoint": f"mean of {len(rows)}"}
     for key in KEYS:
         row[key], row[key + "_se"] = mean_se([r[key] for r in rows if r[key] is not None])
     return row
 
 
-def report(run, policy, init, data, ref_policy=None, reward_model=None):
-    """The end of every stage: the models before and after on held-out prompts, on the console and in OUT/eval.json.
+def report(run, policy, init, ref_policy=None, reward_model=None):
+    """Ends a stage: compares the models before and after it, on the console and in OUT/eval.json.
 
-    The model before is ref_policy, or else what `init` names. All processes must call this.
+    The model before is ref_policy, or the one that `init` names if that is None.
+    All processes must call this.
     """
     cfg = run.cfg
     if not cfg.eval_n:
@@ -217,32 +233,41 @@ def report(run, policy, init, data, ref_policy=None, reward_model=None):
     if not is_main():
         return
     models = [(init, ref_policy.to(policy.device)), (run.out, policy)]
-    rows, prompts, texts, _ = compare(models, data, run.tokenizer, cfg.eval_n, reward_model)
+    rows, prompts, texts, _ = compare(models, run.data, run.tokenizer, cfg.eval_n, reward_model)
     if not prompts:
         print("no held-out prompts: nothing to evaluate")
         return
-    with write_atomically(os.path.join(run.out, "eval.json")) as f:
-        json.dump(rows, f, indent=2)
+    save_rows(run, rows)
     print_table(rows, models, prompts, texts)
 
 
-# ------------------------------------------------------------------------------------------------ as text
+def save_rows(run, rows):
+    """Writes the rows of a closing table to OUT/eval.json, in the main process."""
+    if is_main():
+        with write_atomically(os.path.join(run.out, "eval.json")) as f:
+            json.dump(rows, f, indent=2)
+
+
+# ---------------------------------------------------------------------------------------------------- as text
 
 def print_table(rows, models, prompts, texts):
-    print(f"\n{len(prompts)} held-out prompts, mean±standard error\n\n{table(rows)}\n{samples(models, prompts, texts)}")
+    print(f"\n{len(prompts)} held-out prompts, mean±standard error\n\n"
+          f"{table(rows)}\n{samples(models, prompts, texts)}")
 
 
 def table(rows):
     """The rows as aligned text, mean±se; columns without a value are left out."""
-    keys = [key for key in rows[0] if key + "_se" in rows[0] and any(row[key] is not None for row in rows)]
+    columns = [key for key in rows[0] if key + "_se" in rows[0]]
+    keys = [key for key in columns if any(row[key] is not None for row in rows)]
     lines = [["", *keys]]
     for row in rows:
-        lines.append([row["checkpoint"], *(mean_and_error(row[key], row[key + "_se"]) for key in keys)])
+        cells = [mean_and_error(row[key], row[key + "_se"]) for key in keys]
+        lines.append([row["checkpoint"], *cells])
     return aligned(lines)
 
 
 def aligned(lines):
-    """Lists of cells as text, the first column aligned to the left, the others to the right."""
+    """Lists of cells as aligned text, the first column to the left and the others to the right."""
     width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = []
     for first, *others in lines:
@@ -268,13 +293,13 @@ def samples(models, prompts, texts, k=3):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------ the frontier
+# ----------------------------------------------------------------------------------------------- the frontier
 
 def tilt(rewards, beta):
-    """The optimum π* ∝ π_ref exp(r/β), from n samples of π_ref per prompt with weights w ∝ exp(r/β). rewards: (P, n).
+    """The optimum π* ∝ π_ref exp(r/β), as n samples of π_ref per prompt with weights w ∝ exp(r/β).
 
-    Returns E_π*[r]; KL(π*‖π_ref) = E_π*[r]/β − log Z, in nats; β log Z = β log E_ref[exp(r/β)]; and the effective
-    sample size 1/Σw²: (P,) each.
+    rewards: (P, n). Returns four numbers per prompt, (P,) each: E_π*[r]; KL(π*‖π_ref) = E_π*[r]/β − log Z, in
+    nats; β log Z = β log E_ref[exp(r/β)]; and the effective sample size 1/Σw².
     """
     w = (rewards / beta).softmax(1)
     reward = (w * rewards).sum(1)
@@ -284,32 +309,35 @@ def tilt(rewards, beta):
 
 
 def best_of(rewards, k):
-    """E[the largest of k samples] over all choices of k among n: (P, n) -> (P,), unbiased (arXiv:2112.09332 App. I).
+    """E[the largest of k samples], unbiased: the mean over all choices of k among n rewards, (P, n) -> (P,).
 
-    Its KL is log k − (k−1)/k where no two rewards tie (arXiv:2009.01325 G.3).
+    See arXiv:2112.09332 App. I. Its KL is log k − (k−1)/k where no two rewards tie (arXiv:2009.01325 G.3).
     """
     n = rewards.size(1)
-    smaller = torch.arange(n, dtype=rewards.dtype)  # how many of the others lie below, for sorted rewards
-    # log (smaller choose k−1): in how many choices a sample is the largest
+    smaller = torch.arange(n, dtype=rewards.dtype)  # of sorted rewards: how many of the others lie below each
+    # A sample is the largest in (smaller choose k−1) of the choices; this is its logarithm.
     log_choose = torch.lgamma(smaller + 1) - torch.lgamma((smaller - k + 2).clamp(min=1)) - math.lgamma(k)
     weight = torch.where(smaller >= k - 1, log_choose, -torch.inf).softmax(0)
     return rewards.sort(1).values @ weight
 
 
 def frontier(rewards, key):
-    """Rows of the optimum from small KL to large, rows of best-of-n, and the dual, from samples of π_ref: (P, n) rewards.
+    """The rows of the optimum, the rows of best-of-n, and the dual. rewards: (P, n), of samples of π_ref.
 
-    The dual, {β: β log Z (P,)}, bounds every policy at every β: E[r] ≤ β log Z + β KL(π‖π_ref).
+    The optimum's rows go from small KL to large. The dual, {β: β log Z (P,)}, bounds every policy at every β:
+    E[r] ≤ β log Z + β KL(π‖π_ref).
     """
     optimum = []
     dual = {}
-    for beta in torch.logspace(2, -2, 61, dtype=torch.float64).mul(rewards.std().item()).tolist():
+    betas = rewards.std().item() * torch.logspace(2, -2, 61, dtype=torch.float64)
+    for beta in betas.tolist():
         reward, kl, beta_log_z, ess = tilt(rewards, beta)
-        ess = 1 / (1 / ess).mean().item()  # the mean that belongs to the error
+        ess = 1 / (1 / ess).mean().item()  # the harmonic mean, because the error of log Z goes with 1/ess
         if ess < MIN_ESS:
             break
         dual[beta] = beta_log_z
-        optimum.append(frontier_row(f"optimum, beta {beta:.3g}", key, reward, *mean_se(kl.tolist()), beta, ess))
+        mean_kl, kl_se = mean_se(kl.tolist())
+        optimum.append(frontier_row(f"optimum, beta {beta:.3g}", key, reward, mean_kl, kl_se, beta, ess))
     best = []
     for i in range(int(math.log2(rewards.size(1))) + 1):
         k = 2**i
@@ -327,9 +355,10 @@ def frontier_row(name, key, reward, kl, kl_se=None, beta=None, ess=None):
 
 
 def gap(dual, reward, kl):
-    """How much more reward π* has at this policy's KL: mean and standard error. reward, kl: a number per prompt.
+    """How much more reward π* has at this policy's KL: the mean and its standard error.
 
-    min over β of β log Z + β KL(π‖π_ref) − E[r] = β KL(π‖π*): 0 for the optimum, and negative for no policy.
+    reward, kl: lists with a number per prompt. The gap is the smallest, over β, of
+    β log Z + β KL(π‖π_ref) − E[r] = β KL(π‖π*): 0 for the optimum, and negative for no policy.
     """
     reward = torch.tensor(reward)
     kl = torch.tensor(kl)
@@ -338,7 +367,7 @@ def gap(dual, reward, kl):
 
 
 def reference_rewards(ref_policy, prompts, data, tokenizer, n, reward_model):
-    """The rewards of n responses of the reference to each prompt, (P, n): gold, or the reward model's score."""
+    """Samples n responses of the reference per prompt -> their rewards (P, n): gold, or else the score."""
     ids = []
     for prompt in encode_cut(prompts, ref_policy, tokenizer):
         ids += [prompt] * n
@@ -352,7 +381,7 @@ def reference_rewards(ref_policy, prompts, data, tokenizer, n, reward_model):
 
 
 def show_frontier(args, models, rows, columns, prompts, data, tokenizer, reward_model):
-    """Prints the frontier and each checkpoint's gap to it, and draws it if asked to; returns its rows."""
+    """Prints the frontier and each checkpoint's gap to it, draws it if asked to, and returns its rows."""
     key = "gold" if hasattr(data, "gold") else "score"
     if key == "score":
         print("the true reward of this data is not known: the reward model's score is used instead")
@@ -360,9 +389,10 @@ def show_frontier(args, models, rows, columns, prompts, data, tokenizer, reward_
     optimum, best, dual = frontier(rewards, key)
     for row, column in zip(rows, columns):
         row["gap"], row["gap_se"] = gap(dual, column[key], column["kl"])
-    print(f"\nthe most {key} that any policy can have at each KL, from {args.samples} samples per prompt of {models[0][0]}\n")
+    print(f"\nthe most {key} that any policy can have at each KL, "
+          f"from {args.samples} samples per prompt of {models[0][0]}\n")
     print(table(optimum[::5] + best))
-    print(f"\nhow far below it each checkpoint is, at its own KL\n")
+    print("\nhow far below it each checkpoint is, at its own KL\n")
     shown = ["checkpoint", key, key + "_se", "kl", "kl_se", "gap", "gap_se"]
     print(table([{name: row[name] for name in shown} for row in rows]))
     if args.plot:
@@ -370,22 +400,23 @@ def show_frontier(args, models, rows, columns, prompts, data, tokenizer, reward_
     return optimum + best
 
 
-# ------------------------------------------------------------------------------------------------ the command line
+# ------------------------------------------------------------------------------------------- the command line
 
 def load_models(names, data=None):
-    """Loads checkpoints for comparison -> [(name, GPT), …], their tokenizer, their configs (one per run, not weights).
+    """Loads checkpoints to compare -> [(name, GPT), …], their tokenizer, the configs of those that are runs.
 
-    Exits with one line if one of them is a reward model, if their tokenizers differ, or if they were trained on
-    different data and `data` does not say which to use.
+    Exits with one line if one of them is a reward model, if their tokenizers differ, or if they were trained
+    on different data and `data` does not say which to use.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    models, tokenizers, configs, trained_on = [], [], [], {}
+    models, tokenizers, configs = [], [], []
+    trained_on = {}  # {data: the first checkpoint trained on it}
     for name in names:
         model, tokenizer = load_model(name)
         models.append((name, model.to(device)))
         tokenizers.append(tokenizer)
         if name in PRETRAINED or os.path.exists(os.path.join(name, "config.json")):
-            continue
+            continue  # weights in the Hugging Face format have no run's config
         checkpoint = load_checkpoint(name)
         if "score_std" in checkpoint or "axes" in checkpoint:
             raise SystemExit(f"{name}: a reward model writes no text; name it as --reward_model")
@@ -396,30 +427,38 @@ def load_models(names, data=None):
         raise SystemExit(f"these models have different tokenizers: {named}")
     if len(trained_on) > 1 and not data:
         named = ", ".join(f"{name}: {its_data}" for its_data, name in trained_on.items())
-        raise SystemExit(f"these models were trained on different data ({named}): say which to compare them on with --data")
+        raise SystemExit(f"these models were trained on different data ({named}): "
+                         "say which to compare them on with --data")
     return models, tokenizers[0], configs
 
 
 def arguments(argv):
     """The command line, as at the top of this page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CKPT", help="a run's folder, a ckpt.pt, a Hugging Face folder, or gpt2 …")
+    add("checkpoints", nargs="+", metavar="CKPT",
+        help="a run's folder, a ckpt.pt, a Hugging Face folder, or gpt2 …")
     add("--n", type=int, default=500, help="prompts (default 500)")
     add("--json", metavar="FILE", help="write the rows there")
-    add("--mean", action="store_true", help="add the mean of the checkpoints after the first, with its error over them")
+    add("--mean", action="store_true",
+        help="add the mean of the checkpoints after the first, with its error over them")
     add("--frontier", action="store_true", help="the most reward at each KL, and each checkpoint's gap to it")
-    add("--samples", type=int, default=64, help="samples of the reference per prompt, for --frontier (default 64)")
-    add("--overoptimization", action="store_true", help="with --plot: score and gold along one PPO run, against √KL")
+    add("--samples", type=int, default=64,
+        help="samples of the reference per prompt, for --frontier (default 64)")
+    add("--overoptimization", action="store_true",
+        help="with --plot: score and gold along one PPO run, against √KL")
     add("--curves", action="store_true", help="draw what the runs logged, into --plot (default curves.png)")
-    add("--plot", metavar="FILE", help="draw --frontier, --overoptimization or --curves there (needs matplotlib)")
+    add("--plot", metavar="FILE",
+        help="draw --frontier, --overoptimization or --curves there (needs matplotlib)")
     add("--reward_model", metavar="RUN", help="for the column score; default: that of a PPO run named here")
     add("--data", help="default: what the checkpoints were trained on")
     add("--data_dir", help="likewise")
     args = parser.parse_args(argv)
     for name in ("n", "samples"):
-        if getattr(args, name) < 1:
-            raise SystemExit(f"--{name}={getattr(args, name)}: expected at least 1")
+        value = getattr(args, name)
+        if value < 1:
+            raise SystemExit(f"--{name}={value}: expected at least 1")
     if args.curves:
         args.plot = args.plot or "curves.png"
     if args.plot and not (args.frontier or args.overoptimization or args.curves):
@@ -462,9 +501,12 @@ def main(argv=None):
     if args.frontier:
         more += show_frontier(args, models, rows, columns, prompts, data, tokenizer, reward_model)
     if args.json:
-        keys = list(dict.fromkeys(key for row in rows + more for key in row))
+        all_rows = rows + more
+        keys = []  # every row gets the keys of all rows
+        for row in all_rows:
+            keys += [key for key in row if key not in keys]
         with write_atomically(args.json) as f:
-            json.dump([{key: row.get(key) for key in keys} for row in rows + more], f, indent=2)
+            json.dump([{key: row.get(key) for key in keys} for row in all_rows], f, indent=2)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,26 @@
 """Fine-Grained RLHF (Wu et al. 2023, arXiv:2306.01693): a reward for each segment and each kind of error.
 
-Three reward models, one per kind of error, replace the one number per response. Each judges segments that are as short
-as its errors are local. With the response y cut into L_k segments by the k-th reward model, the reward at token t is
+Three reward models, one per kind of error, replace the one number per response. Each judges segments that
+are as short as its errors are local. With the response y cut into L_k segments by the k-th reward model,
+the reward at token t is
 
     r_t = Σ_k Σ_j 1(t = T_j^k) · w_k · R_k(x, y, j)                                                 (§2)
 
-where T_j^k is the last token of the j-th segment. R_1, relevance, judges sub-sentences; R_2, factuality, judges
-sentences; both are ±1. R_3, completeness, judges the whole response: it is the normalized score of a model trained on
-comparisons. PPO is that of ppo.py, which subtracts its KL penalty from r_t. This page has the segments, the training of
-the reward models, and the reward_fn that puts their judgements on the (B, R) grid.
+where T_j^k is the last token of the j-th segment. R_1, relevance, judges sub-sentences; R_2, factuality,
+judges sentences; both are ±1. R_3, completeness, judges the whole response: it is the normalized score of a
+model trained on comparisons. PPO is that of ppo.py, which subtracts its KL penalty from r_t. This page has
+the segments, the training of the reward models, and the reward_fn that puts their judgements on the (B, R)
+grid.
 
-    python finegrained.py                            the animals world, from nothing: SFT and reward models first
-    python finegrained.py --reward=rm                the baseline: the same PPO from one reward model per response
-    python finegrained.py qa_feedback --init=gpt2    the paper's questions and feedback
+    python finegrained.py                          the animals world, from nothing
+    python finegrained.py --reward=rm              the baseline: one reward model per response
+    python finegrained.py qa_feedback --init=gpt2  the paper's questions and feedback
 
-Left out: the paper's filter of error spans shorter than five words (its code has it for relevance only), the separator
-tokens of its reward models (a causal model can be read at a segment's last token), a relevance model that does not see
-the passages (its code has that), completeness labels from matching passages (see data/qa_feedback.py).
+Left out: the paper's filter of error spans shorter than five words (its code has it for relevance only),
+the separator tokens of its reward models (a causal model can be read at a segment's last token), a
+relevance model that does not see the passages (its code has that), completeness labels from matching
+passages (see data/qa_feedback.py).
 """
-import json
 import os
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
@@ -29,12 +31,12 @@ import torch.nn.functional as F
 import evaluate
 import ppo
 import reward
-from common import batches, checkpoints, dist, files
+from common import batches, checkpoints, dist, grids
 from common.log import Metrics
-from common.optim import lr_schedule, make_optimizer, optimizer_step
+from common.optim import make_optimizer, optimizer_step
 from common.options import AtLeast, NonNegativeFloat, PositiveInt, parse
 from common.run import Run, run_dir
-from data import check_pairs, dataset, encode_groups, segments
+from data import check_pairs, encode_groups, segments
 from engine.packing import pack
 
 # The axes, and the kinds of errors that annotators mark for them. Completeness is learned from comparisons.
@@ -47,28 +49,28 @@ AXES = {
 
 @dataclass
 class Config(ppo.Config):
-    reward: Literal["finegrained", "rm", "gold"] = "finegrained"  # rm: one reward model per response, the paper's baseline
+    reward: Literal["finegrained", "rm", "gold"] = "finegrained"  # rm: one number per response, the baseline
     reward_models: str | None = None  # the folder of the three; None: out/rewards-…, trained first if missing
     share_trunk: bool = True          # three heads on one trunk; False: three models
-    value_init: Literal["reward", "sft"] = "sft"  # what the value model starts from; reward only with --reward=rm
+    value_init: Literal["reward", "sft"] = "sft"  # what the value model starts from
     kl_coef: float = 0.1              # β: the price of a nat of KL; with kl_target, its first value
     w1: float = 0.3                   # weight of relevance: ±w1 for each sub-sentence
     w2: float = 0.3                   # weight of factuality: ±w2 for each sentence
     w3: float = 0.3                   # weight of completeness: in standard deviations of its model's scores
     soft: bool = False                # 2p − 1 instead of ±1, with p the probability that the segment is good
     reward_steps: PositiveInt = 2000  # optimizer steps of the reward models
-    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # responses with spans per step; a quarter as many comparisons
+    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # responses per step; a quarter of it comparisons
     reward_lr: NonNegativeFloat = 2e-3  # peak learning rate of the reward models
 
 
 RECIPES = {
-    "qa_feedback": dict(data="qa_feedback", w1=0.3, w2=0.5, w3=0.3, kl_coef=0.3, max_new_tokens=200, steps=500,
-                        batch_size=64, max_len=1024, lr=3e-6, value_lr=1e-5, warmup=10, ckpt_every=50, eval_n=64,
-                        reward_steps=700, reward_lr=1e-5),
+    "qa_feedback": dict(data="qa_feedback", w1=0.3, w2=0.5, w3=0.3, kl_coef=0.3, max_new_tokens=200,
+                        steps=500, batch_size=64, max_len=1024, lr=3e-6, value_lr=1e-5, warmup=10,
+                        ckpt_every=50, eval_n=64, reward_steps=700, reward_lr=1e-5),
 }
 
 
-# ------------------------------------------------------------------------------------------------ segments
+# ------------------------------------------------------------------------------------------------- segments
 
 class Segment(NamedTuple):
     axis: str
@@ -80,7 +82,8 @@ class Segment(NamedTuple):
 def cut_response(tokenizer, response):
     """The segments of a response (token ids) for every axis: a list of Segment.
 
-    A segment ends in the token that completes its last character. The whole response ends in its EOS, if it has one.
+    A segment ends in the token that completes its last character. The whole response ends in its EOS, if it
+    has one.
     """
     words = response[:-1] if response[-1] == tokenizer.eot_token else response
     text, ends = segments.decode_with_ends(tokenizer, words)
@@ -96,8 +99,9 @@ def cut_response(tokenizer, response):
 def segment_label(segment, spans):
     """1 for a good segment, 0 if a span of its axis overlaps it, None if the segment teaches nothing.
 
-    Nobody asked whether a segment that is beside the point is true: where only spans of other axes overlap, factuality
-    is unknown (as in the code of arXiv:2306.01693). spans: [(start, end, category), …] in characters.
+    Nobody asked whether a segment that is beside the point is true: where only spans of other axes overlap,
+    factuality is unknown (as in the code of arXiv:2306.01693). spans: [(start, end, category), …] in
+    characters.
     """
     overlapping = [category for start, end, category in spans if start < segment.end and segment.start < end]
     if any(category in AXES[segment.axis] for category in overlapping):
@@ -107,7 +111,7 @@ def segment_label(segment, spans):
     return 1
 
 
-# ------------------------------------------------------------------------------------------------ feedback
+# ------------------------------------------------------------------------------------------------- feedback
 
 class Mark(NamedTuple):
     """What an annotator said about one place of a response."""
@@ -139,7 +143,9 @@ def load_feedback(data, split, axes, tokenizer, max_len, most=None):
 
 
 def span_marks(tokenizer, group, spans, axes):
-    """The marks of a group with one response: a label for each segment of the axes relevance and factuality."""
+    """The marks of a group with one response: a label for each segment of the axes relevance and
+    factuality.
+    """
     _, (response,) = group
     marks = []
     for segment in cut_response(tokenizer, response.tolist()):
@@ -162,7 +168,9 @@ def rank_marks(group, ranks):
 
 
 def check_feedback(feedback, axes, run):
-    """Prints for which axis all labels are alike: its head can learn nothing more. Exits if no comparison can be learned."""
+    """Prints for which axis all labels are alike: its head can learn nothing more. Exits if no comparison
+    can be learned.
+    """
     for axis in axes:
         if axis == "completeness":
             continue
@@ -177,7 +185,7 @@ def check_feedback(feedback, axes, run):
         check_pairs(comparisons.groups, ranks, run.cfg.max_len, run.cfg.data)
 
 
-# ------------------------------------------------------------------------------------------------ reward models
+# -------------------------------------------------------------------------------------------- reward models
 
 @dataclass
 class Marks:
@@ -193,7 +201,9 @@ class Marks:
 
 
 def pack_marks(groups, marks, axes, device):
-    """The packed batch of some groups, and their marks -> Batch, Marks. marks: for each group a list of Mark."""
+    """The packed batch of some groups, and their marks -> Batch, Marks. marks: for each group a list of
+    Mark.
+    """
     columns = {"axis": [], "place": [], "value": [], "group": []}
     first = 0  # response token of the group, in the batch
     for i, ((_, responses), group_marks) in enumerate(zip(groups, marks)):
@@ -203,12 +213,15 @@ def pack_marks(groups, marks, axes, device):
             columns["value"].append(mark.value)
             columns["group"].append(i)
         first += sum(map(len, responses))
-    tensors = {name: torch.tensor(column, dtype=torch.long, device=device) for name, column in columns.items()}
-    return pack(groups).to(device), Marks(**tensors)
+    for name, column in columns.items():
+        columns[name] = torch.tensor(column, dtype=torch.long, device=device)
+    return pack(groups).to(device), Marks(**columns)
 
 
 def judge(models, batch, marks):
-    """The score of each mark by the head of its axis: (M,) float32. models: their heads together are the axes, in order."""
+    """The score of each mark by the head of its axis: (M,) float32. models: their heads together are the
+    axes, in order.
+    """
     positions = batch.token_index[marks.place]
     heads = [model.scalars(model.states(batch, positions)) for model in models]
     return torch.cat(heads, 1).gather(1, marks.axis[:, None])[:, 0]
@@ -217,8 +230,8 @@ def judge(models, batch, marks):
 def reward_losses(scores, marks, axes):
     """The summed loss of each axis, and how often each was right: two dicts. scores: (M,), one per mark.
 
-    Relevance and factuality: the cross-entropy of σ(score) with the label, over segments. Completeness: −log σ(r_w − r_l),
-    over comparisons.
+    Relevance and factuality: the cross-entropy of σ(score) with the label, over segments. Completeness:
+    −log σ(r_w − r_l), over comparisons.
     """
     losses, right = {}, {}
     for k, axis in enumerate(axes):
@@ -252,7 +265,7 @@ def train_rewards(cfg, init, axes):
     cfg is a reward.Config.
     """
     run = Run("rewards", cfg)
-    data = dataset(cfg.data, cfg.data_dir)
+    data = run.data
     model, tokenizer = run.load_model(init)
     model.set_scalar_heads(len(axes))
     model = run.prepare(model)
@@ -265,7 +278,7 @@ def train_rewards(cfg, init, axes):
     batch_sizes = {"spans": cfg.batch_size, "comparisons": cfg.batch_size // 4}
     for kind, source in feedback.items():
         first = len(groups)
-        order = batches.shuffled_batches(len(source.groups), batch_sizes[kind], cfg.steps, cfg.seed + first)
+        order = run.shuffled_batches(source.groups, batch_sizes[kind], cfg.steps, cfg.seed + first)
         for batch, rows in zip(step_batches, order):
             batch += [first + i for i in rows]
         groups += source.groups
@@ -289,7 +302,8 @@ def train_rewards(cfg, init, axes):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch.
         for rows in run.micro_batches(step_batches[step], groups):
-            batch, batch_marks = pack_marks([groups[i] for i in rows], [marks[i] for i in rows], axes, run.device)
+            batch, batch_marks = pack_marks(
+                [groups[i] for i in rows], [marks[i] for i in rows], axes, run.device)
             scores = judge([model], batch, batch_marks)  # (M,)
             losses, right = reward_losses(scores, batch_marks, axes)
             loss = sum(losses[axis] / max(1, n[axis]) for axis in axes)
@@ -297,9 +311,10 @@ def train_rewards(cfg, init, axes):
             metrics.add(loss=loss)
             metrics.add(**{f"{axis}_accuracy": right[axis] / max(1, n[axis]) for axis in axes})
 
-        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of the gradient.
+        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of
+        # the gradient.
         dist.sync_gradients(model)
-        lr = cfg.lr * lr_schedule(step, cfg)
+        lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(model, optimizer, lr, cfg.grad_clip)
 
         # 3. Log, and save a checkpoint when one is due. The last one waits for the normalizer, below.
@@ -316,10 +331,8 @@ def train_rewards(cfg, init, axes):
     # The accuracy on held-out feedback.
     held_out = load_feedback(data, "validation", axes, tokenizer, cfg.max_len, cfg.eval_n)
     rows = accuracy_rows(model, axes, held_out, cfg)
-    if dist.is_main():
-        with files.write_atomically(os.path.join(run.out, "eval.json")) as f:
-            json.dump(rows, f, indent=2)
-        print(f"\nheld-out feedback\n\n{evaluate.table(rows)}\n")
+    evaluate.save_rows(run, rows)
+    run.print0(f"\nheld-out feedback\n\n{evaluate.table(rows)}\n")
 
 
 def completeness_normalizer(model, feedback, axes, cfg):
@@ -331,7 +344,9 @@ def completeness_normalizer(model, feedback, axes, cfg):
 
 
 def accuracy_rows(model, axes, feedback, cfg):
-    """A row per axis: its accuracy; the accuracy of always giving the more frequent answer; the F1 score of finding errors."""
+    """A row per axis: its accuracy; the accuracy of always giving the more frequent answer; the F1 score of
+    finding errors.
+    """
     comparisons_right = []
     labels = {axis: [] for axis in axes}   # is the segment good?
     guesses = {axis: [] for axis in axes}  # does the model think so?
@@ -379,7 +394,9 @@ class RewardModels:
 
 
 def load_rewards(cfg, init, tokenizer):
-    """Loads the reward models, after training them if they are missing -> RewardModels, frozen, on the CPU."""
+    """Loads the reward models, after training them if they are missing -> RewardModels, frozen, on the
+    CPU.
+    """
     out = cfg.reward_models or run_dir("rewards", cfg)
     parts = {out: list(AXES)}
     if not cfg.share_trunk:
@@ -401,25 +418,28 @@ def load_rewards(cfg, init, tokenizer):
 
 
 def trained_checkpoint(folder, axes, init, cfg):
-    """The checkpoint of a finished reward model for these axes, which is trained (or finished) first if need be."""
+    """The checkpoint of a finished reward model for these axes, which is trained (or finished) first if
+    need be.
+    """
     checkpoint = None
     if checkpoints.checkpoint_files(folder):
         checkpoint = checkpoints.load_checkpoint(folder)
         if checkpoint.get("axes") != axes:
-            raise SystemExit(f"{folder}: not a reward model for {', '.join(axes)} (finegrained.py trains one)")
+            raise SystemExit(f"{folder}: not a reward model for {', '.join(axes)} "
+                             "(finegrained.py trains one)")
         if checkpoint["step"] == checkpoint["config"]["steps"]:
             return checkpoint
     dist.print0(f"no reward model for {', '.join(axes)} in {folder}: training it first")
     settings = {"recipe": cfg.recipe, **reward.RECIPES.get(cfg.recipe, {})}
     settings |= {"steps": cfg.reward_steps, "batch_size": cfg.reward_batch_size, "lr": cfg.reward_lr}
-    for name in ("data", "data_dir", "device", "compile", "checkpoint_blocks", "fsdp", "max_len", "micro_tokens",
-                 "n_layer", "n_head", "n_embd"):
+    for name in ("data", "data_dir", "device", "compile", "checkpoint_blocks", "fsdp", "max_len",
+                 "micro_tokens", "n_layer", "n_head", "n_embd"):
         settings[name] = getattr(cfg, name)
     train_rewards(reward.Config(**settings, out=folder, resume=checkpoint is not None), init, axes)
     return checkpoints.load_checkpoint(folder)
 
 
-# ------------------------------------------------------------------------------------------------ the reward
+# ----------------------------------------------------------------------------------------------- the reward
 
 def finegrained_reward(rewards, tokenizer, cfg):
     """A reward_fn for ppo.train: r_t of §2. rewards: RewardModels."""
@@ -441,13 +461,14 @@ def finegrained_reward(rewards, tokenizer, cfg):
             marks.append([Mark(s.axis, s.token, 0) for s in segments_of_response if weights[s.axis]])
         feedback = Feedback([(prompt, [response]) for prompt, response in zip(prompts, responses)], marks)
 
-        r = torch.zeros(ppo.length_mask(responses).shape)  # (B, R)
+        r = torch.zeros(grids.length_mask(responses).shape)  # (B, R)
         for rows, _, scores in judgements(rewards.models, feedback, rewards.axes, cfg.micro_tokens):
             # Judge: a score for each segment of these rows.
             scores = iter(scores.cpu())
             for i in rows:
                 for mark in marks[i]:
-                    # Weigh, and place on the segment's last token; where segments end together, their rewards add up.
+                    # Weigh, and place on the segment's last token; where segments end together, their
+                    # rewards add up.
                     r[i, mark.token] += weights[mark.axis] * reward_of(mark.axis, next(scores))
         return r
 
@@ -455,13 +476,15 @@ def finegrained_reward(rewards, tokenizer, cfg):
 
 
 def train(cfg):
-    """Runs the stage, after training the SFT and reward models if they are missing. Returns the trained policy."""
+    """Runs the stage, after training the SFT and reward models if they are missing. Returns the trained
+    policy.
+    """
     if cfg.reward != "finegrained":  # the baselines: PPO as it is
         stage = "holistic" if cfg.reward == "rm" else cfg.reward
         return ppo.train(replace(cfg, out=cfg.out or run_dir(stage, cfg)))
 
     run = Run("finegrained", cfg)
-    data = dataset(cfg.data, cfg.data_dir)
+    data = run.data
     if not hasattr(data, "spans"):
         raise SystemExit(f"--data={cfg.data}: holds no span feedback")
     ppo.check_settings(cfg, data, has_reward_fn=True)

@@ -1,8 +1,9 @@
-"""GPT-2 (Radford et al. 2019), exactly: learned positions, LayerNorm before each part, tanh-GELU, biases, a tied head.
+"""GPT-2 (Radford et al. 2019), exactly: learned positions, LayerNorm before each part, tanh-GELU, biases, a
+tied head.
 
-The textbook forms stand on this page: the transformer, log-softmax and gather (`naive_logprobs`), sampling by running
-the whole text again for each token (`naive_generate`). Training and rollouts call the fast forms, which give the same
-numbers and live in engine/:
+The textbook forms stand on this page: the transformer, log-softmax and gather (`naive_logprobs`), sampling
+by running the whole text again for each token (`naive_generate`). Training and rollouts call the fast
+forms, which give the same numbers and live in engine/:
 
     model.logprobs(batch)                    log π(y_t | x, y_<t) of every response token of a packed batch
     model.states(batch)                      the hidden states that those log-probs are read from
@@ -35,7 +36,7 @@ class GPTConfig:
     n_scalars: int = 0      # scalar heads: none for a language model, one for a reward or a value model
 
 
-# ------------------------------------------------------------------------------------------------ the transformer
+# ------------------------------------------------------------------------------------------ the transformer
 
 class SelfAttention(nn.Module):
     def __init__(self, config):
@@ -48,7 +49,9 @@ class SelfAttention(nn.Module):
         return self.c_proj(self.heads(x, attend))
 
     def heads(self, x, attend):
-        """The heads' outputs side by side, (B, T, C) -> (B, T, C). attend(q, k, v) = softmax(q kᵀ/√d) v, masked."""
+        """The heads' outputs side by side, (B, T, C) -> (B, T, C). attend(q, k, v) = softmax(q kᵀ/√d) v,
+        masked.
+        """
         B, T, C = x.shape
         D = C // self.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)
@@ -105,11 +108,13 @@ class GPT(nn.Module):
         # How `states` runs over packed batches; `prepare` changes it.
         self.compiled = False
         self.checkpoint_blocks = False
-        self.mask_kind = None  # "flex" or "dense" (engine/attention.py); None: whichever is faster for a batch
+        self.mask_kind = None  # "flex" or "dense" (engine/attention.py); None: whichever is faster
         self.packed_forward = packed_forward
 
     def init_weights(self):
-        """Biases 0, matrices N(0, 0.02), and less for the 2·n_layer projections that add up in the residual stream."""
+        """Biases 0, matrices N(0, 0.02), and less for the 2·n_layer projections that add up in the residual
+        stream.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -119,7 +124,9 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def set_scalar_heads(self, n):
-        """Replaces the scalar heads by n fresh ones: weights N(0, 1/(C + 1)) as in arXiv:2009.01325 B.1, biases 0."""
+        """Replaces the scalar heads by n fresh ones: weights N(0, 1/(C + 1)) as in arXiv:2009.01325 B.1,
+        biases 0.
+        """
         self.config = replace(self.config, n_scalars=n)
         self.scalar_head = None
         if n:
@@ -141,10 +148,12 @@ class GPT(nn.Module):
         logits = x @ self.wte.weight.to(x.dtype).t()
         return logits[..., :self.config.vocab_size].float()
 
-    # -------------------------------------------------------------------------------------------- textbook forms
+    # --------------------------------------------------------------------------------------- textbook forms
 
     def naive_logprobs(self, tokens):
-        """log π(tokens[t+1] | tokens[:t+1]) of each token but the first: (B, T) -> (B, T-1). What `logprobs` equals."""
+        """log π(tokens[t+1] | tokens[:t+1]) of each token but the first: (B, T) -> (B, T-1). What
+        `logprobs` equals.
+        """
         logprobs = self(tokens[:, :-1]).log_softmax(-1)
         return logprobs.gather(2, tokens[:, 1:, None])[..., 0]
 
@@ -158,7 +167,8 @@ class GPT(nn.Module):
         for u in noise:
             logits = self(torch.tensor([tokens], device=self.device))[0, -1]
             if top_k is not None:
-                logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+                smallest = logits.topk(min(top_k, len(logits))).values[-1]
+                logits[logits < smallest] = -torch.inf
             if temperature == 0:
                 token = logits.argmax()
             else:
@@ -169,7 +179,7 @@ class GPT(nn.Module):
                 break
         return tokens[len(prompt):]
 
-    # -------------------------------------------------------------------------------------------- packed batches
+    # --------------------------------------------------------------------------------------- packed batches
 
     @property
     def device(self):
@@ -180,7 +190,9 @@ class GPT(nn.Module):
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
 
     def prepare(self, compile, checkpoint_blocks):
-        """How `states` runs: compiled (once), and with blocks recomputed in the backward pass to save memory."""
+        """How `states` runs: compiled (once), and with blocks recomputed in the backward pass to save
+        memory.
+        """
         self.checkpoint_blocks = checkpoint_blocks
         if compile and not self.compiled:
             self.compiled = True
@@ -188,7 +200,9 @@ class GPT(nn.Module):
             self.packed_forward = compiled(packed_forward)
 
     def states(self, batch, positions=None):
-        """(N, C): the hidden state s_t = (x, y_<t) that predicts each response token; or those at `positions`."""
+        """(N, C): the hidden state s_t = (x, y_<t) that predicts each response token; or those at
+        `positions`.
+        """
         if positions is None:
             positions = batch.state_index
         mask = packed_mask(batch, self.mask_kind)
@@ -206,7 +220,9 @@ class GPT(nn.Module):
             return log_softmax(self, states, temperature)
 
     def logprobs(self, batch, temperature=1.0):
-        """log π(y_t | x, y_<t) at temperature τ of the N response tokens of a packed batch: (N,) float32, in nats."""
+        """log π(y_t | x, y_<t) at temperature τ of the N response tokens of a packed batch: (N,) float32,
+        in nats.
+        """
         return self.token_logprobs(self.states(batch), batch.target, temperature)
 
     def scalars(self, states):
@@ -227,31 +243,34 @@ class GPT(nn.Module):
                  return_logprobs=False):
         """Samples one response per prompt. prompts: B lists of token ids -> B lists of new ids, EOS included.
 
-        Temperature 0 is greedy. A response depends on its prompt and on its row of `noise`, (B, max_new_tokens)
-        uniform on [0, 1), drawn here if it is not given. With return_logprobs, returns a second list: the log-prob of
-        each new token under the distribution that it was drawn from.
-        Raises ValueError if a prompt is empty or leaves no room for max_new_tokens in the model's context.
+        Temperature 0 is greedy. A response depends on its prompt and on its row of `noise`, (B,
+        max_new_tokens) uniform on [0, 1), drawn here if it is not given. With return_logprobs, returns a
+        second list: the log-prob of each new token under the distribution that it was drawn from. Raises
+        ValueError if a prompt is empty or leaves no room for max_new_tokens in the model's context.
         """
         return generate(self, prompts, max_new_tokens, temperature, top_k, eos, noise, return_logprobs)
 
-    # -------------------------------------------------------------------------------------------- weights in and out
+    # ----------------------------------------------------------------------------------- weights in and out
 
     @classmethod
     def from_pretrained(cls, name_or_dir):
-        """GPT-2's published weights by name ("gpt2" … "gpt2-xl", fetched once), or a folder in the Hugging Face format.
+        """GPT-2's published weights by name ("gpt2" … "gpt2-xl", fetched once), or a folder in the Hugging
+        Face format.
 
         Exits with a one-line message if a file is missing, cannot be fetched, or is not a GPT-2.
         """
         fields, weights = read_pretrained(name_or_dir)
         config = GPTConfig(**fields)
-        with torch.device("meta"):  # shapes only: a config.json that does not match its weights allocates nothing
+        with torch.device("meta"):  # shapes only, so a wrong config.json allocates nothing
             shapes = {name: weight.shape for name, weight in cls(config).state_dict().items()}
         weights = fit_weights(weights, shapes, config.vocab_size, name_or_dir)
         model = cls(config)
         for name, parameter in model.state_dict().items():
-            parameter[:len(weights[name])].copy_(weights[name])  # the padding of the vocabulary stays as it is
+            parameter[:len(weights[name])].copy_(weights[name])  # the vocabulary's padding stays as it is
         return model
 
     def save_pretrained(self, dir):
-        """Writes a folder in the Hugging Face format. Scalar heads are not part of that format and are left out."""
+        """Writes a folder in the Hugging Face format. Scalar heads are not part of that format and are left
+        out.
+        """
         write_pretrained(dir, self.config, self.state_dict())

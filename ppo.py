@@ -1,34 +1,38 @@
-"""Proximal Policy Optimization from a reward: the third stage of InstructGPT (Ouyang et al. 2022, arXiv:2203.02155 §3.5).
+"""Proximal Policy Optimization from a reward: the third stage of InstructGPT (Ouyang et al. 2022,
+arXiv:2203.02155 §3.5).
 
 It maximizes, with π_ref the SFT model,
 
-    E[ r(x, y) − β log π_θ(y|x)/π_ref(y|x) ] + γ E_demonstrations[ log π_θ(y|x) ]                   (eq. 2)
+    E[ r(x, y) − β log π_θ(y|x)/π_ref(y|x) ] + γ E_demonstrations[ log π_θ(y|x) ]                (eq. 2)
 
-whose optimum, at γ = 0, is π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). An iteration has seven steps, numbered in `train`:
+whose optimum, at γ = 0, is π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). An iteration has seven steps. Below, each has
+a section, and in `train` its number:
 
     1. rollout         sample one response per prompt from the policy, and get its reward
     2. score           log π, log π_ref, V and the exact KL at every token
-    3. dense_reward    the reward minus each token's share of the KL penalty    (Ziegler et al. 2019, arXiv:1909.08593 eq. 2)
-    4. compute_gae     advantages and returns                                   (Schulman et al. 2015, arXiv:1506.02438 eq. 16)
-    5. update          epochs over shuffled minibatches with the clipped ratio  (Schulman et al. 2017, arXiv:1707.06347 eq. 7)
-    6. AdaptiveKL      moves β towards a target KL, if one is set
-    7.                 log and save
+    3. dense_reward    the reward minus each token's KL penalty: Ziegler et al. 2019, arXiv:1909.08593 eq. 2
+    4. compute_gae     advantages and returns: Schulman et al. 2015, arXiv:1506.02438 eq. 16
+    5. update          epochs of clipped minibatch updates: Schulman et al. 2017, arXiv:1707.06347 eq. 7
+    6. AdaptiveKL      moves β towards a target KL, if one is set: arXiv:1909.08593 §2.2
+    7. statistics      log, and save a checkpoint
 
-Every quantity lives on a (B, R) grid of response tokens: column t is about the action y_t, taken in the state (x, y_<t).
-`mask` is True where there is a token; the EOS is an action and is in the mask. grid[mask] is the flat array (N,) of a
-packed batch, in the same order.
+Every quantity lives on a (B, R) grid of response tokens: column t is about the action y_t, taken in the
+state (x, y_<t). `mask` is True where there is a token; the EOS is an action and is in the mask. grid[mask]
+is the flat array (N,) of a packed batch, in the same order.
 
-    python ppo.py                                            the animals world, from nothing: SFT and reward model first
-    python ppo.py --reward=gold                              against the true reward: a programmatic verifier
-    python ppo.py hh --init=out/sft-hh                       Anthropic's HH-RLHF, GPT-2
-    python ppo.py tldr                                       summaries of Reddit posts; likewise imdb
+    python ppo.py                       the animals world, from nothing: SFT and reward model first
+    python ppo.py --reward=gold         against the true reward: a programmatic verifier
+    python ppo.py hh --init=out/sft-hh  Anthropic's HH-RLHF, GPT-2
+    python ppo.py tldr                  summaries of Reddit posts; likewise imdb
 
-Or call train(cfg, reward_fn) with your own reward: reward_fn(prompts, responses), two lists of lists of token ids,
-returns the reward of each response token, (B, R) numbers with R the length of the longest response, and 0 after a
-response's end. With several processes, each calls it for its own share of the prompts.
+Or call train(cfg, reward_fn) with your own reward: reward_fn(prompts, responses), two lists of lists of
+token ids, returns the reward of each response token, (B, R) numbers with R the length of the longest
+response, and 0 after a response's end. With several processes, each calls it for its own share of the
+prompts.
 
-Left out: several responses per prompt (GRPO, RLOO), an entropy bonus, and generation that runs beside training. The
-pretraining text of eq. 2 is replaced by demonstrations, as a mean over their tokens, so γ is not the paper's 27.8.
+Left out: several responses per prompt (GRPO, RLOO), an entropy bonus, and generation that runs beside
+training. The pretraining text of eq. 2 is replaced by demonstrations, as a mean over their tokens, so γ is
+not the paper's 27.8.
 """
 import copy
 import time
@@ -38,30 +42,28 @@ from typing import Literal
 import torch
 
 import evaluate
-from common import batches, checkpoints, dist, scoring, sharding
-from common.grids import check_reward, gather_grid, length_mask, on_last_token, to_grid
+from common import dist, grids, scoring
 from common.log import Metrics, SampleFile
-from common.optim import lr_schedule, make_optimizer, optimizer_step
+from common.optim import make_optimizer, optimizer_step
 from common.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig, parse
 from common.run import Run
-from data import dataset, encode_groups, encode_prompts
+from data import encode_groups, encode_prompts
 from engine.logprobs import CHUNK
-from engine.packing import group_length, pack
-from model import GPT
+from engine.packing import pack
 
 
 @dataclass
 class Config(RunConfig):
-    reward: Literal["rm", "gold"] = "rm"  # rm: a reward model; gold: the true reward of the data, if it is known
-    reward_model: str | None = None     # a run's folder of reward.py; None: out/reward-…, trained first if missing
+    reward: Literal["rm", "gold"] = "rm"  # rm: a reward model; gold: the data's true reward, if known
+    reward_model: str | None = None     # a run of reward.py; None: out/reward-…, trained first if missing
     normalize_reward: bool = False      # divide scores by their standard deviation on demonstrations
     reward_clip: float | None = None    # the largest absolute reward of a token, before the KL penalty
-    missing_eos_penalty: float = 1.0    # subtracted at the last token of a response that did not end by itself
+    missing_eos_penalty: float = 1.0    # off the last token's reward if a response did not end by itself
     value_init: Literal["reward", "sft"] = "reward"  # what the value model starts from
     share_value: bool = False           # a value head on the policy instead of a value model
     kl_coef: float = 0.05               # β: the price of a nat of KL; with kl_target, its first value
-    kl_target: PositiveFloat | None = None  # nats per response that the adaptive controller aims for; None: β is fixed
-    kl_horizon: PositiveFloat = 10000.0  # episodes over which the adaptive controller corrects (arXiv:1909.08593 §2.2)
+    kl_target: PositiveFloat | None = None  # nats per response that β is adapted to reach; None: β is fixed
+    kl_horizon: PositiveFloat = 10000.0  # episodes over which β is adapted (arXiv:1909.08593 §2.2)
     target_kl: float | None = None      # stop an iteration's epochs when a minibatch's approx_kl exceeds this
     temperature: PositiveFloat = 1.0    # τ, of sampling and of all log-probs
     max_new_tokens: PositiveInt = 40    # the longest response
@@ -86,15 +88,17 @@ class Config(RunConfig):
 
 
 RECIPES = {
-    "hh": dict(data="hh", normalize_reward=True, kl_coef=0.05, max_new_tokens=128, steps=500, max_len=512, lr=3e-6,
-               value_lr=1e-5, warmup=10, ckpt_every=50, eval_n=64),
-    # arXiv:2009.01325 B.1, its 1.3B model: a million episodes in batches of 512, β 0.05, lr 1.5e-5, up to 48 tokens
-    "tldr": dict(data="tldr", kl_coef=0.05, max_new_tokens=48, steps=1950, batch_size=512, max_len=640, lr=1.5e-5,
-                 value_lr=1.5e-5, ckpt_every=100, eval_n=64),
-    # arXiv:2305.18290 §6.1, C.1: batches of 1024, normalized scores, a target KL of 3, 6, 9 or 12; kl_coef as in TRL
+    "hh": dict(data="hh", normalize_reward=True, kl_coef=0.05, max_new_tokens=128, steps=500, max_len=512,
+               lr=3e-6, value_lr=1e-5, warmup=10, ckpt_every=50, eval_n=64),
+    # arXiv:2009.01325 B.1, its 1.3B model: a million episodes in batches of 512, β 0.05, lr 1.5e-5, up to
+    # 48 tokens
+    "tldr": dict(data="tldr", kl_coef=0.05, max_new_tokens=48, steps=1950, batch_size=512, max_len=640,
+                 lr=1.5e-5, value_lr=1.5e-5, ckpt_every=100, eval_n=64),
+    # arXiv:2305.18290 §6.1, C.1: batches of 1024, normalized scores, a target KL of 3, 6, 9 or 12; kl_coef
+    # as in TRL
     "imdb": dict(data="imdb", normalize_reward=True, missing_eos_penalty=0.0, kl_coef=0.2, kl_target=6.0,
-                 max_new_tokens=128, steps=100, batch_size=1024, max_len=136, lr=1e-5, value_lr=1e-5, warmup=5,
-                 ckpt_every=20, eval_n=64),
+                 max_new_tokens=128, steps=100, batch_size=1024, max_len=136, lr=1e-5, value_lr=1e-5,
+                 warmup=5, ckpt_every=20, eval_n=64),
 }
 
 CONSOLE = ["score", "gold", "kl", "kl_coef", "entropy", "clip_frac", "approx_kl", "policy_loss", "value_loss",
@@ -104,34 +108,41 @@ RUNAWAY_KL = 1.0  # nats per token: from here on the policy has nothing to do wi
 
 @dataclass
 class Models:
-    policy: GPT
-    ref_policy: GPT           # π_ref, frozen
-    value_model: GPT          # V; with --share_value the policy itself, which then has a scalar head
-    reward_model: GPT | None  # frozen; None with another reward
+    policy: torch.nn.Module               # π
+    ref_policy: torch.nn.Module           # π_ref, frozen
+    value_model: torch.nn.Module          # V; with --share_value the policy itself
+    reward_model: torch.nn.Module | None  # r, frozen; None with another reward
 
 
 @dataclass
 class Episodes:
-    """One iteration's rollout: B prompts, a response to each, and (B, R) grids that the steps fill in one by one."""
-    prompts: list                               # of token ids
-    responses: list                             # of token ids, the EOS included
-    ended: torch.Tensor                         # (B,): did the response end by itself?
-    mask: torch.Tensor                          # where there is a response token
-    rewards: torch.Tensor                       # 1. what reward_fn returned
-    sampler_logprobs: torch.Tensor | None       # 1. log π of the copy that sampled, if it is one of lower precision
-    logprobs: torch.Tensor | None = None        # 2. log π(y_t|s_t) before the update
-    ref_logprobs: torch.Tensor | None = None    # 2. log π_ref(y_t|s_t)
-    values: torch.Tensor | None = None          # 2. V(s_t) before the update
-    kl: torch.Tensor | None = None              # 2. KL(π(·|s_t) ‖ π_ref(·|s_t)), exact over the vocabulary
-    entropy: torch.Tensor | None = None         # 2. of π(·|s_t)
-    dense_rewards: torch.Tensor | None = None   # 3. rewards less the KL penalty
-    advantages: torch.Tensor | None = None      # 4. Â_t
-    returns: torch.Tensor | None = None         # 4. Â_t + V(s_t)
+    """One iteration's rollout: B prompts, a response to each, and (B, R) grids that the steps fill in one
+    by one.
+    """
+    prompts: list                              # of token ids
+    responses: list                            # of token ids, the EOS included
+    ended: torch.Tensor                        # (B,): did the response end by itself?
+    mask: torch.Tensor                         # where there is a response token
+    rewards: torch.Tensor                      # 1. what reward_fn returned
+    sampler_logprobs: torch.Tensor | None      # 1. log π of the bfloat16 copy that sampled, on CUDA
+    logprobs: torch.Tensor | None = None       # 2. log π(y_t|s_t) before the update
+    ref_logprobs: torch.Tensor | None = None   # 2. log π_ref(y_t|s_t)
+    values: torch.Tensor | None = None         # 2. V(s_t) before the update
+    kl: torch.Tensor | None = None             # 2. KL(π(·|s_t) ‖ π_ref(·|s_t)), exact over the vocabulary
+    entropy: torch.Tensor | None = None        # 2. of π(·|s_t)
+    dense_rewards: torch.Tensor | None = None  # 3. rewards minus the KL penalty
+    advantages: torch.Tensor | None = None     # 4. Â_t
+    returns: torch.Tensor | None = None        # 4. Â_t + V(s_t)
 
     @property
     def groups(self):
         """[(prompt_ids, [response_ids]), …], for packing."""
         return [(prompt, [response]) for prompt, response in zip(self.prompts, self.responses)]
+
+    @property
+    def n_tokens(self):
+        """Of all prompts and responses."""
+        return sum(map(len, self.prompts)) + sum(map(len, self.responses))
 
     def select(self, rows, device):
         """Some of the episodes, their grids on `device`."""
@@ -146,38 +157,38 @@ class Episodes:
         return Episodes(**selected)
 
 
-# ------------------------------------------------------------------------------------------------ 1. rollout
+# ----------------------------------------------------------------------------------------------- 1. rollout
 
 def rollout(policy, prompts, reward_fn, tokenizer, cfg):
     """Samples a response y ~ π(·|x) to each prompt (lists of ids) and asks for its reward -> Episodes.
 
     Each process samples its share of the prompts, and gets the episodes of all.
     """
-    sampler = sharding.sampling_copy(policy)  # in bfloat16 on CUDA; on a CPU the policy itself
+    sampler = evaluate.sampling_copy(policy)  # in bfloat16 on CUDA; on a CPU the policy itself
     noise = torch.rand(len(prompts), cfg.max_new_tokens)  # the same numbers in every process
-    my_prompts = batches.process_share(prompts)
+    my_prompts = dist.process_share(prompts)
     my_responses, my_logprobs = sampler.generate(
         my_prompts, cfg.max_new_tokens, cfg.temperature, eos=tokenizer.eot_token,
-        noise=batches.process_share(noise), return_logprobs=True)
+        noise=dist.process_share(noise), return_logprobs=True)
     with torch.random.fork_rng(devices=[]):  # a reward_fn that draws random numbers must not move ours
-        my_rewards = check_reward(reward_fn(my_prompts, my_responses), my_responses, tokenizer)
+        my_rewards = grids.check_reward(reward_fn(my_prompts, my_responses), my_responses, tokenizer)
 
     responses = dist.gather_shares(my_responses)
-    mask = length_mask(responses)
+    mask = grids.length_mask(responses)
     ended = torch.tensor([response[-1] == tokenizer.eot_token for response in responses])
-    rewards = gather_grid([row[:len(response)].tolist() for row, response in zip(my_rewards, my_responses)], mask)
-    sampler_logprobs = gather_grid(my_logprobs, mask) if sampler is not policy else None
+    rewards = grids.gather_grid([row[:len(y)].tolist() for row, y in zip(my_rewards, my_responses)], mask)
+    sampler_logprobs = grids.gather_grid(my_logprobs, mask) if sampler is not policy else None
     return Episodes(prompts, responses, ended, mask, rewards, sampler_logprobs)
 
 
-# ------------------------------------------------------------------------------------------------ rewards
+# -------------------------------------------------------------------------------------------------- rewards
 
 def reward_model_reward(reward_model, cfg):
     """A reward_fn: the reward model's score of a response, on its last token."""
     def reward_fn(prompts, responses):
         groups = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
         scores = scoring.score_groups(reward_model, groups, cfg.micro_tokens)
-        return on_last_token(scores, length_mask(responses))
+        return grids.on_last_token(scores, grids.length_mask(responses))
     return reward_fn
 
 
@@ -188,29 +199,29 @@ def gold_reward(data, tokenizer):
         for prompt, response in zip(prompts, responses):
             words = [token for token in response if token != tokenizer.eot_token]
             rewards.append(data.gold(tokenizer.decode(prompt), tokenizer.decode(words)))
-        return on_last_token(torch.tensor(rewards), length_mask(responses))
+        return grids.on_last_token(torch.tensor(rewards), grids.length_mask(responses))
     return reward_fn
 
 
-# ------------------------------------------------------------------------------------------------ 2. score
+# ------------------------------------------------------------------------------------------------- 2. score
 
 @torch.no_grad()
 def score(episodes, models, micro_batches, cfg):
     """Fills in log π, log π_ref, V, the exact KL and the entropy at every token.
 
-    micro_batches: lists of rows. They must be those of the first epoch: then the ratio π/π_old is exactly 1 until the
-    first optimizer step, because the same numbers are computed in the same way.
+    micro_batches: lists of rows. They must be those of the first epoch: then the ratio π/π_old is exactly 1
+    until the first optimizer step, because the same numbers are computed in the same way.
     """
     names = ["logprobs", "ref_logprobs", "values", "kl", "entropy"]
-    grids = {name: torch.zeros(episodes.mask.shape) for name in names}
+    filled = {name: torch.zeros(episodes.mask.shape) for name in names}
     groups = episodes.groups
     for rows in micro_batches:
         batch = pack([groups[i] for i in rows]).to(models.policy.device)
         scores = score_batch(models, batch, cfg.temperature)
         for name in names:
-            grids[name][rows] = to_grid(scores[name].cpu(), episodes.mask[rows])
+            filled[name][rows] = grids.to_grid(scores[name].cpu(), episodes.mask[rows])
     for name in names:  # each process has filled in its share
-        setattr(episodes, name, dist.all_reduce(grids[name].to(models.policy.device)).cpu())
+        setattr(episodes, name, dist.all_reduce(filled[name].to(models.policy.device)).cpu())
 
 
 def score_batch(models, batch, temperature):
@@ -238,17 +249,18 @@ def values_at(models, states, batch):
     return models.value_model.values(batch)
 
 
-# ------------------------------------------------------------------------------------------------ 3. reward with KL penalty
+# -------------------------------------------------------------------------------- 3. reward with KL penalty
 
 def dense_reward(rewards, logprobs, ref_logprobs, ended, mask, kl_coef, clip=None, missing_eos_penalty=0.0):
     """The reward that PPO sees: r_t − β log π/π_ref (y_t|s_t), arXiv:1909.08593 eq. 2. All (B, R).
 
-    rewards are clipped to ±clip. A response that has not `ended` (B,) pays missing_eos_penalty at its last token.
+    rewards are clipped to ±clip. A response that has not `ended` (B,) pays missing_eos_penalty at its last
+    token.
     """
     if clip is not None:
         rewards = rewards.clamp(-clip, clip)
     penalty = missing_eos_penalty * (~ended).float()
-    rewards = rewards - on_last_token(penalty, mask)
+    rewards = rewards - grids.on_last_token(penalty, mask)
     return (rewards - kl_coef * (logprobs - ref_logprobs)) * mask
 
 
@@ -264,7 +276,7 @@ def k1_k3(logprobs, ref_logprobs, mask):
     return k1.sum(1).mean(), k3.sum(1).mean()
 
 
-# ------------------------------------------------------------------------------------------------ 4. advantages
+# -------------------------------------------------------------------------------------------- 4. advantages
 
 def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum()
@@ -275,7 +287,9 @@ def masked_var(x, mask):
 
 
 def whiten(x, mask, shift_mean=True):
-    """Scales to unit variance over the mask, and to mean 0 unless shift_mean is False. (B, R) -> (B, R), 0 off the mask."""
+    """Scales to unit variance over the mask, and to mean 0 unless shift_mean is False. (B, R) -> (B, R), 0
+    off the mask.
+    """
     mean = masked_mean(x, mask)
     white = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
     if not shift_mean:
@@ -286,8 +300,8 @@ def whiten(x, mask, shift_mean=True):
 def compute_gae(rewards, values, mask, gamma, lam):
     """Generalized advantage estimation, arXiv:1506.02438 eq. 16: Â_t = Σ_l (γλ)^l δ_{t+l}. All (B, R).
 
-    Each row of the mask is True, then False; what follows a response's last token is worth 0.
-    Returns advantages and returns = advantages + values (its footnote 2), 0 off the mask. At λ = 1 the returns are
+    Each row of the mask is True, then False; what follows a response's last token is worth 0. Returns
+    advantages and returns = advantages + values (its footnote 2), 0 off the mask. At λ = 1 the returns are
     the Monte Carlo returns of eq. 28.
     """
     values = values * mask
@@ -306,10 +320,12 @@ def compute_gae(rewards, values, mask, gamma, lam):
 # ------------------------------------------------------------------------------------------------ 5. update
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
-    """The clipped surrogate, arXiv:1707.06347 eq. 7: −E min(ρ Â, clip(ρ, 1−ε, 1+ε) Â), with ρ = π/π_old. All (B, R).
+    """The clipped surrogate, arXiv:1707.06347 eq. 7: −E min(ρ Â, clip(ρ, 1−ε, 1+ε) Â), with ρ = π/π_old.
+    All (B, R).
 
-    Returns three scalars, means over the mask: the loss; the share of tokens where the clip binds, that is where ρ has
-    moved beyond it in the direction that Â asks for; and approx_kl, the k3 estimate of KL(π_old‖π) per token.
+    Returns three scalars, means over the mask: the loss; the share of tokens where the clip binds, that is
+    where ρ has moved beyond it in the direction that Â asks for; and approx_kl, the k3 estimate of
+    KL(π_old‖π) per token.
     """
     logratio = (logprobs - old_logprobs) * mask
     ratio = logratio.exp()
@@ -332,7 +348,9 @@ def value_loss(values, old_values, returns, mask, clip):
 
 
 def ptx_loss(policy, demonstrations, n_tokens, temperature):
-    """The second term of arXiv:2203.02155 eq. 2 for some demonstrations: −Σ_t log π(y_t | x, y_<t) / n_tokens."""
+    """The second term of arXiv:2203.02155 eq. 2 for some demonstrations: −Σ_t log π(y_t | x, y_<t) /
+    n_tokens.
+    """
     batch = pack(demonstrations).to(policy.device)
     return -policy.logprobs(batch, temperature).sum() / n_tokens
 
@@ -349,9 +367,9 @@ def shuffled_epochs(cfg):
 def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
     """Step 5: an optimizer step for each minibatch of each epoch.
 
-    optimizers, lrs: dicts with "policy" and, unless the value head is the policy's, "value". ptx_batches: an iterator
-    over lists of demonstrations, one list per optimizer step; None: no demonstrations.
-    Returns the means of losses and statistics over the optimizer steps, and how many there were.
+    optimizers, lrs: dicts with "policy" and, unless the value head is the policy's, "value". ptx_batches:
+    an iterator over lists of demonstrations, one list per optimizer step; None: no demonstrations. Returns
+    the means of losses and statistics over the optimizer steps, and how many there were.
     """
     cfg = run.cfg
     groups = episodes.groups
@@ -369,14 +387,17 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
 
                 # log π(y_t|s_t) and V(s_t) under the current weights, back on the grid
                 states = models.policy.states(batch)
-                logprobs = to_grid(models.policy.token_logprobs(states, batch.target, cfg.temperature), old.mask)
-                values = to_grid(values_at(models, states, batch), old.mask)
+                logprobs = models.policy.token_logprobs(states, batch.target, cfg.temperature)
+                logprobs = grids.to_grid(logprobs, old.mask)
+                values = grids.to_grid(values_at(models, states, batch), old.mask)
 
                 # eq. 7 and 9: the clipped surrogate and the value loss
-                pg_loss, clip_frac, approx_kl = policy_loss(logprobs, old.logprobs, old.advantages, old.mask, cfg.clip)
+                pg_loss, clip_frac, approx_kl = policy_loss(
+                    logprobs, old.logprobs, old.advantages, old.mask, cfg.clip)
                 vf_loss = value_loss(values, old.values, old.returns, old.mask, cfg.value_clip)
 
-                # Losses are means over the tokens of these rows: weigh them to get the mean over the minibatch.
+                # Losses are means over the tokens of these rows: weigh them to get the mean over the
+                # minibatch.
                 weight = old.mask.sum() / n_tokens
                 loss = (pg_loss + cfg.vf_coef * vf_loss) * weight
                 loss.backward()
@@ -389,7 +410,8 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                 demonstrations = next(ptx_batches)
                 n_tokens = sum(len(response) for _, (response,) in demonstrations)
                 for rows in run.micro_batches(range(len(demonstrations)), demonstrations):
-                    loss = ptx_loss(models.policy, [demonstrations[i] for i in rows], n_tokens, cfg.temperature)
+                    some = [demonstrations[i] for i in rows]
+                    loss = ptx_loss(models.policy, some, n_tokens, cfg.temperature)
                     (cfg.ptx_coef * loss).backward()
                     metrics.add(ptx_loss=loss)
 
@@ -399,7 +421,8 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                 dist.sync_gradients(models.value_model)
             means = metrics.mean(1)
 
-            # The policy has moved far enough from the one that sampled: throw this gradient away, and sample anew.
+            # The policy has moved far enough from the one that sampled: throw this gradient away, and
+            # sample anew.
             if cfg.target_kl is not None and means["approx_kl"] > cfg.target_kl:
                 for optimizer in optimizers.values():
                     optimizer.zero_grad(set_to_none=True)
@@ -407,10 +430,11 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                 break
 
             # One optimizer step for each model.
-            means["grad_norm"] = optimizer_step(models.policy, optimizers["policy"], lrs["policy"], cfg.grad_clip)
+            means["grad_norm"] = optimizer_step(
+                models.policy, optimizers["policy"], lrs["policy"], cfg.grad_clip)
             if "value" in optimizers:
-                means["value_grad_norm"] = optimizer_step(models.value_model, optimizers["value"], lrs["value"],
-                                                          cfg.grad_clip)
+                means["value_grad_norm"] = optimizer_step(
+                    models.value_model, optimizers["value"], lrs["value"], cfg.grad_clip)
             steps.append(means)
         if stop_early:
             break
@@ -418,15 +442,18 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
     if not steps:
         return {"optimizer_steps": 0}
     means = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
-    means["loss"] = means["policy_loss"] + cfg.vf_coef * means["value_loss"] + cfg.ptx_coef * means["ptx_loss"]
+    weighted_value_loss = cfg.vf_coef * means["value_loss"]
+    weighted_ptx_loss = cfg.ptx_coef * means["ptx_loss"]
+    means["loss"] = means["policy_loss"] + weighted_value_loss + weighted_ptx_loss
     means["optimizer_steps"] = len(steps)
     return means
 
 
-# ------------------------------------------------------------------------------------------------ 6. the KL controller
+# ------------------------------------------------------------------------------------- 6. the KL controller
 
 class AdaptiveKL:
-    """Ziegler's controller, arXiv:1909.08593 §2.2: β follows the KL, in nats per response, towards its target.
+    """Ziegler's controller, arXiv:1909.08593 §2.2: β follows the KL, in nats per response, towards its
+    target.
 
     e = clip(KL/target − 1, ±0.2);  β ← β (1 + K e), with K = n/horizon for n episodes (0.1 in the paper).
     With target None, β is fixed.
@@ -443,11 +470,14 @@ class AdaptiveKL:
             self.coef *= 1 + error * n / self.horizon
 
 
-# ------------------------------------------------------------------------------------------------ 7. log
+# --------------------------------------------------------------------------------------------------- 7. log
 
-def statistics(episodes, kl_coef, gold):
+def statistics(episodes, kl_coef, data, tokenizer):
     """What the log says about an iteration's episodes: a dict of numbers."""
     mask = episodes.mask
+    gold = None
+    if hasattr(data, "gold"):
+        gold = gold_reward(data, tokenizer)(episodes.prompts, episodes.responses).sum(1).mean()
     kl_k1, kl_k3 = k1_k3(episodes.logprobs, episodes.ref_logprobs, mask)
     unexplained = masked_var(episodes.returns - episodes.values, mask) / masked_var(episodes.returns, mask)
     values = {
@@ -470,7 +500,7 @@ def statistics(episodes, kl_coef, gold):
     return {key: value.item() if torch.is_tensor(value) else value for key, value in values.items()}
 
 
-# ------------------------------------------------------------------------------------------------ the run
+# -------------------------------------------------------------------------------------------------- the run
 
 def load_models(run, init, has_reward_fn):
     """Loads and prepares all models -> Models, tokenizer."""
@@ -482,7 +512,7 @@ def load_models(run, init, has_reward_fn):
     value_model.set_scalar_heads(1)
     reward_model = None
     if cfg.reward == "rm" and not has_reward_fn:
-        reward_model = checkpoints.load_reward_model(cfg.reward_model, tokenizer, cfg, cfg.normalize_reward)
+        reward_model = run.load_reward_model(cfg.reward_model, cfg.normalize_reward)
         if cfg.value_init == "reward":
             value_model = copy.deepcopy(reward_model).requires_grad_(True)
     if cfg.share_value:
@@ -497,15 +527,19 @@ def load_models(run, init, has_reward_fn):
 def check_settings(cfg, data, has_reward_fn):
     """Exits with one line if the settings cannot work together."""
     if cfg.batch_size % cfg.minibatches:
-        raise SystemExit(f"--batch_size={cfg.batch_size} is not a multiple of --minibatches={cfg.minibatches}")
+        raise SystemExit(f"--batch_size={cfg.batch_size} is not a multiple of "
+                         f"--minibatches={cfg.minibatches}")
     if cfg.max_new_tokens >= cfg.max_len:
-        raise SystemExit(f"--max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in --max_len={cfg.max_len}")
+        raise SystemExit(f"--max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in "
+                         f"--max_len={cfg.max_len}")
     if cfg.reward == "gold" and not has_reward_fn and not hasattr(data, "gold"):
         raise SystemExit(f"--reward=gold: the true reward of --data={cfg.data} is not known")
 
 
 def encode_rollout_prompts(run, data, tokenizer):
-    """The training prompts as lists of ids. They lose their beginning where that is needed for max_new_tokens to fit."""
+    """The training prompts as lists of ids. They lose their beginning where that is needed for
+    max_new_tokens to fit.
+    """
     cfg = run.cfg
     room = cfg.max_len - cfg.max_new_tokens
     prompts = [ids.tolist() for ids in encode_prompts(tokenizer, data.prompts("train"))]
@@ -516,14 +550,18 @@ def encode_rollout_prompts(run, data, tokenizer):
 
 
 class Demonstrations:
-    """The demonstrations of eq. 2's second term, as many for each optimizer step as a minibatch has episodes."""
+    """The demonstrations of eq. 2's second term, as many for each optimizer step as a minibatch has
+    episodes.
+    """
 
-    def __init__(self, data, tokenizer, cfg):
-        examples = [(prompt, [response]) for prompt, response in data.demonstrations("train")]
+    def __init__(self, run, tokenizer):
+        cfg = run.cfg
+        examples = [(prompt, [response]) for prompt, response in run.data.demonstrations("train")]
         self.groups = encode_groups(tokenizer, examples, cfg.max_len)
         self.steps_per_iteration = cfg.epochs * cfg.minibatches
+        minibatch_size = cfg.batch_size // cfg.minibatches
         n_steps = cfg.steps * self.steps_per_iteration
-        self.order = batches.shuffled_batches(len(self.groups), cfg.batch_size // cfg.minibatches, n_steps, cfg.seed + 1)
+        self.order = run.shuffled_batches(self.groups, minibatch_size, n_steps, cfg.seed + 1)
 
     def of_iteration(self, step):
         """Yields a list of groups for each optimizer step of an iteration."""
@@ -533,12 +571,13 @@ class Demonstrations:
 
 
 def train(cfg, reward_fn=None):
-    """Runs the stage, after training the SFT and reward models if they are missing. Returns the trained policy.
+    """Runs the stage, after training the SFT and reward models if they are missing. Returns the trained
+    policy.
 
     reward_fn(prompts, responses) -> (B, R) replaces cfg.reward, if given; the top of this page describes it.
     """
     run = Run("ppo", cfg)  # the device, the folder, the log and the checkpoints
-    data = dataset(cfg.data, cfg.data_dir)
+    data = run.data
     check_settings(cfg, data, reward_fn is not None)
     init = cfg.init or run.train_if_missing("sft")
     if cfg.reward == "rm" and reward_fn is None:
@@ -559,15 +598,15 @@ def train(cfg, reward_fn=None):
     prompts = encode_rollout_prompts(run, data, tokenizer)
     prompt_batches = run.shuffled_batches(prompts)
     if cfg.ptx_coef:
-        demonstrations = Demonstrations(data, tokenizer, cfg)
+        demonstrations = Demonstrations(run, tokenizer)
     run.print0(f"ppo: {len(prompts)} prompts of {cfg.data}, {init} -> {run.out} on {run.device}")
 
     checkpoint = run.resume(models.policy, optimizers["policy"], CONSOLE)
     if cfg.resume:
         kl_controller.coef = checkpoint["kl_coef"]
         if not cfg.share_value:
-            checkpoints.load_weights(models.value_model, checkpoint["value_model"], run.out)
-            checkpoints.load_optimizer(optimizers["value"], checkpoint["value_optimizer"])
+            run.restore(models.value_model, optimizers["value"],
+                        checkpoint["value_model"], checkpoint["value_optimizer"])
     sample_file = SampleFile(run.out, run.start)
     warned = False
 
@@ -578,7 +617,8 @@ def train(cfg, reward_fn=None):
         episodes = rollout(models.policy, batch_prompts, reward_fn, tokenizer, cfg)
         rollout_s = time.time() - begin
 
-        # 2. Score every token: log π, log π_ref, V(s_t), KL(π‖π_ref). In the micro-batches of the first epoch, see `score`.
+        # 2. Score every token: log π, log π_ref, V(s_t), KL(π‖π_ref). In the micro-batches of the first
+        # epoch, see `score`.
         begin = time.time()
         epochs = shuffled_epochs(cfg)
         first_epoch = []
@@ -587,42 +627,41 @@ def train(cfg, reward_fn=None):
         score(episodes, models, first_epoch, cfg)
 
         # 3. The reward that PPO sees: r_t − β log π/π_ref (y_t|s_t), with r(x, y) on the last token.
+        kl_coef = kl_controller.coef  # β
         episodes.dense_rewards = dense_reward(
             episodes.rewards, episodes.logprobs, episodes.ref_logprobs, episodes.ended, episodes.mask,
-            kl_controller.coef, cfg.reward_clip, cfg.missing_eos_penalty)
+            kl_coef, cfg.reward_clip, cfg.missing_eos_penalty)
 
         # 4. Advantages: δ_t = r_t + γ V(s_{t+1}) − V(s_t), and Â_t = δ_t + γλ Â_{t+1}.
         rewards = episodes.dense_rewards
         if cfg.whiten_rewards:
             rewards = whiten(rewards, episodes.mask, shift_mean=False)
-        episodes.advantages, episodes.returns = compute_gae(rewards, episodes.values, episodes.mask, cfg.gamma, cfg.lam)
+        episodes.advantages, episodes.returns = compute_gae(
+            rewards, episodes.values, episodes.mask, cfg.gamma, cfg.lam)
         if cfg.whiten_advantages:
             episodes.advantages = whiten(episodes.advantages, episodes.mask)
         score_s = time.time() - begin
 
         # 5. Epochs of clipped updates on minibatches of the episodes.
         begin = time.time()
-        factor = lr_schedule(step, cfg)
+        factor = run.lr_schedule(step)
         lrs = {"policy": cfg.lr * factor, "value": cfg.value_lr * factor}
         ptx_batches = demonstrations.of_iteration(step) if cfg.ptx_coef else None
         losses = update(run, models, optimizers, episodes, epochs, lrs, ptx_batches)
         update_s = time.time() - begin
 
-        # 6. The KL controller moves β towards where the KL is on target.
-        gold = None
-        if hasattr(data, "gold"):
-            gold = gold_reward(data, tokenizer)(episodes.prompts, episodes.responses).sum(1).mean()
-        stats = statistics(episodes, kl_controller.coef, gold)
-        kl_controller.update(stats["kl"], cfg.batch_size)
+        # 6. The KL controller moves β for the next iteration, if there is a target.
+        kl_controller.update(episodes.kl.sum(1).mean().item(), cfg.batch_size)
 
         # 7. Log, show samples, and save a checkpoint when one is due or when Ctrl-C asked for it.
-        n_tokens = sum(map(group_length, episodes.groups))
-        run.log(step + 1, n_tokens, **stats, **losses, lr=lrs["policy"], rollout_s=rollout_s, score_s=score_s,
-                update_s=update_s)
+        stats = statistics(episodes, kl_coef, data, tokenizer)
+        run.log(step + 1, episodes.n_tokens, **stats, **losses, lr=lrs["policy"],
+                rollout_s=rollout_s, score_s=score_s, update_s=update_s)
         if stats["kl"] > RUNAWAY_KL * stats["response_len"] and not warned:
             warned = True
-            run.print0(f"warning: the KL to the reference is running away ({stats['kl']:.1f} nats per response of "
-                       f"{stats['response_len']:.0f} tokens): lower --lr (now {cfg.lr}) or --epochs, "
+            run.print0("warning: the KL to the reference is running away: "
+                       f"{stats['kl']:.1f} nats in responses of {stats['response_len']:.0f} tokens; "
+                       f"lower --lr (now {cfg.lr}) or --epochs, "
                        f"or raise --kl_coef (now {kl_controller.coef:.3g})")
         if step == 0 or (step + 1) % cfg.sample_every == 0:
             sample_file.show(step + 1, tokenizer, episodes.prompts, episodes.responses,
@@ -631,11 +670,12 @@ def train(cfg, reward_fn=None):
         if not cfg.share_value:
             value_state["value_model"] = models.value_model.state_dict()
             value_state["value_optimizer"] = optimizers["value"].state_dict()
-        run.save_if_due(step + 1, models.policy, optimizers["policy"], kl_coef=kl_controller.coef, **value_state)
+        run.save_if_due(step + 1, models.policy, optimizers["policy"], kl_coef=kl_controller.coef,
+                        **value_state)
 
     # The policy and its reference on held-out prompts.
     del optimizers
-    evaluate.report(run, models.policy, init, data, models.ref_policy, models.reward_model)
+    evaluate.report(run, models.policy, init, models.ref_policy, models.reward_model)
     return models.policy
 
 

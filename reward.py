@@ -1,23 +1,22 @@
 """The reward model: the second stage of InstructGPT (Ouyang et al. 2022, arXiv:2203.02155 §3.5).
 
-A GPT with a scalar head, r_θ(x, y), which starts from the SFT model and is read at the last token of the response. It
-learns from comparisons under Bradley and Terry's model, P(y_w ≻ y_l | x) = σ(r(x, y_w) − r(x, y_l)). K ranked responses
-to one prompt give all of their pairs at once; each response is computed once, and the prompt once for all of them:
+A GPT with a scalar head, r_θ(x, y), which starts from the SFT model and is read at the last token of the
+response. It learns from comparisons under Bradley and Terry's model, P(y_w ≻ y_l | x) = σ(r(x, y_w) − r(x,
+y_l)). K ranked responses to one prompt give all of their pairs at once; each response is computed once, and
+the prompt once for all of them:
 
     L(θ) = −1/(K choose 2) E log σ( r_θ(x, y_w) − r_θ(x, y_l) )                                     (eq. 1)
 
-The loss sees differences only. So at the end the bias is set to where demonstrations score 0 on average, and the spread
-of their scores is saved with the weights, for PPO to normalize by.
+The loss sees differences only. So at the end the bias is set to where demonstrations score 0 on average,
+and the spread of their scores is saved with the weights, for PPO to normalize by.
 
-    python reward.py                                             the animals world, from nothing: SFT first
-    python reward.py hh --init=out/sft-hh                        Anthropic's HH-RLHF, GPT-2
-    python reward.py imdb                                        the sentiment of IMDb reviews; likewise qa_feedback, tldr
-    python reward.py --data=mine.jsonl --init=gpt2               your own comparisons
+    python reward.py                                the animals world, from nothing: SFT first
+    python reward.py hh --init=out/sft-hh           Anthropic's HH-RLHF, GPT-2
+    python reward.py imdb                           the sentiment of IMDb reviews; likewise qa_feedback, tldr
+    python reward.py --data=mine.jsonl --init=gpt2  your own comparisons
 
 Left out: labels with a degree of preference, ensembles, models that read a whole conversation turn by turn.
 """
-import json
-import os
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -25,21 +24,20 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common import files, scoring
-from common.dist import is_main, sync_gradients
-from common.log import Metrics, printable
-from common.optim import lr_schedule, make_optimizer, optimizer_step
+from common.dist import sync_gradients
+from common.log import Metrics
+from common.optim import make_optimizer, optimizer_step
 from common.options import AtLeast, NonNegativeFloat, NonNegativeInt, PositiveInt, RunConfig, parse
 from common.run import Run
-from data import check_pairs, dataset, encode_groups
+from data import check_pairs, encode_groups
 from engine.packing import pack
 
 
 @dataclass
 class Config(RunConfig):
-    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); files of pairs have 2
-    margin: float = 0.0                 # m in log σ(r_w − r_l − m) (Llama 2, arXiv:2307.09288 eq. 2, one m for all pairs)
-    center_coef: float = 0.05           # weight of (r_w + r_l)², which keeps scores near 0 for every prompt (arXiv:2312.09244)
+    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9)
+    margin: float = 0.0                 # m in log σ(r_w − r_l − m) (arXiv:2307.09288 eq. 2)
+    center_coef: float = 0.05           # weight of (r_w + r_l)², which keeps scores near 0 (arXiv:2312.09244)
     steps: PositiveInt = 1600           # optimizer steps
     batch_size: PositiveInt = 16        # prompts per step, each with its K responses, over all processes
     micro_tokens: PositiveInt = 1024    # the most tokens in a forward pass; a larger batch is accumulated
@@ -48,27 +46,30 @@ class Config(RunConfig):
     val_every: PositiveInt = 800        # steps between validation accuracies
     log_every: PositiveInt = 50         # steps between lines on the console
     ckpt_every: PositiveInt = 100       # steps between checkpoints
-    eval_n: NonNegativeInt = 1000       # validation comparisons, and demonstrations that scores are centered on
+    eval_n: NonNegativeInt = 1000       # validation comparisons; demonstrations that scores are centered on
 
 
 RECIPES = {
-    "hh": dict(data="hh", k=2, steps=2500, batch_size=64, micro_tokens=16384, max_len=512, lr=1e-5, warmup=100,
-               val_every=250, log_every=10, ckpt_every=500),
-    "qa_feedback": dict(data="qa_feedback", k=4, steps=500, batch_size=16, micro_tokens=16384, max_len=1024, lr=1e-5,
-                        warmup=20, val_every=100, log_every=10, ckpt_every=100),
+    "hh": dict(data="hh", k=2, steps=2500, batch_size=64, micro_tokens=16384, max_len=512, lr=1e-5,
+               warmup=100, val_every=250, log_every=10, ckpt_every=500),
+    "qa_feedback": dict(data="qa_feedback", k=4, steps=500, batch_size=16, micro_tokens=16384, max_len=1024,
+                        lr=1e-5, warmup=20, val_every=100, log_every=10, ckpt_every=100),
     # arXiv:2009.01325 B.1, its 1.3B model: batch 64, one epoch of 92,858, lr 1.5e-5
-    "tldr": dict(data="tldr", k=2, steps=1450, batch_size=64, micro_tokens=16384, max_len=640, lr=1.5e-5, warmup=50,
-                 val_every=250, log_every=10, ckpt_every=500),
-    # positive and negative reviews, two epochs of 12,500 pairs; they share one prompt, so no prompt's scores can drift
-    "imdb": dict(data="imdb", k=2, center_coef=0.0, steps=390, batch_size=64, micro_tokens=16384, max_len=136, lr=1e-5,
-                 warmup=20, val_every=100, log_every=10, ckpt_every=100),
+    "tldr": dict(data="tldr", k=2, steps=1450, batch_size=64, micro_tokens=16384, max_len=640, lr=1.5e-5,
+                 warmup=50, val_every=250, log_every=10, ckpt_every=500),
+    # positive and negative reviews, two epochs of 12,500 pairs; they share one prompt, so no prompt's
+    # scores can drift
+    "imdb": dict(data="imdb", k=2, center_coef=0.0, steps=390, batch_size=64, micro_tokens=16384, max_len=136,
+                 lr=1e-5, warmup=20, val_every=100, log_every=10, ckpt_every=100),
 }
 
 
-# ------------------------------------------------------------------------------------------------ the loss
+# ------------------------------------------------------------------------------------------------- the loss
 
 def ranked_pairs(scores, rank):
-    """r_w and r_l of every pair of one prompt's responses that is not a tie: (P,) each. scores, rank: (K,)."""
+    """r_w and r_l of every pair of one prompt's responses that is not a tie: (P,) each. scores, rank:
+    (K,).
+    """
     better = rank[:, None] < rank[None, :]  # (K, K): does i rank above j?
     winner, loser = better.nonzero(as_tuple=True)
     return scores[winner], scores[loser]
@@ -81,11 +82,12 @@ def split_by_prompt(scores, group, rank):
 
 
 def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
-    """The reward model's loss, arXiv:2203.02155 eq. 1: the mean over prompts of the mean over that prompt's pairs.
+    """The reward model's loss, arXiv:2203.02155 eq. 1: the mean over prompts of the mean over that prompt's
+    pairs.
 
-    scores (S,); group (S,): the prompt of each response; rank (S,): 0 is best, equal ranks are a tie and no pair.
-    A pair's loss is −log σ(r_w − r_l − margin) + center_coef · (r_w + r_l)².
-    Returns the loss in nats, and the accuracy: the share of pairs with r_w > r_l, equal scores counting one half.
+    scores (S,); group (S,): the prompt of each response; rank (S,): 0 is best, equal ranks are a tie and no
+    pair. A pair's loss is −log σ(r_w − r_l − margin) + center_coef · (r_w + r_l)². Returns the loss in
+    nats, and the accuracy: the share of pairs with r_w > r_l, equal scores counting one half.
     """
     losses, accuracies = [], []
     for prompt_scores, prompt_rank in split_by_prompt(scores, group, rank):
@@ -102,7 +104,9 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
 
 
 def score_margin(scores, group, rank):
-    """The mean of r_w − r_l over each prompt's pairs, without gradient: a number per prompt, 0 where all responses tie."""
+    """The mean of r_w − r_l over each prompt's pairs, without gradient: a number per prompt, 0 where all
+    responses tie.
+    """
     margins = []
     for prompt_scores, prompt_rank in split_by_prompt(scores.detach(), group, rank):
         r_w, r_l = ranked_pairs(prompt_scores, prompt_rank)
@@ -119,11 +123,12 @@ def group_and_rank(comparisons, device="cpu"):
     return torch.tensor(group, device=device), torch.tensor(rank, device=device)
 
 
-# ------------------------------------------------------------------------------------------------ after training
+# ------------------------------------------------------------------------------------------- after training
 
-def center_scores(reward_model, demonstrations, micro_tokens):
-    """Sets the bias to where demonstrations score 0 on average. Returns the standard deviation of their scores."""
-    scores = scoring.score_groups(reward_model, demonstrations, micro_tokens)
+def center_scores(reward_model, scores):
+    """Sets the bias to where demonstrations score 0 on average. Returns the standard deviation of their
+    scores.
+    """
     bias = reward_model.state_dict()["scalar_head.bias"]  # of a sharded model, this process's part
     with torch.no_grad():
         bias -= scores.mean().item()
@@ -133,8 +138,8 @@ def center_scores(reward_model, demonstrations, micro_tokens):
 def accuracy_row(name, scores, comparisons, data):
     """A row of the closing table: accuracy on the comparisons.
 
-    Where the true reward is known, also the accuracy that the true reward itself has on these noisy labels, which no
-    model can beat in expectation, and the correlation of the scores with it.
+    Where the true reward is known, also the accuracy that the true reward itself has on these noisy labels,
+    which no model can beat in expectation, and the correlation of the scores with it.
     """
     row = {"checkpoint": name}
     row["accuracy"], row["accuracy_se"] = mean_accuracy(scores, comparisons)
@@ -150,7 +155,9 @@ def accuracy_row(name, scores, comparisons, data):
 
 
 def mean_accuracy(scores, comparisons):
-    """The accuracy's mean over comparisons, and its standard error. scores (S,), in the order of the responses."""
+    """The accuracy's mean over comparisons, and its standard error. scores (S,), in the order of the
+    responses.
+    """
     sizes = [len(comparison.responses) for comparison in comparisons]
     accuracies = []
     for comparison, its_scores in zip(comparisons, scores.split(sizes)):
@@ -160,16 +167,18 @@ def mean_accuracy(scores, comparisons):
 
 
 def show_samples(scores, comparisons, data, n=3):
-    """The first n comparisons as text, a line per response in the order of their ranks: score, true reward, response."""
+    """The first n comparisons as text, a line per response in the order of their ranks: score, true reward,
+    response.
+    """
     lines = []
     scores = iter(scores.tolist())
     for comparison in comparisons[:n]:
-        lines.append("\n" + printable(comparison.prompt))
+        lines.append("\n" + evaluate.printable(comparison.prompt))
         for response in comparison.responses:
             gold = ""
             if hasattr(data, "gold"):
                 gold = f"   gold {data.gold(comparison.prompt, response):5.2f}"
-            lines.append(f"  score {next(scores):6.3f}{gold} | {printable(response)}")
+            lines.append(f"  score {next(scores):6.3f}{gold} | {evaluate.printable(response)}")
     return "\n".join(lines)
 
 
@@ -184,7 +193,7 @@ def train(cfg):
     init = cfg.init or run.train_if_missing("sft")
 
     # Comparisons: a prompt and its K ranked responses, as token ids.
-    data = dataset(cfg.data, cfg.data_dir)
+    data = run.data
     reward_model, tokenizer = run.load_model(init)
     reward_model.set_scalar_heads(1)
     reward_model = run.prepare(reward_model)
@@ -196,10 +205,7 @@ def train(cfg):
     batches = run.shuffled_batches(groups)
     run.print0(f"reward: {len(groups)} comparisons of {cfg.data}, {init} -> {run.out} on {run.device}")
 
-    def validation_scores():
-        return scoring.score_groups(reward_model, validation_groups, cfg.micro_tokens)
-
-    scores_before = validation_scores() if validation else None
+    scores_before = run.score_groups(reward_model, validation_groups)
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
     checkpoint = run.resume(reward_model, optimizer)
 
@@ -216,18 +222,22 @@ def train(cfg):
             loss, accuracy = ranking_loss(scores, group, rank, cfg.margin, cfg.center_coef)
             share = len(rows) / cfg.batch_size
             (loss * share).backward()
-            metrics.add(loss=loss * len(rows), accuracy=accuracy * len(rows), margin=score_margin(scores, group, rank))
+            metrics.add(loss=loss * len(rows), accuracy=accuracy * len(rows),
+                        margin=score_margin(scores, group, rank))
 
-        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of the gradient.
+        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of
+        # the gradient.
         sync_gradients(reward_model)
-        lr = cfg.lr * lr_schedule(step, cfg)
+        lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(reward_model, optimizer, lr, cfg.grad_clip)
 
         # 3. Log, now and then with the accuracy on held-out comparisons.
         val_accuracy = None
         if validation and ((step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps):
-            val_accuracy = ranking_loss(validation_scores(), *group_and_rank(validation))[1].item()
-        run.log(step + 1, **metrics.mean(cfg.batch_size), val_accuracy=val_accuracy, lr=lr, grad_norm=grad_norm)
+            scores = run.score_groups(reward_model, validation_groups)
+            val_accuracy = ranking_loss(scores, *group_and_rank(validation))[1].item()
+        run.log(step + 1, **metrics.mean(cfg.batch_size), val_accuracy=val_accuracy,
+                lr=lr, grad_norm=grad_norm)
 
         # 4. Save a checkpoint when one is due. The last one waits until the scores are centered, below.
         if step + 1 < cfg.steps:
@@ -237,18 +247,19 @@ def train(cfg):
     score_std = checkpoint.get("score_std")
     if score_std is None:
         demonstrations = data.demonstrations("train")[:max(2, cfg.eval_n)]
-        demonstrations = encode_groups(tokenizer, [(prompt, [response]) for prompt, response in demonstrations], cfg.max_len)
-        score_std = center_scores(reward_model, demonstrations, cfg.micro_tokens)
+        examples = [(prompt, [response]) for prompt, response in demonstrations]
+        demonstrations = encode_groups(tokenizer, examples, cfg.max_len)
+        score_std = center_scores(reward_model, run.score_groups(reward_model, demonstrations))
         run.save(cfg.steps, reward_model, optimizer, score_std=score_std)
 
     # The accuracy on held-out comparisons, before and after.
-    scores = validation_scores() if validation else None
-    if validation and is_main():
-        rows = [accuracy_row(init, scores_before, validation, data), accuracy_row(run.out, scores, validation, data)]
-        with files.write_atomically(os.path.join(run.out, "eval.json")) as f:
-            json.dump(rows, f, indent=2)
-        print(f"\n{len(validation)} held-out comparisons; demonstrations score 0 ± {score_std:.3f}\n\n"
-              f"{evaluate.table(rows)}\n{show_samples(scores, validation, data)}")
+    if validation:
+        scores = run.score_groups(reward_model, validation_groups)
+        before = accuracy_row(init, scores_before, validation, data)
+        after = accuracy_row(run.out, scores, validation, data)
+        evaluate.save_rows(run, [before, after])
+        run.print0(f"\n{len(validation)} held-out comparisons; demonstrations score 0 ± {score_std:.3f}\n\n"
+                   f"{evaluate.table([before, after])}\n{show_samples(scores, validation, data)}")
     return reward_model
 
 

@@ -1,12 +1,13 @@
 """Talks to models: answers a prompt, samples and ranks answers for training, and exports a checkpoint.
 
-    python sample.py out/sft-animals out/dpo-animals --prompt="Tell me about the owl: what it eats and how it moves."
+    python sample.py out/sft-animals out/dpo-animals --prompt="Tell me about the owl: what it eats."
     python sample.py out/sft-imdb --pairs=out/imdb-pairs.jsonl --reward_model=out/reward-imdb
     python sample.py out/dpo-animals --export=dpo-for-transformers
 
---pairs makes on-policy preference pairs: for each of --n training prompts it samples K responses from the checkpoint,
-has the reward model score them, and writes all pairs of unequal score as {"prompt", "chosen", "rejected"}. dpo.py,
-simpo.py and reward.py read that file with --data. A response is scored as those stages will see it, cut to --max_len.
+--pairs makes on-policy preference pairs: for each of --n training prompts it samples --k responses from the
+checkpoint, has the reward model score them, and writes all pairs of unequal score as {"prompt", "chosen",
+"rejected"}. dpo.py, simpo.py and reward.py read that file with --data. A response is scored as those stages
+will see it, cut to --max_len.
 """
 import argparse
 import json
@@ -23,18 +24,19 @@ from common.scoring import score_groups
 from common.sharding import sampling_copy
 from data import dataset, encode_groups, encode_prompts
 
-SPARE = 8  # tokens sampled beyond max_len: text that is encoded again may become a little shorter
+SPARE = 8  # tokens sampled beyond max_len, because a text that is encoded again may take a few tokens fewer
 
 
 def answer(models, prompt, tokenizer):
     """Prints each model's answer to a prompt, a line per model."""
     for name, model in models:
         ids = evaluate.encode_cut([prompt], model, tokenizer)
-        response, = evaluate.respond(model, ids, tokenizer.eot_token, seed=torch.seed() % 2**32)
-        print(f"{name}: {evaluate.decode(response, tokenizer).strip()}")
+        seed = torch.seed() % 2**32  # another answer each time
+        responses = evaluate.respond(model, ids, tokenizer.eot_token, seed=seed)
+        print(f"{name}: {evaluate.decode(responses[0], tokenizer).strip()}")
 
 
-# ------------------------------------------------------------------------------------------------ preference pairs
+# ------------------------------------------------------------------------------------------- preference pairs
 
 def complete(policy, tokenizer, prompts, k, max_new_tokens, batch_size=128):
     """Samples k responses to each prompt at temperature 1 -> [(prompt, [response, …]), …], as text."""
@@ -54,7 +56,7 @@ def complete(policy, tokenizer, prompts, k, max_new_tokens, batch_size=128):
 
 
 def ordered_pairs(prompt, responses, scores):
-    """All pairs of responses of unequal score, the better one chosen, without empty responses: a list of dicts."""
+    """All pairs of non-empty responses of unequal score, the better one chosen, as a list of dicts."""
     best_first = sorted(zip(scores, responses), key=lambda pair: -pair[0])
     pairs = []
     for (high, chosen), (low, rejected) in combinations(best_first, 2):
@@ -73,19 +75,21 @@ def write_pairs(args, policy, tokenizer, data):
         raise SystemExit(f"{args.checkpoints[0]}: its context is {policy.config.block_size} tokens, "
                          f"--max_len={args.max_len} needs {longest + new_tokens}")
     examples = complete(sampling_copy(policy), tokenizer, prompts, args.k, new_tokens)
-    scores = score_groups(reward_model, encode_groups(tokenizer, examples, args.max_len)).view(-1, args.k).tolist()
+    groups = encode_groups(tokenizer, examples, args.max_len)
+    scores = score_groups(reward_model, groups).view(-1, args.k).tolist()
     pairs = []
     for (prompt, responses), its_scores in zip(examples, scores):
         pairs += ordered_pairs(prompt, responses, its_scores)
     with write_atomically(args.pairs) as f:
         for pair in pairs:
             f.write(json.dumps(pair) + "\n")
-    left_out = len(examples) * args.k * (args.k - 1) // 2 - len(pairs)
+    n_possible = len(examples) * args.k * (args.k - 1) // 2
+    left_out = n_possible - len(pairs)
     print(f"{len(pairs)} pairs of {len(examples)} prompts -> {args.pairs}; "
           f"left out {left_out} that tie or have an empty response")
 
 
-# ------------------------------------------------------------------------------------------------ export
+# ----------------------------------------------------------------------------------------------------- export
 
 def export(name, dir):
     """Writes a checkpoint as a folder in the Hugging Face format, and prints what is not part of it."""
@@ -94,7 +98,7 @@ def export(name, dir):
     model, tokenizer = load_model(name)
     try:
         model.save_pretrained(dir)
-    except (OSError, RuntimeError) as error:  # torch.save hides the one behind the other
+    except (OSError, RuntimeError) as error:  # torch.save hides an OSError in a RuntimeError
         raise SystemExit(f"--export={dir}: cannot be written ({error})")
     print(f"{name} -> {dir}, which transformers' GPT2LMHeadModel.from_pretrained opens")
     if tokenizer.name == "gpt2":
@@ -105,28 +109,35 @@ def export(name, dir):
         print("its scalar head is left out: the format has no place for one")
 
 
-# ------------------------------------------------------------------------------------------------ the command line
+# ------------------------------------------------------------------------------------------- the command line
 
 def arguments(argv):
     """The command line, as at the top of this page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CKPT", help="a run's folder, a ckpt.pt, a Hugging Face folder, or gpt2 …")
+    add("checkpoints", nargs="+", metavar="CKPT",
+        help="a run's folder, a ckpt.pt, a Hugging Face folder, or gpt2 …")
     add("--prompt", metavar="TEXT", help="print each model's answer to TEXT")
     add("--pairs", metavar="FILE", help="write preference pairs there, made of samples of the checkpoint")
     add("--reward_model", metavar="RUN", help="for --pairs: the reward model that ranks the responses")
     add("--k", type=int, default=4, help="for --pairs: responses per prompt (default 4)")
     add("--n", type=int, default=25_000, help="for --pairs: at most this many prompts (default 25000)")
-    add("--max_len", type=int, default=136, help="for --pairs: tokens of prompt and response (default 136, as imdb's recipes)")
-    add("--export", metavar="DIR", help="write the checkpoint there for transformers; a scalar head is left out")
-    add("--data", help="for --pairs: where the prompts come from; default: what the checkpoint was trained on")
+    add("--max_len", type=int, default=136,
+        help="for --pairs: tokens of prompt and response (default 136, as imdb's recipes)")
+    add("--export", metavar="DIR",
+        help="write the checkpoint there for transformers; a scalar head is left out")
+    add("--data",
+        help="for --pairs: where the prompts come from; default: what the checkpoint was trained on")
     add("--data_dir", help="likewise")
     args = parser.parse_args(argv)
-    if sum(option is not None for option in (args.prompt, args.pairs, args.export)) != 1:
+    tasks = [task for task in (args.prompt, args.pairs, args.export) if task is not None]
+    if len(tasks) != 1:
         raise SystemExit("sample.py does one thing at a time: --prompt=TEXT, --pairs=FILE or --export=DIR")
     for name, least in (("n", 1), ("k", 2), ("max_len", 2)):
-        if getattr(args, name) < least:
-            raise SystemExit(f"--{name}={getattr(args, name)}: expected at least {least}")
+        value = getattr(args, name)
+        if value < least:
+            raise SystemExit(f"--{name}={value}: expected at least {least}")
     if args.prompt is None and len(args.checkpoints) != 1:
         raise SystemExit("--pairs and --export take one checkpoint")
     if args.pairs and not args.reward_model:
@@ -139,6 +150,7 @@ def main(argv=None):
     args = arguments(argv)
     if args.export:
         return export(args.checkpoints[0], args.export)
+    # data="any": the models need not have been trained on the same data.
     models, tokenizer, configs = evaluate.load_models(args.checkpoints, data="any")
     if args.prompt is not None:
         return answer(models, args.prompt, tokenizer)

@@ -4,12 +4,13 @@ The language-model loss on demonstrations, taken over the tokens of the response
 
     L(θ) = −Σ_t log π_θ(y_t | x, y_<t) / number of response tokens in the batch
 
-The result is π_SFT: the policy that every later stage starts from, and the reference π_ref that its KL is measured to.
+The result is π_SFT: the policy that every later stage starts from, and the reference π_ref that its KL is
+measured to.
 
-    python sft.py                                  the animals world, from nothing
-    python sft.py hh --init=gpt2-medium            the chosen answers of Anthropic's HH-RLHF
-    python sft.py tldr                             Reddit posts and their TL;DRs; likewise qa_feedback and imdb
-    python sft.py --data=mine.jsonl --init=gpt2    your own file (data/jsonl.py describes the formats)
+    python sft.py                                the animals world, from nothing
+    python sft.py hh --init=gpt2-medium          the chosen answers of Anthropic's HH-RLHF
+    python sft.py tldr                           Reddit posts and their TL;DRs; likewise qa_feedback and imdb
+    python sft.py --data=mine.jsonl --init=gpt2  your own file (data/jsonl.py describes the formats)
 
 Left out: dropout, loss on prompts.
 """
@@ -20,18 +21,18 @@ import torch
 import evaluate
 from common.dist import sync_gradients
 from common.log import Metrics
-from common.optim import lr_schedule, make_optimizer, optimizer_step
+from common.optim import make_optimizer, optimizer_step
 from common.options import NonNegativeFloat, NonNegativeInt, PositiveInt, RunConfig, parse
 from common.run import Run
-from data import dataset, encode_groups
+from data import encode_groups
 from engine.packing import pack
 
 
 @dataclass
 class Config(RunConfig):
-    init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], a run's folder, or a Hugging Face folder
+    init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], a run's or a Hugging Face folder
     steps: PositiveInt = 1500       # optimizer steps
-    batch_size: PositiveInt = 16    # prompts per step, each with up to four demonstrations, over all processes
+    batch_size: PositiveInt = 16    # prompts per step, each with up to four demonstrations
     lr: NonNegativeFloat = 4e-3     # peak learning rate
     warmup: NonNegativeInt = 20     # steps of linear warm-up, before the cosine to 0
     val_every: PositiveInt = 100    # steps between validation losses
@@ -40,13 +41,14 @@ class Config(RunConfig):
 
 
 RECIPES = {
-    "hh": dict(data="hh", init="gpt2", steps=2000, batch_size=64, max_len=512, lr=2e-5, warmup=100, val_every=200,
-               log_every=10, ckpt_every=500, eval_n=64),
-    "qa_feedback": dict(data="qa_feedback", init="gpt2", steps=300, batch_size=32, max_len=1024, lr=2e-5, warmup=20,
-                        val_every=100, log_every=10, ckpt_every=100, eval_n=64),
-    # arXiv:2009.01325 B.1, its 1.3B model: batch 128, one epoch of 116,722, lr 6.35e-5. Posts have up to 512 tokens
-    "tldr": dict(data="tldr", init="gpt2", steps=910, batch_size=128, max_len=640, lr=6.35e-5, warmup=50, val_every=200,
-                 log_every=10, ckpt_every=200, eval_n=64),
+    "hh": dict(data="hh", init="gpt2", steps=2000, batch_size=64, max_len=512, lr=2e-5, warmup=100,
+               val_every=200, log_every=10, ckpt_every=500, eval_n=64),
+    "qa_feedback": dict(data="qa_feedback", init="gpt2", steps=300, batch_size=32, max_len=1024, lr=2e-5,
+                        warmup=20, val_every=100, log_every=10, ckpt_every=100, eval_n=64),
+    # arXiv:2009.01325 B.1, its 1.3B model: batch 128, one epoch of 116,722, lr 6.35e-5. Posts have up to
+    # 512 tokens
+    "tldr": dict(data="tldr", init="gpt2", steps=910, batch_size=128, max_len=640, lr=6.35e-5, warmup=50,
+                 val_every=200, log_every=10, ckpt_every=200, eval_n=64),
     # arXiv:2305.18290 C.1: gpt2-large, about one epoch; a prefix of up to 8 tokens and 128 more
     "imdb": dict(data="imdb", init="gpt2-large", steps=350, batch_size=64, max_len=136, lr=2e-5, warmup=20,
                  val_every=100, log_every=10, ckpt_every=100, eval_n=64),
@@ -56,7 +58,9 @@ MAX_DEMONSTRATIONS = 4  # to one prompt in one group
 
 
 def group_by_prompt(demonstrations):
-    """[(prompt, response), …] -> [(prompt, [response, …]), …]: a prompt is computed once for up to four of its responses."""
+    """[(prompt, response), …] -> [(prompt, [response, …]), …]: a prompt is computed once for up to four of
+    its responses.
+    """
     responses_to = {}
     for prompt, response in demonstrations:
         responses_to.setdefault(prompt, []).append(response)
@@ -68,7 +72,9 @@ def group_by_prompt(demonstrations):
 
 
 def sft_loss(logprobs, n_tokens):
-    """−Σ log π(y_t | x, y_<t) / n_tokens. logprobs (N,): of a part of the batch; n_tokens: response tokens of all of it."""
+    """−Σ log π(y_t | x, y_<t) / n_tokens. logprobs (N,): of a part of the batch; n_tokens: response tokens
+    of all of it.
+    """
     return -logprobs.sum() / n_tokens
 
 
@@ -82,7 +88,9 @@ def count_response_tokens(groups):
 
 @torch.no_grad()
 def validation_loss(policy, groups, run):
-    """The mean over response tokens, in nats; None if there are no validation data. Every process computes all of it."""
+    """The mean over response tokens, in nats; None if there are no validation data. Every process computes
+    all of it.
+    """
     if not groups:
         return None
     total = 0.0
@@ -95,15 +103,14 @@ def validation_loss(policy, groups, run):
 def train(cfg):
     """Runs the stage. Returns the trained policy."""
     run = Run("sft", cfg)  # the device, the folder, the log and the checkpoints
-    data = dataset(cfg.data, cfg.data_dir)
     policy, tokenizer = run.load_model(cfg.init)
     policy = run.prepare(policy)
     n_parameters = sum(p.numel() for p in policy.parameters())
     run.print0(f"sft: {n_parameters / 1e6:.1f}M parameters on {run.device}, {cfg.data} -> {run.out}")
 
     # Demonstrations: a prompt x and one or more responses y, as token ids.
-    groups = encode_groups(tokenizer, group_by_prompt(data.demonstrations("train")), cfg.max_len)
-    validation = encode_groups(tokenizer, group_by_prompt(data.demonstrations("validation")), cfg.max_len)
+    groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
+    validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
     batches = run.shuffled_batches(groups)
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     run.resume(policy, optimizer)
@@ -120,12 +127,14 @@ def train(cfg):
             loss.backward()
             metrics.add(loss=-logprobs)
 
-        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of the gradient.
+        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of
+        # the gradient.
         sync_gradients(policy)
-        lr = cfg.lr * lr_schedule(step, cfg)
+        lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log, now and then with the loss on held-out demonstrations, and save a checkpoint when one is due.
+        # 3. Log, now and then with the loss on held-out demonstrations, and save a checkpoint when one is
+        # due.
         val_loss = None
         if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
             val_loss = validation_loss(policy, validation, run)
@@ -134,7 +143,7 @@ def train(cfg):
 
     # The model before and after, on held-out prompts.
     del optimizer
-    evaluate.report(run, policy, cfg.init, data)
+    evaluate.report(run, policy, cfg.init)
     return policy
 
 

@@ -1,22 +1,24 @@
 """Simple Preference Optimization (Meng, Xia and Chen 2024, arXiv:2405.14734): DPO without its reference.
 
-DPO's reward of a response is β log π/π_ref, a sum over its tokens; but what generation follows is the likelihood of the
-response itself. SimPO takes as the reward what generation follows, the mean log-prob of a token (eq. 4), and asks the
-chosen response to win by a margin γ:
+DPO's reward of a response is β log π/π_ref, a sum over its tokens; but what generation follows is the
+likelihood of the response itself. SimPO takes as the reward what generation follows, the mean log-prob of a
+token (eq. 4), and asks the chosen response to win by a margin γ:
 
     r(x, y) = β/|y| log π_θ(y|x)
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
 
-Only one model is in memory. So nothing but a small learning rate holds the policy near to where it started. The length
-|y| counts the EOS. SimPO's known failure is a collapse of the length: a token of a short response, above all its EOS,
-has the weight 1/|y| in the loss, more than the next word of a long response. Therefore the length is sampled and logged
-during training. The SFT term (App. H, weight 0 in the paper's own settings) adds sft_weight times the mean of −log π
-over the tokens of the chosen responses. It gives all tokens the same weight and holds the length.
+Only one model is in memory. So nothing but a small learning rate holds the policy near to where it started.
+The length |y| counts the EOS. SimPO's known failure is a collapse of the length: a token of a short
+response, above all its EOS, has the weight 1/|y| in the loss, more than the next word of a long response.
+Therefore the length is sampled and logged during training. The SFT term (App. H, weight 0 in the paper's
+own settings) adds sft_weight times the mean of −log π over the tokens of the chosen responses. It gives all
+tokens the same weight and holds the length.
 
-    python simpo.py                                              the animals world, from nothing: SFT first, then SimPO
-    python simpo.py hh --init=out/sft-hh                         Anthropic's HH-RLHF, GPT-2
-    python simpo.py tldr                                         summaries of Reddit posts; likewise imdb
-    python simpo.py --data=mine.jsonl --init=gpt2 --beta=2 --gamma_beta_ratio=0.5      γ as the authors' scripts give it
+    python simpo.py                                the animals world, from nothing: SFT first, then SimPO
+    python simpo.py hh --init=out/sft-hh           Anthropic's HH-RLHF, GPT-2
+    python simpo.py tldr                           summaries of Reddit posts; likewise imdb
+    python simpo.py --data=mine.jsonl --init=gpt2  your own comparisons
+    python simpo.py --beta=2 --gamma_beta_ratio=0.5    γ as the authors' scripts give it
 
 Left out: the hinge loss of the authors' code.
 """
@@ -28,10 +30,10 @@ import torch.nn.functional as F
 import evaluate
 from common.dist import sync_gradients
 from common.log import Metrics
-from common.optim import lr_schedule, make_optimizer, optimizer_step
+from common.optim import make_optimizer, optimizer_step
 from common.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig, parse
 from common.run import Run
-from data import dataset, encode_pairs
+from data import encode_pairs
 from engine.packing import pack, per_sequence
 
 
@@ -40,7 +42,7 @@ class Config(RunConfig):
     beta: PositiveFloat = 2.0       # β of eq. 6: the scale of the mean log-prob
     gamma: float = 1.0              # γ of eq. 6: the margin that the chosen response is to win by
     gamma_beta_ratio: float | None = None  # γ/β, as the authors' scripts give it; overrides gamma
-    sft_weight: float = 0.5         # weight of the SFT term: the mean of −log π over the tokens of the chosen responses
+    sft_weight: float = 0.5         # weight of the SFT term, −log π of the chosen responses
     label_smoothing: float = 0.0    # ε: the share of labels assumed to be flipped
     lr: NonNegativeFloat = 3e-4     # peak learning rate
     sample_every: PositiveInt = 25  # steps between samples of the length
@@ -53,16 +55,18 @@ RECIPES = {
     # not in the paper: the settings of hh, one epoch
     "tldr": dict(data="tldr", sft_weight=0.0, steps=1450, max_len=640, lr=1e-6, warmup=150, sample_every=250,
                  ckpt_every=500, eval_n=64),
-    "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", sft_weight=0.0, steps=2100, max_len=136, lr=1e-6,
-                 warmup=150, sample_every=250, ckpt_every=500, eval_n=64),
+    "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", sft_weight=0.0, steps=2100, max_len=136,
+                 lr=1e-6, warmup=150, sample_every=250, ckpt_every=500, eval_n=64),
 }
 
 
 def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma, label_smoothing=0.0):
-    """SimPO, arXiv:2405.14734 eq. 6. Log-probs (B,), summed over response tokens, in nats; lengths (B,), EOS included.
+    """SimPO, arXiv:2405.14734 eq. 6. Log-probs (B,), summed over response tokens, in nats; lengths (B,),
+    EOS included.
 
-    With h = β/|y_w| log π(y_w|x) − β/|y_l| log π(y_l|x) − γ and ε the label smoothing: −(1−ε) log σ(h) − ε log σ(−h).
-    Returns the losses and the rewards β/|y| log π(y|x) of chosen and rejected, without gradient: (B,) each.
+    With h = β/|y_w| log π(y_w|x) − β/|y_l| log π(y_l|x) − γ and ε the label smoothing: −(1−ε) log σ(h) − ε
+    log σ(−h). Returns the losses and the rewards β/|y| log π(y|x) of chosen and rejected, without gradient:
+    (B,) each.
     """
     chosen_reward = beta / chosen_len * chosen_logp        # β/|y_w| log π(y_w|x)
     rejected_reward = beta / rejected_len * rejected_logp  # β/|y_l| log π(y_l|x)
@@ -85,8 +89,8 @@ def pair_logp(policy, pairs):
 def length_statistics(responses, eos):
     """What a collapse of the length shows in first. responses: lists of token ids.
 
-    response_len: mean length in tokens; empty: the share of responses without a word; unfinished: the share that did
-    not end by themselves.
+    response_len: mean length in tokens; empty: the share of responses without a word; unfinished: the share
+    that did not end by themselves.
     """
     n = len(responses)
     n_tokens = sum(map(len, responses))
@@ -102,13 +106,12 @@ def train(cfg):
     gamma = cfg.gamma if cfg.gamma_beta_ratio is None else cfg.gamma_beta_ratio * cfg.beta
 
     # Comparisons: a prompt x, the chosen response y_w and the rejected response y_l, as token ids.
-    data = dataset(cfg.data, cfg.data_dir)
     policy, tokenizer = run.load_model(init)
     policy = run.prepare(policy)
-    pairs = encode_pairs(tokenizer, data.comparisons("train"), cfg.max_len, cfg.data)
+    pairs = encode_pairs(tokenizer, run.data.comparisons("train"), cfg.max_len, cfg.data)
     batches = run.shuffled_batches(pairs)
     run.print0(f"simpo: {len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
-    sample_prompts = evaluate.encode_cut(data.prompts("validation")[:cfg.sample_n], policy, tokenizer)
+    sample_prompts = evaluate.encode_cut(run.data.prompts("validation")[:cfg.sample_n], policy, tokenizer)
 
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     run.resume(policy, optimizer)
@@ -130,15 +133,17 @@ def train(cfg):
             loss = losses.sum() / cfg.batch_size + cfg.sft_weight * sft_loss
             loss.backward()
 
-            # The accuracy of the policy as a reward model, and the quantities to watch. The first two are means already.
+            # The accuracy of the policy as a reward model, and the quantities to watch. The first two are
+            # means already.
             metrics.add(loss=loss * cfg.batch_size, sft_loss=sft_loss * cfg.batch_size)
             metrics.add(accuracy=chosen_reward > rejected_reward, margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
-        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of the gradient.
+        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of
+        # the gradient.
         sync_gradients(policy)
-        lr = cfg.lr * lr_schedule(step, cfg)
+        lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Now and then, sample: has the length begun to collapse?
@@ -153,7 +158,7 @@ def train(cfg):
 
     # The policy before and after, on held-out prompts.
     del optimizer
-    evaluate.report(run, policy, init, data)
+    evaluate.report(run, policy, init)
     return policy
 
 

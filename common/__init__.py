@@ -9,6 +9,7 @@
     optim.py        AdamW, the learning rate's schedule, the optimizer step
     log.py          log.jsonl, the console, metrics of a step
     scoring.py      a reward model's scores of many responses
+    grids.py        PPO's grid of numbers, one per response token
     plots.py        pictures
     files.py        files that are written completely or not at all
 """

@@ -1,19 +1,20 @@
-"""Which examples a step trains on, and the micro-batches that its gradient is accumulated over."""
+"""Which examples a step trains on, and the micro-batches over which it accumulates its gradient."""
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from common.dist import all_reduce, n_processes, process
+from common.dist import all_reduce, n_processes, process, process_share
 from common.sharding import is_sharded
 from engine.packing import group_length
 
 
 def shuffled_batches(n, batch_size, steps, seed):
-    """Which of n examples each step trains on: a list of `steps` lists of batch_size indices, shuffled anew each epoch.
+    """Which of n examples each step trains on: `steps` lists of batch_size indices, shuffled anew each epoch.
 
-    What does not fill a batch at the end of an epoch waits for the next shuffle. Batches are random whatever the
-    lengths of the examples: with batches of like length, a mean over a batch's tokens would give the tokens of short
-    responses more weight, and teach brevity. Depends on its arguments only, so a resumed run finds its place.
+    Examples that do not fill a batch at the end of an epoch are left out of that epoch. Batches ignore the
+    lengths of the examples: with batches of similar length, a mean over a batch's tokens would give the
+    tokens of short responses more weight, and so teach brevity. The result depends on the arguments only,
+    so a resumed run finds its place.
     """
     if n < batch_size:
         raise SystemExit(f"--batch_size={batch_size}: there are only {n} examples to train on")
@@ -26,29 +27,23 @@ def shuffled_batches(n, batch_size, steps, seed):
     return batches[:steps]
 
 
-def process_share(batch):
-    """This process's part of a batch: every n-th element."""
-    if len(batch) % n_processes():
-        raise SystemExit(f"--batch_size={len(batch)}: {n_processes()} processes cannot share it evenly")
-    return batch[process()::n_processes()]
-
-
 def micro_batches(batch, groups, max_tokens):
     """This process's share of a batch, as lists of at most max_tokens tokens. batch: indices into `groups`.
 
-    Every process gets the same number of lists, because a sharded model runs on all processes at once. Each process
-    computes the shares of all of them, so this takes no communication.
+    Every process gets the same number of lists, because a sharded model runs on all processes at once. Each
+    process computes the shares of all of them, so this takes no communication.
     """
-    process_share(batch)  # complains if the processes cannot share the batch evenly
+    process_share(batch)  # exits with one line if the processes cannot share the batch evenly
     n = n_processes()
-    cuts = [cut_by_tokens(batch[i::n], groups, max_tokens) for i in range(n)]
-    return halve_until(cuts[process()], max(map(len, cuts)))
+    pieces_of_each = [cut_by_tokens(batch[i::n], groups, max_tokens) for i in range(n)]
+    most = max(map(len, pieces_of_each))
+    return halve_until(pieces_of_each[process()], most)
 
 
 def local_micro_batches(groups, max_tokens, model):
-    """All of `groups`, which may be different ones in each process, as lists of indices of at most max_tokens tokens.
+    """All groups of this process, as lists of indices into `groups`, of at most max_tokens tokens each.
 
-    The processes agree on the number of lists if the model is sharded.
+    Other processes may have other groups. If the model is sharded, they agree on the number of lists.
     """
     pieces = cut_by_tokens(range(len(groups)), groups, max_tokens)
     if is_sharded(model):
@@ -58,7 +53,10 @@ def local_micro_batches(groups, max_tokens, model):
 
 
 def cut_by_tokens(indices, groups, max_tokens):
-    """Indices into `groups`, shortest group first, cut into lists of at most max_tokens tokens, or of one group."""
+    """Cuts indices into `groups` into lists of at most max_tokens tokens, shortest groups first.
+
+    A group of more than max_tokens tokens gets a list of its own.
+    """
     pieces = []
     size = 0
     lengths = {i: group_length(groups[i]) for i in indices}
@@ -72,7 +70,7 @@ def cut_by_tokens(indices, groups, max_tokens):
 
 
 def halve_until(pieces, n):
-    """Halves the list with the most indices until there are n lists."""
+    """Halves the list with the most indices, again and again, until there are n lists."""
     while len(pieces) < n:
         largest = max(range(len(pieces)), key=lambda i: len(pieces[i]))
         piece = pieces[largest]

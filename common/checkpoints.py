@@ -1,4 +1,4 @@
-"""Saving and loading. A run's folder holds ckpt.pt and, in case that one gets damaged, the one before it."""
+"""Saving and loading. A run's folder holds ckpt.pt and, in case that is damaged, the checkpoint before it."""
 import os
 from dataclasses import asdict
 
@@ -16,8 +16,8 @@ from model import GPT, GPTConfig
 def load_model(init, cfg=None):
     """Returns a GPT on the CPU, and its tokenizer.
 
-    init: a run's folder or a ckpt.pt; a published name ("gpt2", …) or a folder in the Hugging Face format; or
-    "scratch": new weights of cfg's shape, seeded by cfg.seed, with the tokenizer of cfg's data.
+    init: a run's folder or a ckpt.pt; a published name ("gpt2", …) or a folder in the Hugging Face format;
+    or "scratch": new weights of cfg's shape, seeded by cfg.seed, with the tokenizer of cfg's data.
     Exits with a one-line message if there is no such model, or if its context is shorter than cfg.max_len.
     """
     if init == "scratch":
@@ -33,8 +33,9 @@ def load_model(init, cfg=None):
         model = GPT(GPTConfig(**checkpoint["model_config"]))
         tokenizer = checkpoint["tokenizer"]
         load_weights(model, checkpoint["model"], init)
-    if cfg and cfg.max_len > model.config.block_size:
-        raise SystemExit(f"--max_len={cfg.max_len}: the context of {init} is {model.config.block_size} tokens")
+    block_size = model.config.block_size
+    if cfg and cfg.max_len > block_size:
+        raise SystemExit(f"--max_len={cfg.max_len}: the context of {init} is {block_size} tokens")
     return model, get_tokenizer(tokenizer)
 
 
@@ -44,13 +45,15 @@ def new_model(cfg):
         raise SystemExit(f"--n_embd={cfg.n_embd} is not a multiple of --n_head={cfg.n_head}")
     tokenizer = dataset(cfg.data, cfg.data_dir).tokenizer()
     torch.manual_seed(cfg.seed)
-    return GPT(GPTConfig(tokenizer.n_vocab, cfg.max_len, cfg.n_layer, cfg.n_head, cfg.n_embd)), tokenizer
+    config = GPTConfig(tokenizer.n_vocab, cfg.max_len, cfg.n_layer, cfg.n_head, cfg.n_embd)
+    return GPT(config), tokenizer
 
 
 def load_reward_model(path, tokenizer, cfg=None, normalize=False):
-    """Loads a reward model, frozen. normalize: divide its scores by their standard deviation on demonstrations.
+    """Loads a reward model, frozen.
 
-    Exits with a one-line message if it is no reward model, or if its tokenizer is not `tokenizer`.
+    normalize: divide its scores by their standard deviation on demonstrations, where their mean is 0 already.
+    Exits with a one-line message if it is not a reward model, or if its tokenizer is not `tokenizer`.
     """
     reward_model, its_tokenizer = load_model(path, cfg)
     if reward_model.config.n_scalars != 1:
@@ -58,7 +61,7 @@ def load_reward_model(path, tokenizer, cfg=None, normalize=False):
     if its_tokenizer.name != tokenizer.name:
         raise SystemExit(f"{path}: this reward model has the tokenizer {its_tokenizer.name}, "
                          f"the other models have {tokenizer.name}")
-    if normalize:  # their mean on demonstrations is 0 already
+    if normalize:
         score_std = load_checkpoint(path)["score_std"]
         with torch.no_grad():
             reward_model.scalar_head.weight /= score_std
@@ -67,7 +70,7 @@ def load_reward_model(path, tokenizer, cfg=None, normalize=False):
 
 
 def checkpoint_files(path):
-    """The checkpoints in a run's folder, newest first, or the one file at that path. Empty if there is none."""
+    """The checkpoints in a run's folder, newest first, or the one file at `path`; empty if there is none."""
     files = [path]
     if os.path.isdir(path):
         files = [os.path.join(path, name) for name in ("ckpt.pt", "ckpt-previous.pt")]
@@ -75,21 +78,22 @@ def checkpoint_files(path):
 
 
 def load_checkpoint(path):
-    """Loads the newest readable checkpoint, current or previous. Exits with a one-line message if there is none."""
+    """Loads the newest readable checkpoint, current or previous; exits with one line if there is none."""
     files = checkpoint_files(path)
     if not files:
         path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
-        raise SystemExit(f"{path}: no checkpoint there (expected a run's folder, a ckpt.pt, scratch, or one of "
-                         f"{', '.join(PRETRAINED)})")
+        names = ", ".join(PRETRAINED)
+        raise SystemExit(f"{path}: no checkpoint there "
+                         f"(expected a run's folder, a ckpt.pt, scratch, or one of {names})")
     for file in files:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            # These are what it takes to be a checkpoint: each of them raises if it is missing or of another kind.
+            # Each of these lines raises if what makes a file a checkpoint is missing or of another type.
             GPTConfig(**checkpoint["model_config"])
             checkpoint["model"]["wte.weight"].shape
             checkpoint["tokenizer"]
             return checkpoint
-        except Exception as error:  # torch.load raises half a dozen kinds for a file that is cut short, flipped or foreign
+        except Exception as error:  # for a damaged or foreign file, torch.load raises half a dozen types
             problem = f"{file}: not a checkpoint of this repository, or damaged ({type(error).__name__})"
             if file != files[-1]:
                 print0(f"{problem}; using the one before it, {files[-1]}")
@@ -97,9 +101,10 @@ def load_checkpoint(path):
 
 
 def save_checkpoint(out, step, model, optimizer, cfg, tokenizer, **more):
-    """Writes OUT/ckpt.pt; the checkpoint before it becomes ckpt-previous.pt. All processes must call this.
+    """Writes OUT/ckpt.pt; the checkpoint before it becomes ckpt-previous.pt.
 
-    step: the number of steps done. tokenizer: its name. The file is written completely or not at all.
+    step: the number of steps done. tokenizer: its name. `more` is saved beside the rest.
+    The file is written completely or not at all. All processes must call this.
     """
     checkpoint = gather_state(dict(
         step=step, model=model.state_dict(), model_config=asdict(model.config), tokenizer=tokenizer,
@@ -110,24 +115,24 @@ def save_checkpoint(out, step, model, optimizer, cfg, tokenizer, **more):
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
-            if os.path.exists(path):  # the previous one is replaced only now that the new one is complete
+            if os.path.exists(path):  # only now that the new one is complete does the old one move
                 os.replace(path, os.path.join(out, "ckpt-previous.pt"))
     if n_processes() > 1:
-        dist.barrier()  # the other processes may read it next
+        dist.barrier()  # the other processes may read the file next
 
 
 def load_weights(model, weights, where):
-    """load_state_dict, sharded as the model is; exits with one line if the shapes differ."""
+    """Loads a state dict into a model, sharded as the model is; exits with one line if the shapes differ."""
     own = model.state_dict()
     try:
         model.load_state_dict({name: shard_like(weight, own.get(name)) for name, weight in weights.items()})
     except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
+        first = str(error).splitlines()[1].strip()  # line 0 is a title; the first problem follows it
         raise SystemExit(f"{where}: the weights have another shape than the model: {first}")
 
 
 def load_optimizer(optimizer, state):
-    """load_state_dict of an optimizer whose parameters may be sharded."""
+    """Loads a state dict into an optimizer whose parameters may be sharded."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments = {}
     for i, tensors in state["state"].items():
@@ -135,9 +140,9 @@ def load_optimizer(optimizer, state):
     optimizer.load_state_dict(state | {"state": moments})
 
 
-# What a resumed run may change.
-FREE_ON_RESUME = {"resume", "out", "device", "compile", "checkpoint_blocks", "fsdp", "log_every", "ckpt_every", "wandb",
-                  "tensorboard", "data_dir"}
+# The options that a resumed run may change.
+FREE_ON_RESUME = {"resume", "out", "device", "compile", "checkpoint_blocks", "fsdp",
+                  "log_every", "ckpt_every", "wandb", "tensorboard", "data_dir"}
 
 
 def resume(out, cfg, model, optimizer):
@@ -152,7 +157,7 @@ def resume(out, cfg, model, optimizer):
             raise SystemExit(f"--resume: {out} was started with --{name}={before}, not {value}")
     load_weights(model, checkpoint["model"], out)
     load_optimizer(optimizer, checkpoint["optimizer"])
-    torch.set_rng_state(checkpoint["rng"])  # of the CPU: everything random is drawn there
+    torch.set_rng_state(checkpoint["rng"])  # the CPU's: everything random is drawn there
     return checkpoint
 
 

@@ -1,7 +1,8 @@
 """Several processes. `python dpo.py` is one; `torchrun --nproc_per_node=8 dpo.py` starts eight, one per GPU.
 
-All of them run the same page. Each takes its share of every batch, their gradients are added up before the optimizer
-step, and so they hold the same weights throughout. Everything here does nothing if there is only one process.
+All of them run the same page. Each takes its share of every batch, and their gradients are added up
+before the optimizer step, so they hold the same weights throughout. With only one process, everything
+here does nothing.
 """
 import atexit
 import gc
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
-BUCKET = 2**25  # numbers in one all-reduce of gradients
+BUCKET = 2**25  # numbers (or a few more) in one all-reduce of gradients
 
 
 def process():
@@ -53,7 +54,7 @@ def log_to_console():
         logger.addHandler(Console())
 
 
-# ------------------------------------------------------------------------------------------------ together
+# --------------------------------------------------------------------------------------------------- together
 
 def join_processes(device):
     """Connects to the other processes that torchrun started."""
@@ -63,9 +64,10 @@ def join_processes(device):
 
 
 def leave_processes(device):
-    """Closes the connection before the interpreter ends, which otherwise may abort.
+    """Closes the connection before the interpreter ends, which might abort otherwise.
 
-    Whatever still holds the process group has to let go of it first: sharded models, and the mesh that torch caches.
+    First, whatever still holds the process group has to let go of it: sharded models, and the mesh that torch
+    keeps in a cache.
     """
     gc.collect()
     if device_mesh.cache_info().currsize:
@@ -75,24 +77,32 @@ def leave_processes(device):
 
 @cache
 def device_mesh(device):
-    """The devices of all processes in a row: what models are sharded over."""
+    """The devices of all processes, in a row, over which models are sharded."""
     return init_device_mesh(torch.device(device).type, (n_processes(),))
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """Adds up a tensor over the processes, in place, and returns it."""
+    """Adds up a tensor over the processes (or combines it with another `op`), in place, and returns it."""
     if n_processes() > 1:
         dist.all_reduce(tensor, op)
     return tensor
 
 
+def process_share(batch):
+    """This process's part of a batch: with n processes, every n-th element."""
+    if len(batch) % n_processes():
+        raise SystemExit(f"--batch_size={len(batch)}: {n_processes()} processes cannot share it evenly")
+    return batch[process()::n_processes()]
+
+
 def gather_shares(share):
-    """The whole list, of which each process holds every n-th element."""
+    """The whole list, of which each of n processes holds every n-th element."""
     n = n_processes()
     if n == 1:
         return share
     shares = [None] * n
     dist.all_gather_object(shares, share)
+    # Element i of the list is number i // n of process i % n.
     return [shares[i % n][i // n] for i in range(n * len(share))]
 
 
@@ -100,7 +110,7 @@ def sync_gradients(model):
     """Adds up the gradients of all processes.
 
     Each process divides its losses by the size of the whole batch, so the sum is the gradient of the batch.
-    A sharded model has added them up in its backward pass already.
+    A sharded model has already added them up in its backward pass.
     """
     if n_processes() == 1 or isinstance(model, FSDPModule):
         return

@@ -7,8 +7,8 @@ from contextlib import contextmanager, suppress
 def write_atomically(path, mode="w"):
     """Opens a temporary file to write to; at the end it is flushed to disk and renamed to `path`.
 
-    Makes the folder if it is missing. If anything fails, the file that was there before is untouched, and the program
-    exits with a one-line message.
+    Makes the folder if it is missing. If writing fails, the file that was there before is untouched, and the
+    program exits with a one-line message.
     """
     temporary = path + ".tmp"
     try:
@@ -27,7 +27,10 @@ def write_atomically(path, mode="w"):
 
 @contextmanager
 def append_to(path):
-    """Opens a file to append to. If writing fails, what was appended is cut off again, and the program exits with one line."""
+    """Opens a file to append to, after making its folder if it is missing.
+
+    If writing fails, what was appended is cut off again, and the program exits with a one-line message.
+    """
     size = None
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -43,7 +46,7 @@ def append_to(path):
 
 
 def os_error(error):
-    """The OSError behind an error: torch.save hides it behind a RuntimeError. Any other error is raised again."""
+    """The OSError behind an error, which torch.save hides in a RuntimeError; raises any other error again."""
     problem = error if isinstance(error, OSError) else error.__context__
     if not isinstance(problem, OSError):
         raise error

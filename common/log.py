@@ -14,7 +14,7 @@ from common.files import append_to, write_atomically
 
 
 class Metrics:
-    """Sums of quantities over a step's micro-batches and over the processes.
+    """Sums of quantities over the micro-batches of a step and over the processes.
 
         metrics.add(loss=losses, accuracy=right)     once per micro-batch
         metrics.mean(cfg.batch_size)                 {"loss": …, "accuracy": …}
@@ -36,13 +36,13 @@ class Metrics:
 
 
 class Log:
-    """Writes a JSON object per step to OUT/log.jsonl, and an aligned line to the console every cfg.log_every steps.
+    """Writes a JSON object per step to OUT/log.jsonl, and a line to the console every cfg.log_every steps.
 
     A number that is not finite becomes null. Only the main process writes.
     """
 
     def __init__(self, out, cfg, start=0, console=None):
-        """start: the steps done before a resumed run. console: the keys to show on the console; None: all."""
+        """start: the steps done before, if this run is resumed. console: the keys shown there; None: all."""
         self.path = os.path.join(out, "log.jsonl")
         self.cfg = cfg
         self.start = start
@@ -57,7 +57,7 @@ class Log:
             self.keep_steps_until(start)
 
     def keep_steps_until(self, start):
-        """Drops the steps after the checkpoint that a resumed run starts from: they will happen again."""
+        """Drops what was logged after the checkpoint that a resumed run starts from: it will happen again."""
         kept = []
         if start and os.path.exists(self.path):
             with open(self.path) as f:
@@ -69,7 +69,7 @@ class Log:
             f.writelines(kept)
 
     def __call__(self, step, tokens, **values):
-        """step counts from 1. tokens: the step's tokens without padding, prompts counted once."""
+        """Logs a step, counted from 1. tokens: the step's, without padding, each prompt counted once."""
         if not is_main():
             return
         now = time.time()
@@ -83,11 +83,13 @@ class Log:
         record["time_s"] = round(now - self.begin, 3)
         with append_to(self.path) as f:
             f.write(json.dumps(record) + "\n")
+        numbers = {key: value for key, value in record.items() if value is not None and key != "step"}
         for other in self.others:
-            other(step, {key: value for key, value in record.items() if value is not None and key != "step"})
+            other(step, numbers)
 
         if step % self.cfg.log_every == 0 or step == self.cfg.steps:
-            seconds_left = (now - self.begin) / (step - self.start) * (self.cfg.steps - step)
+            seconds_per_step = (now - self.begin) / (step - self.start)
+            seconds_left = seconds_per_step * (self.cfg.steps - step)
             columns = {"step": step}
             for key in self.console or values:
                 columns[key] = values.get(key)
@@ -118,7 +120,7 @@ def format_value(value):
 
 
 def printable(text, most=400):
-    """On one line, without control characters; a long text loses its beginning."""
+    """The text on one line, without control characters; a long text loses its beginning."""
     text = " ".join(text.split())
     text = "".join(c if c.isprintable() else "\ufffd" for c in text)
     return text if len(text) <= most else "… " + text[-most:]
@@ -128,7 +130,7 @@ class SampleFile:
     """Shows sampled responses on the console, and appends them to OUT/samples.txt."""
 
     def __init__(self, out, start):
-        """start: the steps done before a resumed run; the samples after it will be written again."""
+        """start: the steps done before, if this run is resumed; later samples will be written again."""
         self.path = os.path.join(out, "samples.txt")
         if is_main() and os.path.exists(self.path):
             with open(self.path) as f:
@@ -137,7 +139,10 @@ class SampleFile:
                 f.writelines(block for block in blocks if block and int(block.split()[1]) <= start)
 
     def show(self, step, tokenizer, prompts, responses, n=3, **values):
-        """The first n responses to lists of prompts, all as token ids. values: named tensors (B,), shown beside them."""
+        """Shows the first n responses with their prompts, both lists of token ids.
+
+        values: named tensors (B,), a number per response, shown beside it.
+        """
         lines = [f"step {step}"]
         for i in range(min(n, len(prompts))):
             numbers = "  ".join(f"{name} {value[i].item():7.3f}" for name, value in values.items())
@@ -150,7 +155,7 @@ class SampleFile:
                 f.write(text)
 
 
-# ------------------------------------------------------------------------------------------------ other logs
+# ------------------------------------------------------------------------------------------------- other logs
 
 def import_optional(package):
     """Imports the package of --wandb or --tensorboard; exits with one line if it is not installed."""
@@ -174,11 +179,12 @@ def other_logs(out, cfg, start):
 def wandb_log(out, cfg, start):
     path = os.path.join(out, "wandb_id")
     run_id = None
-    if start and os.path.exists(path):  # a resumed run continues its record; one that starts anew gets its own
+    if start and os.path.exists(path):  # a resumed run continues its record, a new one gets its own
         with open(path) as f:
             run_id = f.read()
     name = os.path.basename(os.path.normpath(out))
-    run = import_optional("wandb").init(project=cfg.wandb, dir=out, name=name, config=asdict(cfg), id=run_id, resume="allow")
+    wandb = import_optional("wandb")
+    run = wandb.init(project=cfg.wandb, dir=out, name=name, config=asdict(cfg), id=run_id, resume="allow")
     with write_atomically(path) as f:
         f.write(run.id)
     return lambda step, values: run.log(values, step=step)
@@ -186,10 +192,11 @@ def wandb_log(out, cfg, start):
 
 def tensorboard_log(out, start):
     folder = os.path.join(out, "tensorboard")
-    writer = import_optional("tensorboard").SummaryWriter(folder, purge_step=start + 1)
+    tensorboard = import_optional("tensorboard")
+    writer = tensorboard.SummaryWriter(folder, purge_step=start + 1)
 
     def log(step, values):
         for key, value in values.items():
             writer.add_scalar(key, value, step)
-        writer.flush()  # so that a killed run has here what it has in log.jsonl
+        writer.flush()  # so that a killed run has the same steps here as in log.jsonl
     return log

@@ -1,6 +1,6 @@
 """The command line: `python dpo.py [RECIPE] [--option=value …]`.
 
-An option is a field of the page's Config. Its comment is what -h prints, its annotation is its type and range.
+An option is a field of the page's Config. Its annotation gives its type and range, and -h prints its comment.
 """
 import difflib
 import inspect
@@ -35,12 +35,12 @@ NonNegativeFloat = Annotated[float, AtLeast(0)]
 
 @dataclass
 class RunConfig:
-    """The options that all stages share. A page's Config inherits them and sets other defaults where it needs them."""
+    """The options that all stages share; a page's Config inherits them and may change their defaults."""
     recipe: str = "animals"             # the positional argument: a set of defaults
-    data: str = "animals"               # animals, hh, hh/SUBSET, qa_feedback, tldr, imdb, a .jsonl[.gz] or a _feedback.json file
+    data: str = "animals"               # animals, hh[/SUBSET], qa_feedback, tldr, imdb, a .jsonl[.gz] or _feedback.json
     data_dir: str = "data/files"        # where published data files are looked for before they are fetched
-    init: str | None = None             # start: a run's folder, gpt2[-medium|-large|-xl], a Hugging Face folder, scratch; None: the SFT model, trained first if missing
-    out: str | None = None              # the run's folder; None: out/STAGE-RECIPE, or out/STAGE-FILE for your own data file
+    init: str | None = None  # a run's or Hugging Face folder, gpt2 … gpt2-xl, scratch; None: SFT, trained if missing
+    out: str | None = None              # the run's folder; None: out/STAGE-RECIPE, or out/STAGE-FILE for your own data
     steps: PositiveInt = 250            # optimizer steps
     batch_size: PositiveInt = 64        # examples per step, over all processes
     micro_tokens: PositiveInt = 16384   # the most tokens in a forward pass; a larger batch is accumulated
@@ -55,7 +55,7 @@ class RunConfig:
     seed: NonNegativeInt = 0            # of new weights, the order of the data, and sampling
     device: str | None = None           # cpu, cuda, cuda:1 …; None: cuda if there is one
     compile: bool | None = None         # torch.compile; None: on CUDA
-    checkpoint_blocks: bool = False     # keep no activations inside blocks but recompute them: a third more work, less memory
+    checkpoint_blocks: bool = False     # recompute the activations inside blocks: a third more work, less memory
     fsdp: bool = False                  # spread weights, gradients and optimizer over the processes (torchrun)
     log_every: PositiveInt = 10         # steps between lines on the console
     ckpt_every: PositiveInt = 50        # steps between checkpoints
@@ -66,7 +66,7 @@ class RunConfig:
 
 
 def parse(Config, RECIPES, argv=None):
-    """Command line -> Config: the recipe's settings override Config's defaults, and the options override both."""
+    """Command line -> Config: the recipe overrides Config's defaults, and the options override both."""
     argv = sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:
         print(usage(Config, RECIPES))
@@ -99,7 +99,7 @@ def parse(Config, RECIPES, argv=None):
 
 
 def default_recipe(data, RECIPES):
-    """Your own file gets the settings for real text, not those of a toy world."""
+    """The recipe if none is named: your own data file gets one for real text, not that of a toy world."""
     if not os.path.isfile(data):
         return "animals"
     return "hh" if "hh" in RECIPES else [*RECIPES][0]
@@ -114,12 +114,15 @@ def check_choice(kind, name, choices):
     raise SystemExit(f"unknown {kind} {short_repr(name)}{suggestion} (-h lists them all)")
 
 
-# ------------------------------------------------------------------------------------------------ types and ranges
+# ------------------------------------------------------------------------------------------- types and ranges
 
 def split_type(annotation):
-    """An annotation as (type, limit, may it be None). The limit is a range, a tuple of choices, or None.
+    """Splits an annotation into (type, limit, whether it allows None).
 
-    PositiveInt | None -> (int, AtLeast(1), True); Literal["rm", "gold"] -> (str, ("rm", "gold"), False)
+    The limit is a range, a tuple of choices, or None.
+
+    PositiveInt | None      -> (int, AtLeast(1), True)
+    Literal["rm", "gold"]   -> (str, ("rm", "gold"), False)
     """
     arguments = typing.get_args(annotation)
     optional = type(None) in arguments
@@ -134,7 +137,10 @@ def split_type(annotation):
 
 
 def convert(name, text, annotation):
-    """The value of an option, "3e-4" -> 0.0003 and so on; exits with one line if it has another type or is out of range."""
+    """Converts an option's text to its value, such as "3e-4" to 0.0003.
+
+    Exits with one line if it has another type or is out of range.
+    """
     kind, limit, optional = split_type(annotation)
     if optional and text == "None":
         return None
@@ -155,7 +161,7 @@ def convert(name, text, annotation):
 
 
 def check_value(name, value, limit):
-    """Returns the value if it is one of its choices, or finite and in its range; otherwise exits with one line."""
+    """Returns the value if it is one of its choices, or finite and in its range; else exits with one line."""
     if isinstance(limit, tuple):
         return check_choice(name, value, limit)
     if isinstance(value, float) and not math.isfinite(value):
@@ -168,18 +174,18 @@ def check_value(name, value, limit):
 
 
 def check_config(cfg):
-    """Checks the values of a Config that may have been made in Python; exits with one line at the first bad one."""
+    """Checks the values of a Config, which may have been made in Python; exits with one line at a bad one."""
     for name, annotation in typing.get_type_hints(type(cfg), include_extras=True).items():
         value = getattr(cfg, name)
         if value is not None:
             check_value(name, value, split_type(annotation)[1])
 
 
-# ------------------------------------------------------------------------------------------------ -h
+# --------------------------------------------------------------------------------------------------------- -h
 
 def usage(Config, RECIPES):
-    """What -h prints: every option, its default in each recipe, and its comment. The page's own options come first."""
-    comments = {}
+    """What -h prints: every option, its default in each recipe, its comment; the page's own come first."""
+    comments = {}  # of each option; a page's own comment replaces that of RunConfig
     for base in reversed(Config.__mro__[:-1]):
         comments |= re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(base), re.M)
     own = [f for f in fields(Config) if f.name not in RunConfig.__dataclass_fields__]

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 from common.files import write_atomically
 
+# A panel for each entry; two keys in one entry share a panel.
 CURVES = ["loss", "val_loss", "accuracy", "val_accuracy", "margin", "chosen_logp rejected_logp",
-          "chosen_reward rejected_reward", "score", "gold", "reward", "kl", "kl_coef", "entropy", "clip_frac", "approx_kl",
-          "policy_loss", "value_loss", "explained_variance", "response_len", "lr", "grad_norm"]  # a panel each
+          "chosen_reward rejected_reward", "score", "gold", "reward", "kl", "kl_coef", "entropy", "clip_frac",
+          "approx_kl", "policy_loss", "value_loss", "explained_variance", "response_len", "lr", "grad_norm"]
 
 
 def import_pyplot():
@@ -29,22 +30,26 @@ def save_figure(figure, path):
         figure.savefig(f, dpi=120, format=path.rpartition(".")[2])
 
 
-# ------------------------------------------------------------------------------------------------ the frontier
+# ----------------------------------------------------------------------------------------------- the frontier
 
 def plot_frontier(path, key, rows, optimum, best):
     """Reward against exact KL: the optimum, best-of-n, and each checkpoint with its standard errors."""
     plt = import_pyplot()
     figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
-    x, y, se = (torch.tensor([row[name] for row in optimum]) for name in ("kl", key, key + "_se"))
+    x = torch.tensor([row["kl"] for row in optimum])
+    y = torch.tensor([row[key] for row in optimum])
+    se = torch.tensor([row[key + "_se"] for row in optimum])
     ax.plot(x, y, color="black", label="optimum  π* ∝ π_ref exp(r/β)")
     ax.fill_between(x, y - se, y + se, color="black", alpha=0.15, lw=0)
-    ax.plot([row["kl"] for row in best], [row[key] for row in best], ".--", color="gray", label="best of 1, 2, 4, …")
+    x_best = [row["kl"] for row in best]
+    y_best = [row[key] for row in best]
+    ax.plot(x_best, y_best, ".--", color="gray", label="best of 1, 2, 4, …")
 
     stages = sorted({stage_of(row["checkpoint"]) for row in rows})
     for row in rows:
         color = f"C{stages.index(stage_of(row['checkpoint']))}"
         ax.errorbar(row["kl"], row[key], row[key + "_se"], row["kl_se"], "o", color=color, capsize=2, ms=4)
-        # The label stands below the lower of two neighbors and above the higher one.
+        # To keep the labels of neighbors apart, the lower one's is below its point, the higher one's above.
         others = [other for other in rows if other is not row]
         nearest = min(others, key=lambda other: abs(other["kl"] - row["kl"]), default=row)
         if row[key] <= nearest[key]:
@@ -65,7 +70,7 @@ def stage_of(name):
     return os.path.basename(name.rstrip("/")).split("-")[0]
 
 
-# ------------------------------------------------------------------------------------------------ logs
+# ------------------------------------------------------------------------------------------------------- logs
 
 def read_log(run):
     """[(step, record), …] of a run's log.jsonl; exits with one line if it is missing or damaged."""
@@ -74,7 +79,7 @@ def read_log(run):
     try:
         with open(path) as f:
             for line in f:
-                if line.endswith("\n"):  # a line without it is still being written
+                if line.endswith("\n"):  # a line without a newline is still being written
                     record = json.loads(line)
                     log.append((record["step"], record))
     except OSError as error:
@@ -85,9 +90,10 @@ def read_log(run):
 
 
 def curve(log, key):
-    """Steps, values and their running mean, (n,) each, NaN where a value was not finite; None if there are no values.
+    """The steps, values and running means of a key, (n,) each; None if the log has no value of it.
 
-    A key that most steps lack, such as val_loss, was measured now and then; only the steps that have it count.
+    A value that was not finite is NaN. A key that most steps lack, such as val_loss, was measured now and
+    then; only the steps that have it count.
     """
     points = []
     for step, record in log:
@@ -106,7 +112,10 @@ def curve(log, key):
 
 
 def plot_curves(path, runs):
-    """What the runs logged at each step: a panel for each of CURVES, a line for each run; behind it, faint, the values."""
+    """Draws what the runs logged: a panel for each of CURVES, and in it a line for each run.
+
+    The line is the running mean; behind it, faint, are the values.
+    """
     logs = [read_log(run) for run in runs]
     panels = {}
     for keys in CURVES:
@@ -143,18 +152,25 @@ def plot_curves(path, runs):
 
 
 def plot_overoptimization(path, run):
-    """Reward-model score and true reward of each iteration of a PPO run against √KL, and their means over 10 iterations."""
-    log = [[record.get(key) for key in ("kl", "score", "gold")] for _, record in read_log(run)]
-    log = [row for row in log if None not in row]
-    if len(log) < 2:
-        raise SystemExit(f"{run}: --overoptimization reads the log of a run of ppo.py on data whose true reward is known")
-    log = torch.tensor(log)
-    log[:, 0].sqrt_()  # d = √KL(π‖π_init), arXiv:2210.10760 §1
-    means = log.unfold(0, min(10, len(log)), 1).mean(-1)
+    """Draws reward-model score and true reward against √KL along a PPO run.
+
+    A point is an iteration, and the lines are means over 10 of them.
+    """
+    points = []
+    for _, record in read_log(run):
+        point = [record.get(key) for key in ("kl", "score", "gold")]
+        if None not in point:
+            points.append(point)
+    if len(points) < 2:
+        raise SystemExit(f"{run}: --overoptimization reads the log of a run of ppo.py "
+                         "on data whose true reward is known")
+    points = torch.tensor(points)
+    points[:, 0].sqrt_()  # d = √KL(π‖π_init), arXiv:2210.10760 §1
+    means = points.unfold(0, min(10, len(points)), 1).mean(-1)
     plt = import_pyplot()
     figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     for i, label in ((1, "reward model's score"), (2, "true reward")):
-        ax.plot(log[:, 0], log[:, i], ".", color=f"C{i}", alpha=0.3)
+        ax.plot(points[:, 0], points[:, i], ".", color=f"C{i}", alpha=0.3)
         ax.plot(means[:, 0], means[:, i], color=f"C{i}", label=label)
     ax.set(xlabel="√KL(π‖π_ref), nats", ylabel="reward", title=run)
     ax.legend()

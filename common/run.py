@@ -11,25 +11,30 @@ import torch
 import torch.distributed as dist
 
 from common.batches import local_micro_batches, micro_batches, shuffled_batches
-from common.checkpoints import checkpoint_files, is_finished, load_model, resume, save_checkpoint
+from common.checkpoints import (checkpoint_files, is_finished, load_model, load_optimizer, load_reward_model,
+                                load_weights, resume, save_checkpoint)
 from common.dist import all_reduce, join_processes, log_to_console, n_processes, print0
 from common.files import append_to
 from common.log import Log
+from common.optim import lr_schedule
 from common.options import check_config
+from common.scoring import score_groups
 from common.sharding import compile_blocks, is_sharded, shard_model
+from data import dataset
 from engine.packing import group_length
 
 
 class Run:
-    """The machinery of one run. It never calls the page's code: the loop, the loss and the optimizer step are the page's.
+    """The machinery of one run, which never calls the page's code.
 
-    Delete every line with `run.` from a page, and what is left still shows what the method does.
+    The loop, the loss and the optimizer step are the page's. Delete every line with `run.` from a page,
+    and what is left still shows what the method does.
 
         run = Run("dpo", cfg)                        # makes out/dpo-animals, picks the device, sets the seed
         policy, tokenizer = run.load_model(init)     # a model to train, and its tokenizer
         policy = run.prepare(policy)                 # on the device, sharded or compiled if asked for
         checkpoint = run.resume(policy, optimizer)   # with --resume; sets run.start, and opens the log
-        run.micro_batches(batch, groups)             # this process's share of a batch, in pieces that fit into memory
+        run.micro_batches(batch, groups)             # this process's share of a batch, in pieces that fit
         run.log(step, loss=…)                        # log.jsonl and the console
         run.save_if_due(step, policy, optimizer)     # ckpt.pt; ends the process if Ctrl-C asked for it
     """
@@ -37,6 +42,7 @@ class Run:
     def __init__(self, stage, cfg):
         check_config(cfg)
         self.cfg = cfg
+        self.data = dataset(cfg.data, cfg.data_dir)
         self.out = cfg.out or run_dir(stage, cfg)
         self.start = 0   # steps done before this run, if it resumes another
         self.tokens = 0  # handed out by micro_batches since the last log line
@@ -52,35 +58,41 @@ class Run:
     # -------------------------------------------------------------------------------- models
 
     def train_if_missing(self, stage):
-        """Returns the folder of another stage's run on the same data, after training it if it is missing or unfinished."""
+        """Returns the folder of another stage's run on the same data, training it first if unfinished."""
         cfg = self.cfg
         out = run_dir(stage, cfg)
         if not is_finished(out):
             page = importlib.import_module(stage)
-            print0(f"no {dict(sft='SFT', reward='reward')[stage]} model in {out}: training it first")
+            kind = {"sft": "SFT", "reward": "reward"}[stage]
+            print0(f"no {kind} model in {out}: training it first")
             settings = {"recipe": cfg.recipe, **page.RECIPES.get(cfg.recipe, {})}
             for name in ("data", "data_dir", "device", "compile", "checkpoint_blocks", "fsdp", "max_len",
                          "n_layer", "n_head", "n_embd"):
                 settings[name] = getattr(cfg, name)
             page.train(page.Config(**settings, resume=bool(checkpoint_files(out))))
             print0()
-        torch.manual_seed(cfg.seed)  # as if nothing had been trained
+        torch.manual_seed(cfg.seed)  # the random state does not depend on whether anything was trained
         return out
 
     def load_model(self, init):
-        """Loads the model that this run trains: GPT on the CPU, tokenizer. Checkpoints will name the tokenizer."""
+        """Loads the model that this run trains -> a GPT on the CPU, its tokenizer (named in checkpoints)."""
         model, self.tokenizer = load_model(init, self.cfg)
         return model, self.tokenizer
 
+    def load_reward_model(self, path, normalize=False):
+        """Loads a frozen reward model of this run's tokenizer; normalize: its scores get variance 1."""
+        return load_reward_model(path, self.tokenizer, self.cfg, normalize)
+
     def prepare(self, model):
-        """Moves a model to the device; with --fsdp spreads it over the processes, with --compile compiles it."""
+        """Moves a model to the device; --fsdp spreads it over the processes, and --compile compiles it."""
         cfg = self.cfg
         on_cuda = self.device.startswith("cuda")
         compile = cfg.compile if cfg.compile is not None else on_cuda
-        head_size = model.config.n_embd // model.config.n_head
+        n_head = model.config.n_head
+        head_size = model.config.n_embd // n_head
         if compile and on_cuda and head_size < 16:
-            raise SystemExit(f"--n_head={model.config.n_head}: flex_attention on CUDA needs heads of 16 dimensions or more, "
-                             f"these have {head_size}; --compile=False runs without it")
+            raise SystemExit(f"--n_head={n_head}: flex_attention on CUDA needs heads of 16 dimensions "
+                             f"or more, these have {head_size}; --compile=False runs without it")
         if n_processes() == 1 or not cfg.fsdp:
             model.to(self.device)
             model.prepare(compile, cfg.checkpoint_blocks)
@@ -95,10 +107,10 @@ class Run:
     # -------------------------------------------------------------------------------- the loop
 
     def resume(self, model, optimizer, console=None):
-        """Opens the log. With --resume, first restores model, optimizer and random state from the last checkpoint.
+        """Opens the log, and with --resume restores model, optimizer and random state first.
 
-        Sets run.start, the number of steps done. Returns the checkpoint, or an empty dict. console: the keys of the log
-        that the console shows; None: all.
+        Sets run.start, the number of steps done, and returns the last checkpoint; without --resume, 0 and
+        an empty dict. console: the keys of the log that the console shows; None: all.
         """
         checkpoint = {}
         if self.cfg.resume:
@@ -107,35 +119,58 @@ class Run:
         self.logger = Log(self.out, self.cfg, self.start, console)
         return checkpoint
 
-    def shuffled_batches(self, examples):
-        """Which examples each step trains on: cfg.steps lists of cfg.batch_size indices, shuffled anew each epoch."""
-        return shuffled_batches(len(examples), self.cfg.batch_size, self.cfg.steps, self.cfg.seed)
+    def restore(self, model, optimizer, weights, state):
+        """Restores a second model and its optimizer from what a checkpoint holds of them."""
+        load_weights(model, weights, self.out)
+        load_optimizer(optimizer, state)
+
+    def shuffled_batches(self, examples, batch_size=None, steps=None, seed=None):
+        """Which examples each step trains on: cfg.steps lists of indices, shuffled anew each epoch.
+
+        batch_size, steps and seed are those of cfg unless given.
+        """
+        cfg = self.cfg
+        return shuffled_batches(len(examples), batch_size or cfg.batch_size, steps or cfg.steps,
+                                cfg.seed if seed is None else seed)
+
+    def lr_schedule(self, step):
+        """The learning rate at a step as a fraction of its peak: linear warm-up, then half a cosine to 0."""
+        return lr_schedule(step, self.cfg)
 
     def micro_batches(self, batch, groups):
-        """This process's share of a batch (indices into `groups`), as lists of indices of at most cfg.micro_tokens tokens.
+        """This process's share of a batch, as lists of at most cfg.micro_tokens tokens.
 
-        A prompt counts once for all of its responses. Every process gets the same number of lists.
+        The batch and the lists are indices into `groups`. A prompt counts once for all of its responses.
+        Every process gets the same number of lists.
         """
         self.tokens += sum(group_length(groups[i]) for i in batch)
         return micro_batches(batch, groups, self.cfg.micro_tokens)
 
     def local_micro_batches(self, groups, model):
-        """All of `groups`, which need not be the same in every process, as lists of indices."""
+        """All groups of this process, as lists of indices; other processes may have other groups."""
         return local_micro_batches(groups, self.cfg.micro_tokens, model)
+
+    def score_groups(self, reward_model, groups):
+        """A reward model's score of every response of `groups`, in their order: (S,) on the CPU."""
+        return score_groups(reward_model, groups, self.cfg.micro_tokens)
 
     def print0(self, text):
         """Prints in the main process only."""
         print0(text)
 
     def log(self, step, tokens=None, **values):
-        """Logs the values of a step, counted from 1. tokens: for tokens_per_s; None: those of the micro-batches."""
+        """Logs the values of a step, counted from 1.
+
+        tokens: how many the step took, for tokens_per_s; None: those of its micro-batches.
+        """
         self.logger(step, self.tokens if tokens is None else tokens, **values)
         self.tokens = 0
 
     def save_if_due(self, step, model, optimizer, **more):
-        """Saves a checkpoint at every cfg.ckpt_every-th step, at the last one, and when a signal asked the run to stop.
+        """Saves a checkpoint every cfg.ckpt_every steps, at the last step, and after a signal to stop.
 
-        In the last case it prints the command that continues the run, and ends the process. All processes must call this.
+        After a signal, it also prints the command that continues the run, and ends the process.
+        All processes must call this.
         """
         self.stop_signal.agree()
         if step % self.cfg.ckpt_every == 0 or step == self.cfg.steps or self.stop_signal.agreed:
@@ -144,7 +179,7 @@ class Run:
             self.stop_signal.listen()
 
     def save(self, step, model, optimizer, **more):
-        """Saves a checkpoint now, with `more` in it; ends the process if a signal asked for it."""
+        """Saves a checkpoint now, with `more` in it, and ends the process if a signal asked for that."""
         self.stop_signal.agree()
         save_checkpoint(self.out, step, model, optimizer, self.cfg, self.tokenizer.name, **more)
         if self.stop_signal.agreed:
@@ -164,10 +199,13 @@ def run_dir(stage, cfg):
     return f"out/{stage}-{name}"
 
 
-# ------------------------------------------------------------------------------------------------ the device
+# ------------------------------------------------------------------------------------------------- the device
 
 def choose_device(device):
-    """The device to run on ("cpu", "cuda", "cuda:1"), with its settings made; exits with one line if there is no such device."""
+    """Picks the device to run on ("cpu", "cuda", "cuda:1") and sets torch up for it.
+
+    Exits with one line if there is no such device.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise SystemExit(f"--device={device}: expected cpu, cuda, or one of several as cuda:1")
@@ -175,43 +213,53 @@ def choose_device(device):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device.startswith("cuda"):
         index = torch.device(device).index or 0
-        if index >= torch.cuda.device_count():
-            raise SystemExit(f"--device={device}: torch sees {torch.cuda.device_count() or 'no'} CUDA devices here")
+        count = torch.cuda.device_count()
+        if index >= count:
+            raise SystemExit(f"--device={device}: torch sees {count or 'no'} CUDA devices here")
         torch.cuda.set_device(index)  # CUDA graphs are recorded on the current device
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and each batch of prompts has another
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        # cuDNN's attention makes a new plan for each shape, and each batch of prompts has another shape.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     elif sys.platform == "linux":
         keep_freed_memory()
     return device
 
 
 def keep_freed_memory():
-    """Tells glibc's malloc to keep freed memory. Tensors come and go by the 100 MB, and the kernel would zero each anew."""
+    """Tells glibc's malloc to keep freed memory instead of returning it to the kernel.
+
+    Tensors of 100 MB come and go, and the kernel would zero the memory of each one again.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            libc.mallopt(option, value)
+        libc.mallopt(-4, 0)          # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-2, 2**28)      # M_TOP_PAD
 
 
-# ------------------------------------------------------------------------------------------------ Ctrl-C
+# ----------------------------------------------------------------------------------------------------- Ctrl-C
 
 class StopSignal:
-    """Ctrl-C (SIGINT) and SIGTERM during training: the loop ends after its step, with a checkpoint. A second one ends it at once."""
+    """Ends training after the current step, with a checkpoint, on Ctrl-C (SIGINT) or SIGTERM.
+
+    A second signal ends the process at once.
+    """
 
     def __init__(self):
         self.received = None  # the signal that this process got
         self.agreed = None    # the signal that all processes stop for, after `agree`
 
     def listen(self):
-        """From the end of the first step on there is something to lose."""
+        """Handles signals from now on: called after a step, since only then is there anything to lose."""
         self.set_handlers(self.on_signal, self.on_signal)
 
     def ignore(self):
-        """After the last step, signals mean what they usually do."""
+        """Gives signals their usual meaning again: called after the last step."""
         self.set_handlers(signal.default_int_handler, signal.SIG_DFL)
 
     def set_handlers(self, on_int, on_term):
-        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        if threading.current_thread() is threading.main_thread():  # Python allows this in no other thread
             signal.signal(signal.SIGINT, on_int)
             signal.signal(signal.SIGTERM, on_term)
 
@@ -221,7 +269,7 @@ class StopSignal:
         print0("\nstopping after this step (once more: at once)")
 
     def agree(self):
-        """Finds out whether any process got a signal. One that comes during this exchange counts at the next step."""
+        """Finds out whether any process got a signal; one that comes meanwhile counts the next time."""
         self.agreed = self.received
         if n_processes() > 1:
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -235,6 +283,8 @@ def resume_command(cfg):
     if n_processes() > 1:
         python = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', n_processes())}"
     command = f"{python} {' '.join(sys.argv)}"
-    # A stage that another one trains first is found and continued by that one.
+    # A stage that another page trains first needs no --resume: that page continues it by itself.
     is_called_page = type(cfg).__module__ == "__main__"
-    return command + " --resume" if is_called_page and "--resume" not in sys.argv else command
+    if is_called_page and "--resume" not in sys.argv:
+        command += " --resume"
+    return command

@@ -8,6 +8,8 @@ from engine.packing import pack
 @torch.no_grad()
 def score_groups(reward_model, groups, micro_tokens=16384):
     """The reward model's score of every response of every group, in their order: (S,) on the CPU."""
+    if not groups:
+        return torch.zeros(0)
     scores = [None] * len(groups)
     for rows in local_micro_batches(groups, micro_tokens, reward_model):
         batch = pack([groups[i] for i in rows]).to(reward_model.device)

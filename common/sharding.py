@@ -1,7 +1,8 @@
 """Sharded models (FSDP2, arXiv:2304.11277): each process holds its part of every tensor.
 
-A block's weights are gathered while it runs. What is outside the blocks (embeddings with the tied head, ln_f, scalar
-heads) is gathered by `states` and stays until a backward pass. Nobody with one GPU needs this file.
+A block's weights are gathered while it runs. What lies outside the blocks (the embeddings with the tied
+head, ln_f, the scalar heads) is gathered by `states` and stays so until a backward pass. Nobody with one
+GPU needs this file.
 """
 import torch
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -20,7 +21,8 @@ def shard_model(model, device):
     """Spreads a model over the processes, in place."""
     for module in [*model.h, model]:
         fully_shard(module, mesh=device_mesh(device))
-        module.set_gradient_divide_factor(1.0)  # gradients are summed, not averaged: losses are divided by the batch
+        # Gradients are summed, not averaged, because losses are divided by the size of the whole batch.
+        module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
     register_fsdp_forward_method(model, "states")
     register_fsdp_forward_method(model.h[-1], "forward_at")
@@ -39,9 +41,9 @@ def full_tensor(x):
 
 
 def unshard_model(model, dtype=torch.float32):
-    """The model with whole tensors in this dtype: the model itself if it is that already, otherwise a copy.
+    """The whole model in this dtype: the model itself if it is that already, otherwise a copy.
 
-    All processes must call this, and each gets a copy.
+    All processes must call this, and each gets the whole model.
     """
     if not is_sharded(model) and model.wte.weight.dtype == dtype:
         return model
@@ -54,15 +56,18 @@ def unshard_model(model, dtype=torch.float32):
 
 
 def sampling_copy(model):
-    """The model to sample with: on CUDA a copy in bfloat16, since decoding waits for memory; on a CPU the model itself."""
+    """The model to sample with: the model itself on a CPU; on CUDA a copy in bfloat16.
+
+    Decoding on CUDA waits for memory, and bfloat16 halves what is read.
+    """
     dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
     return unshard_model(model, dtype)
 
 
 def gather_state(state):
-    """A state dict whose sharded tensors are gathered on the main process's CPU, one at a time; elsewhere they are None.
+    """Gathers the sharded tensors of a state dict on the main process's CPU, one at a time.
 
-    All processes must call this.
+    In the other processes they become None. All processes must call this.
     """
     if isinstance(state, dict):
         return {key: gather_state(value) for key, value in state.items()}
@@ -73,8 +78,8 @@ def gather_state(state):
 
 
 def shard_like(x, parameter):
-    """A whole tensor, sharded in the way in which `parameter` is, if it is."""
+    """Shards a whole tensor in the way `parameter` is sharded, if it is."""
     if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
         return x
     part = distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return part.clone()  # otherwise a view that keeps the whole tensor alive
+    return part.clone()  # `part` may be a view, which would keep the whole tensor alive

@@ -8,5 +8,5 @@
     weights.py     GPT-2's published weights and the Hugging Face format
     files.py       downloads
 
-Each opens with the definition that it equals, and a test holds the two to the same numbers.
+Each fast form opens with the definition that it equals, and a test holds the two to the same numbers.
 """

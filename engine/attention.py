@@ -6,9 +6,9 @@ Definition, where allowed[q, k] says whether position q may look at position k:
 
 A mask comes in one of three forms, chosen by `packed_mask`:
 
-    "dense"    a (rows, 1, T, T) boolean tensor for scaled_dot_product_attention. Runs everywhere
-    "groups"   one small mask per group: on a CPU, attention then runs group by group and skips all other pairs
-    "flex"     a BlockMask for flex_attention: one CUDA kernel that skips blocks in which nobody may look
+    "dense"    a (rows, 1, T, T) boolean tensor for scaled_dot_product_attention; runs everywhere
+    "groups"   one small mask per group: attention runs group by group and skips all other pairs (CPU)
+    "flex"     a BlockMask for flex_attention: one CUDA kernel that skips every block without an allowed pair
 """
 from dataclasses import dataclass
 from functools import partial
@@ -18,22 +18,25 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-CALL_COST = 100**2  # a call of the CPU's attention takes as long as this many pairs of tokens
+CALL_COST = 100**2  # what one more call of attention costs on a CPU, in pairs of tokens
 
 
-# ------------------------------------------------------------------------------------------------ masks
+# ------------------------------------------------------------------------------------------------------ masks
 
 @dataclass
 class GroupMask:
-    """One mask per group of the flattened rows. A row's padding counts as one more group; no group sees another."""
-    lengths: list  # of the groups, in tokens; they add up to rows·T
+    """One mask per group of the flattened rows; no group sees another.
+
+    The padding at the end of a row counts as one more group.
+    """
+    lengths: list  # tokens of each group; they add up to rows·T
     allowed: list  # for each group an (n, n) boolean tensor, or None where it is plainly causal
 
 
 def packed_mask(batch, kind=None):
-    """Who may look at whom in a packed batch. kind: "dense", "groups" or "flex".
+    """Builds the mask of a packed batch: who may look at whom.
 
-    None picks between dense and, on a CPU, groups: whichever costs less time for this batch.
+    kind: "dense", "groups" or "flex". None means "dense", or on a CPU "groups" where that is faster.
     """
     group = batch.group
     segment = batch.segment
@@ -45,31 +48,35 @@ def packed_mask(batch, kind=None):
             return (q >= k) & same_group & prompt_or_own
         return create_block_mask(allowed, rows, None, T, T, device=group.device)
 
-    if kind == "groups" or kind is None and not group.is_cuda:
-        lengths = torch.unique_consecutive(group, return_counts=True)[1].tolist()
+    if kind == "groups" or (kind is None and not group.is_cuda):
+        _, counts = torch.unique_consecutive(group, return_counts=True)
+        lengths = counts.tolist()
         cost_of_groups = sum(n**2 + CALL_COST for n in lengths)
         if kind == "groups" or cost_of_groups < rows * T**2:
-            segments = segment.flatten().split(lengths)
-            return GroupMask(lengths, [within_group(s) if s.max() > 1 else None for s in segments])
+            masks = []
+            for s in segment.flatten().split(lengths):
+                has_several_responses = s.max() > 1
+                masks.append(within_group(s) if has_several_responses else None)
+            return GroupMask(lengths, masks)
 
     same_group = group[:, :, None] == group[:, None, :]
     return (within_group(segment) & same_group)[:, None]
 
 
 def within_group(segment):
-    """(…, T) -> (…, T, T) boolean: each place may look at the prompt (segment 0) and at its own segment, causally."""
+    """Each place may look back at the prompt (segment 0) and its own segment: (…, T) -> (…, T, T) boolean."""
     prompt = segment[..., None, :] == 0
     own = segment[..., :, None] == segment[..., None, :]
     return (prompt | own).tril()
 
 
-# ------------------------------------------------------------------------------------------------ attention
+# -------------------------------------------------------------------------------------------------- attention
 
 def attention(q, k, v, mask=None):
     """softmax(q kᵀ/√d) v under a mask. q, k, v: (B, H, T, D).
 
-    mask: a BlockMask, a GroupMask, a boolean tensor (True = may look), a float tensor that is added to q kᵀ/√d, or
-    None for plain causal attention.
+    mask: a BlockMask, a GroupMask, a boolean tensor (True = may look), a float tensor that is added to
+    q kᵀ/√d, or None for plain causal attention.
     """
     if isinstance(mask, GroupMask):
         return group_attention(q, k, v, mask)
@@ -79,7 +86,7 @@ def attention(q, k, v, mask=None):
 
 
 def group_attention(q, k, v, mask):
-    """attention(q, k, v) group by group, so that nothing is computed for pairs that may not look at each other."""
+    """attention(q, k, v) group by group, so that nothing is computed for pairs from different groups."""
     B, H, T, D = q.shape
 
     def split(x):  # (B, H, T, D) -> for each group (n, H, D)
@@ -93,14 +100,15 @@ def group_attention(q, k, v, mask):
     return torch.cat(outputs).unflatten(0, (B, T)).transpose(1, 2)
 
 
-# ------------------------------------------------------------------------------------------------ the forward pass
+# ------------------------------------------------------------------------------------------- the forward pass
 
 def hidden_at(model, tokens, position, attend, positions=None):
-    """model.hidden at some positions only: (B, T) tokens, (N,) indices into B·T -> (N, C); None: all, (B, T, C).
+    """model.hidden at some positions only, where attend(layer, q, k, v) is the attention of a layer.
 
-    attend(layer, q, k, v) is the attention of that layer. Of the last block, only attention needs the other
-    positions; its projection and MLP run on `positions` alone. With model.checkpoint_blocks, each block is
-    recomputed in the backward pass instead of keeping its activations.
+    tokens: (B, T). positions: (N,) indices into B·T, for a result (N, C); None: all of them, (B, T, C).
+
+    In the last block, only attention needs the other positions; its projection and MLP run on `positions`
+    alone. With model.checkpoint_blocks, a block's activations are recomputed in the backward pass.
     """
     x = model.wte(tokens) + model.wpe(position)
     *blocks, last = model.h
@@ -117,14 +125,16 @@ def hidden_at(model, tokens, position, attend, positions=None):
 def run_block(model, block, *args):
     """block(*args), recomputed in the backward pass if model.checkpoint_blocks."""
     if model.checkpoint_blocks and torch.is_grad_enabled():
-        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
+        # Nothing in a block is random, so there is no random state to preserve.
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
     return block(*args)
 
 
 def block_at(block, x, attend, positions):
     """block(x, attend) at `positions` (N,), indices into B·T: (B, T, C) -> (N, C)."""
     heads = block.attn.heads(block.ln_1(x), attend)
-    x = x.flatten(0, 1).index_select(0, positions)  # unlike x[positions], its backward pass adds in a fixed order
+    # index_select, because the backward pass of x[positions] adds in no fixed order.
+    x = x.flatten(0, 1).index_select(0, positions)
     heads = heads.flatten(0, 1).index_select(0, positions)
     x = x + block.attn.c_proj(heads)
     x = x + block.mlp(block.ln_2(x))
@@ -137,6 +147,7 @@ def packed_forward(model, tokens, position, mask, positions):
 
 
 def compiled(function):
-    """torch.compile for any shape: after the second shape, nothing compiles again for the same kind of call."""
-    torch._dynamo.config.recompile_limit = 32  # kinds: PPO's four models; with gradients or without; one row or more
+    """torch.compile for any shape: a kind of call compiles for its first two shapes, and never again."""
+    # The kinds of calls: PPO's four models, with gradients or without, with one row or more.
+    torch._dynamo.config.recompile_limit = 32
     return torch.compile(function, dynamic=True)

@@ -1,10 +1,11 @@
 """Sampling with a key-value cache.
 
-Definition: GPT.naive_generate, which computes the whole text again for each new token. Given the same noise, `generate`
-returns the same tokens.
+Definition: GPT.naive_generate, which runs the whole text again for each new token. Given the same noise,
+`generate` returns the same tokens.
 
-Prompts are sorted by length and run in a few passes, those of like length together ("prefill"). From then on each step
-runs one token per row. Every row writes its key and value at its own position, so rows of unlike length share a step.
+Prompts are sorted by length and run in a few passes, each over prompts of similar length ("prefill"). From
+then on, each step runs one token per row. Every row writes its key and value at its own position, so rows
+of different lengths share a step.
 """
 from functools import partial
 
@@ -17,11 +18,11 @@ from engine.onednn import onednn_linear, onednn_weights
 
 
 class KVCache:
-    """Keys and values of every layer, (n_layer, B, n_head, max_len, head_dim). Rows are sorted by length.
+    """Keys and values of every layer, (n_layer, B, n_head, max_len, head_dim), with rows sorted by length.
 
-    length (B,) is how many positions each row holds. A step reads only the columns that are in use, rounded up to a
-    multiple of BLOCK: on CUDA for all rows together, because each number of columns needs a CUDA graph of its own; on
-    the CPU for each of four slices of the rows.
+    length (B,) is how many positions each row holds. A step reads only the columns in use, rounded up to
+    a multiple of BLOCK. On a CPU, each of four slices of the rows reads as many as it needs. On CUDA, all
+    rows read the same number, because each number of columns needs a CUDA graph of its own.
     """
     SLICES = {"cuda": 1, "cpu": 4}
     BLOCK = {"cuda": 128, "cpu": 1}
@@ -31,9 +32,9 @@ class KVCache:
         device = like.device
         self.block = self.BLOCK[device.type]
         self.slices = slices(len(lengths), self.SLICES[device.type])
-        self.longest = [lengths[rows][-1] for rows in self.slices]  # prompt of each slice
-        multiple = min(self.block, 16)  # CUDA's attention would copy a mask whose rows are not a multiple of 16
-        max_len = round_up(lengths[-1] + new_tokens, multiple)
+        self.longest = [lengths[rows][-1] for rows in self.slices]  # length of each slice's longest prompt
+        # On CUDA a multiple of 16, because attention would copy a mask with rows of any other length.
+        max_len = round_up(lengths[-1] + new_tokens, min(self.block, 16))
         shape = (config.n_layer, len(lengths), config.n_head, max_len, config.n_embd // config.n_head)
         self.k = like.new_zeros(shape)  # zeros: attention reads masked columns too, and 0 · NaN is NaN
         self.v = like.new_zeros(shape)
@@ -52,12 +53,12 @@ class KVCache:
         return [min(round_up(longest + t, self.block), len(self.columns)) for longest in self.longest]
 
     def mask(self):
-        """(B, 1, 1, max_len): 0 for the columns that a row may look at and −∞ for the rest, to be added to q kᵀ/√d."""
-        allowed = self.columns <= self.length[:, None]
+        """(B, 1, 1, max_len), to be added to q kᵀ/√d: 0 where a row may look, −∞ elsewhere."""
+        allowed = self.columns <= self.length[:, None]  # "<=": this step writes column `length`
         return self.k.new_zeros(1).where(allowed, -torch.inf)[:, None, None]
 
     def append(self, n_columns, mask, layer, q, k, v):
-        """Attention of one new token per row: writes its key and value, then looks at all that the row holds."""
+        """Attention of one new token per row: writes its key and value, then looks at the whole row."""
         self.k[layer, self.rows, :, self.length] = k[:, :, 0]
         self.v[layer, self.rows, :, self.length] = v[:, :, 0]
         outputs = []
@@ -69,8 +70,11 @@ class KVCache:
 
 
 class CUDAGraph:
-    """Calls step(key), which works in place. The first call with a new key just runs it, the second records a CUDA graph,
-    and further calls replay the graph, which saves the launch of each kernel."""
+    """Calls step(key), as a CUDA graph from the second call with the same key on.
+
+    The first call with a new key runs the step, the second records it as a graph, and that call and all
+    later ones replay the graph, which saves launching each kernel. The step must work in place.
+    """
 
     def __init__(self, step):
         self.step = step
@@ -90,7 +94,7 @@ class CUDAGraph:
 
 
 def slices(n, pieces):
-    """0 … n-1 cut into at most `pieces` slices of like size."""
+    """Cuts 0 … n-1 into at most `pieces` slices of about the same size."""
     size = -(-n // pieces)
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
@@ -99,7 +103,8 @@ def round_up(n, multiple):
     return -(-n // multiple) * multiple
 
 
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, eos=None, noise=None, return_logprobs=False):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, eos=None, noise=None,
+             return_logprobs=False):
     """GPT.generate, whose docstring describes the arguments."""
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths) == 0:
@@ -108,27 +113,31 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, eos=No
         raise ValueError(f"generate: a prompt of {max(lengths)} tokens and {max_new_tokens} new ones "
                          f"do not fit the model's context of {model.config.block_size}")
     if noise is None:
-        noise = torch.rand(len(prompts), max_new_tokens)  # drawn on the CPU: one seed gives one response everywhere
-    order = sorted(range(len(prompts)), key=lengths.__getitem__)
+        # Drawn on the CPU, so that a seed gives the same numbers on every device.
+        noise = torch.rand(len(prompts), max_new_tokens)
+    order = sorted(range(len(prompts)), key=lambda i: lengths[i])
     sorted_prompts = [prompts[i] for i in order]
     sorted_noise = noise[order].to(model.device)
+    eos_id = -1 if eos is None else eos  # no token is -1
 
-    tokens, logprobs = decode(model, sorted_prompts, sorted_noise, temperature, top_k, -1 if eos is None else eos)
+    tokens, logprobs = decode(model, sorted_prompts, sorted_noise, temperature, top_k, eos_id)
     responses = [None] * len(prompts)
     response_logprobs = [None] * len(prompts)
     for i, row, row_logprobs in zip(order, tokens.tolist(), logprobs.tolist()):
         n = row.index(eos) + 1 if eos in row else len(row)
         responses[i] = row[:n]
         response_logprobs[i] = row_logprobs[:n]
-    return (responses, response_logprobs) if return_logprobs else responses
+    if return_logprobs:
+        return responses, response_logprobs
+    return responses
 
 
 @torch.no_grad()
 def decode(model, prompts, noise, temperature, top_k, eos):
-    """Samples for prompts sorted by length. noise: (B, max_new_tokens), uniform on [0, 1).
+    """Samples responses to prompts that are sorted by length. noise: (B, max_new_tokens), uniform on [0, 1).
 
-    Returns tokens (B, T) and their log-probs (B, T) under the sampling distribution. T is where every row has met
-    `eos`, or up to three steps later; what follows a row's `eos` means nothing.
+    Returns tokens (B, T) and their log-probs (B, T) under the sampling distribution. It stops once every
+    row has sampled `eos`, or up to three steps later; what follows a row's `eos` means nothing.
     """
     device = model.device
     B, max_new_tokens = noise.shape
@@ -149,7 +158,7 @@ def decode(model, prompts, noise, temperature, top_k, eos):
             done.logical_or_(token == eos)
 
         def step(n_columns):
-            """Runs the newest token of each row, and samples the next. In place, without waiting for the device."""
+            """Runs each row's newest token and samples the next, in place, without waiting for the device."""
             newest = tokens.index_select(1, t)
             attend = partial(cache.append, n_columns, cache.mask())
             state = hidden_at(model, newest, cache.length[:, None], attend)
@@ -157,18 +166,23 @@ def decode(model, prompts, noise, temperature, top_k, eos):
             t.add_(1)
             choose(state[:, 0])
 
-        choose(torch.cat([prefill(model, cache, rows, prompts[rows]) for rows in slices(B, 8)]))
+        states = [prefill(model, cache, rows, prompts[rows]) for rows in slices(B, 8)]
+        choose(torch.cat(states))
         if device.type == "cuda" and model.compiled:
             step = CUDAGraph(step)
         for i in range(1, max_new_tokens):
-            if i % 4 == 0 and done.all():  # asking a GPU makes the host wait for it, so not in every step
+            # Every fourth step asks whether all rows are done: to ask a GPU is to wait for it.
+            if i % 4 == 0 and done.all():
                 return tokens[:, :i], logprobs[:, :i]
             step(cache.columns_in_use(i))
     return tokens, logprobs
 
 
 def prefill(model, cache, rows, prompts):
-    """Runs these prompts, right-padded, and fills these rows of the cache. Returns the state at each prompt's end, (n, C)."""
+    """Runs n prompts, right-padded, and fills their rows of the cache.
+
+    Returns the hidden state at the last token of each prompt, (n, C).
+    """
     P = max(map(len, prompts))
     tokens = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=model.device)
     last = torch.tensor([i * P + len(prompt) - 1 for i, prompt in enumerate(prompts)], device=model.device)
@@ -177,8 +191,9 @@ def prefill(model, cache, rows, prompts):
 
 
 def next_logits(model, state, vocabulary=None):
-    """(B, C) -> (B, V/64, 64) float32: the padded vocabulary in blocks of 64, with −∞ on the padding.
+    """The logits of the next token, in blocks of 64: (B, C) -> (B, V/64, 64) float32.
 
+    V is the size of the padded vocabulary, and the padding gets −∞.
     vocabulary: the oneDNN copy of the vocabulary matrix, where there is one.
     """
     if vocabulary is None:
@@ -192,11 +207,12 @@ def next_logits(model, state, vocabulary=None):
 def sample(logits, noise, temperature=1.0, top_k=None):
     """Draws token ~ softmax(logits/τ), restricted to the top_k largest, by inverting the CDF at `noise`.
 
-    logits (B, K, n): a vocabulary in K blocks of n, which are overwritten; noise (B,) uniform on [0, 1).
+    logits (B, K, n): the vocabulary in K blocks of n tokens; overwritten. noise (B,): uniform on [0, 1).
     Returns the tokens (B,) and their log-probs (B,). Temperature 0 takes the largest logit, with log-prob 0.
 
-    Definition: the first token at which the CDF exceeds the noise, (cdf <= noise).sum(). To search the CDF of GPT-2's
-    whole vocabulary would take longer than the rest, so the first search finds the block, the second the token in it.
+    Definition: the first token at which the CDF exceeds the noise, (cdf <= noise).sum(). Searching the CDF of
+    GPT-2's whole vocabulary would take longer than all the rest, so a first search finds the block, and a
+    second one the token within it.
     """
     if temperature == 0:
         token = logits.flatten(1).argmax(-1)
@@ -205,20 +221,23 @@ def sample(logits, noise, temperature=1.0, top_k=None):
         flat = logits.flatten(1)
         smallest = flat.topk(min(top_k, flat.size(1))).values[:, -1:, None]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
-    p = logits.sub_(logits.amax((1, 2), keepdim=True)).div_(temperature).exp_()  # not normalized
+    largest = logits.amax((1, 2), keepdim=True)
+    p = logits.sub_(largest).div_(temperature).exp_()  # softmax(logits/τ) times a constant
 
     # The block: the first one whose end lies above the noise, so never one of probability 0.
-    edges = F.pad(p.sum(2).cumsum(1, dtype=torch.float64), (1, 0))  # (B, K + 1): the CDF where blocks begin and end
+    # edges (B, K + 1) is the CDF where the blocks begin and end.
+    edges = F.pad(p.sum(2).cumsum(1, dtype=torch.float64), (1, 0))
     total = edges[:, -1:]
     u = noise[:, None].double() * total
     block = torch.searchsorted(edges[:, 1:].contiguous(), u, right=True)  # (B, 1)
 
-    # The token: the same within the block, with the noise rescaled to it.
+    # The token: the same search within the block, with the noise rescaled to it.
     begin = edges.gather(1, block)
     end = edges.gather(1, block + 1)
     p_block = p.take_along_dim(block[..., None], 1)[:, 0]  # (B, n)
     cdf = p_block.cumsum(1, dtype=torch.float64)
-    within = torch.searchsorted(cdf, (u - begin) / (end - begin) * cdf[:, -1:], right=True)
+    u_within = (u - begin) / (end - begin) * cdf[:, -1:]
+    within = torch.searchsorted(cdf, u_within, right=True)
     token = (block * p.size(2) + within)[:, 0]
     logprob = (p_block.gather(1, within) / total).log()[:, 0]
     return token, logprob.float()

@@ -1,4 +1,4 @@
-"""Files that are fetched once, and short quotes of what is wrong with them."""
+"""Files that are downloaded once, and short quotes of values for error messages."""
 import hashlib
 import logging
 import os
@@ -12,7 +12,7 @@ SHORT.maxlevel = 1
 
 
 def short_repr(value):
-    """repr(value) on one line, with the middle left out where it is long."""
+    """repr(value) on one line; the middle of a long one is left out."""
     return SHORT.repr(value)
 
 
@@ -40,8 +40,8 @@ def fetch(path, url, sha256=None):
 def download(url, path, sha256=None):
     """Downloads `url` into a temporary file and renames it to `path` once it is complete.
 
-    Raises OSError if the server redirects to something other than https, closes the connection early, or sends a
-    file with another sha256. Nothing is left behind then.
+    Raises OSError, and leaves nothing behind, if the server redirects to something other than https, closes
+    the connection early, or sends a file with another sha256.
     """
     part = f"{path}.{os.getpid()}.part"
     digest = hashlib.sha256()

@@ -4,8 +4,8 @@ Definition, for hidden states s (N, C), the vocabulary matrix W (V, C), targets 
 
     logprobs = log_softmax(s Wᵀ / τ)[range(N), y]
 
-The logits of GPT-2's 50,257 tokens are the largest tensor of a training step. Here they exist for CHUNK tokens at a
-time, in float32; the backward pass computes them again, except for the last chunk, which is kept.
+The logits over GPT-2's 50,257 tokens are the largest tensor of a training step. Here they exist for CHUNK
+tokens at a time, in float32; the backward pass recomputes them, except for the last chunk, which is kept.
 """
 import torch
 
@@ -13,9 +13,9 @@ CHUNK = 1024  # response tokens whose logits exist at one time
 
 
 def vocab_product(states, weight):
-    """s Wᵀ, (N, C) and (V, C) -> (N, V) float32.
+    """The logits s Wᵀ: (N, C) and (V, C) -> (N, V) float32.
 
-    The result does not go through bfloat16: near 100, where GPT-2's logits often are, its neighbours lie 0.5 apart.
+    They are never rounded to bfloat16: near 100, where GPT-2's logits often are, its numbers lie 0.5 apart.
     """
     if states.dtype == torch.float32:
         return states @ weight.t()
@@ -25,7 +25,7 @@ def vocab_product(states, weight):
 
 
 def scaled_logits(states, weight, vocab_size, temperature):
-    """s Wᵀ/τ (n, V), with −∞ on the padding of the vocabulary, which so never gets probability."""
+    """s Wᵀ/τ (n, V), with −∞ on the padding of the vocabulary, so that it never gets probability."""
     logits = vocab_product(states, weight)
     logits[:, vocab_size:] = -torch.inf
     if temperature != 1:
@@ -34,16 +34,16 @@ def scaled_logits(states, weight, vocab_size, temperature):
 
 
 def logsumexp_(logits):
-    """log Σ exp(logits) of each row, (n, V) -> (n,). Overwrites the logits with exp(logits − the row's largest)."""
+    """log Σ exp(logits) of each row, (n, V) -> (n,); leaves exp(logits − the row's largest) in the logits."""
     largest = logits.amax(-1, keepdim=True)
     return logits.sub_(largest).exp_().sum(-1).log_() + largest[:, 0]
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """logprobs as defined above, chunk by chunk.
+    """The logprobs defined at the top of this file, chunk by chunk.
 
     states (N, C), weight (V, C) of which the first vocab_size rows are real, target (N,) -> (N,) float32.
-    With p the softmax and g the incoming gradient, ∂/∂logits = g · (onehot(y) − p)/τ.
+    With p the softmax and g the incoming gradient, the gradient of s Wᵀ is g · (onehot(y) − p)/τ.
     """
 
     @staticmethod
@@ -54,7 +54,8 @@ class TokenLogprobs(torch.autograd.Function):
             chosen = logits.gather(1, y[:, None])[:, 0]
             logsumexp.append(logsumexp_(logits))
             logprobs.append(chosen - logsumexp[-1])
-        ctx.save_for_backward(states, weight, target, torch.cat(logsumexp), logits)  # the last chunk, as exp(logits − …)
+        # `logits` are those of the last chunk, by now as exp(logits − the row's largest).
+        ctx.save_for_backward(states, weight, target, torch.cat(logsumexp), logits)
         ctx.vocab_size = vocab_size
         ctx.temperature = temperature
         return torch.cat(logprobs)
@@ -64,21 +65,23 @@ class TokenLogprobs(torch.autograd.Function):
         states, weight, target, logsumexp, last = ctx.saved_tensors
         grad_states = []
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        per_token = (states, target, logsumexp, grad / ctx.temperature)
-        chunks = list(zip(*(x.split(CHUNK) for x in per_token)))
+        grad = grad / ctx.temperature
+        pieces = zip(states.split(CHUNK), target.split(CHUNK), logsumexp.split(CHUNK), grad.split(CHUNK))
+        chunks = list(pieces)
         for i, (s, y, z, g) in enumerate(chunks):
             if i == len(chunks) - 1:
                 p = last.div_(last.sum(-1, keepdim=True))
             else:
                 p = scaled_logits(s, weight, ctx.vocab_size, ctx.temperature).sub_(z[:, None]).exp_()
-            grad_logits = p.mul_(-g[:, None]).scatter_add_(1, y[:, None], g[:, None]).to(states.dtype)
+            grad_logits = p.mul_(-g[:, None]).scatter_add_(1, y[:, None], g[:, None])  # g · (onehot(y) − p)
+            grad_logits = grad_logits.to(states.dtype)
             grad_states.append(grad_logits @ weight)
             grad_weight += grad_logits.t() @ s
         return torch.cat(grad_states), grad_weight.to(weight.dtype), None, None, None
 
 
 def product_operands(model, states):
-    """The states and the vocabulary matrix in the precision of the matrix product: bfloat16 under autocast."""
+    """The states and the vocabulary matrix in the precision of their product: bfloat16 under autocast."""
     device = model.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
     return states.to(dtype), model.wte.weight.to(dtype)
@@ -92,7 +95,7 @@ def token_logprobs(model, states, target, temperature):
 
 
 def log_softmax(model, states, temperature):
-    """log π(· | s) of at most CHUNK states: (n, vocab_size) float32, the same bits as token_logprobs."""
+    """log π(· | s) of at most CHUNK states: (n, vocab_size) float32, bit for bit those of token_logprobs."""
     vocab_size = model.config.vocab_size
     states, weight = product_operands(model, states)
     with torch.autocast(model.device.type, enabled=False):

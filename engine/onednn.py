@@ -1,15 +1,16 @@
 """Faster matrix products for sampling on an x86 CPU.
 
-A decoding step multiplies a few rows by every matrix of the model. For that, oneDNN is up to twice as fast as MKL if
-the matrix is first copied into its own layout. The copies exist only inside `onednn_weights(model)`.
 Definition: Linear is nn.Linear.
+
+A decoding step multiplies a few rows by every matrix of the model. oneDNN does that up to twice as fast as
+MKL once the matrix is copied into its own layout. The copies exist only inside `onednn_weights(model)`.
 """
 from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
 
-SMALLEST = 2**17  # entries of a matrix from which on the copy pays
+SMALLEST = 2**17  # entries; for a smaller matrix the copy does not pay
 
 
 class Linear(nn.Linear):
@@ -23,12 +24,15 @@ class Linear(nn.Linear):
 
 
 def onednn_linear(x, weight_copy, bias=None):
-    """x Wᵀ + b for a weight in oneDNN's layout; has no gradient."""
+    """x Wᵀ + b for a weight in oneDNN's layout, without gradients."""
     return torch.ops.mkldnn._linear_pointwise(x, weight_copy, bias, "none", [], "")
 
 
 def copy_for_onednn(weight):
-    """The float32 matrix (out, in) in oneDNN's layout; None where that gains nothing: on a GPU, if small, without MKL."""
+    """Copies a float32 matrix (out, in) into oneDNN's layout, or returns None where that gains nothing.
+
+    It gains nothing on a GPU, for a small matrix or another dtype, or in a build of torch without MKL.
+    """
     is_float_on_cpu = not weight.is_cuda and weight.dtype == torch.float32
     if is_float_on_cpu and weight.numel() >= SMALLEST and torch.backends.mkl.is_available():
         return torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -37,7 +41,10 @@ def copy_for_onednn(weight):
 
 @contextmanager
 def onednn_weights(model):
-    """Inside, every Linear of the model uses a oneDNN copy of its weight. Yields the copy of the vocabulary matrix or None."""
+    """While this context is open, every Linear of the model uses a oneDNN copy of its weight.
+
+    Yields a copy of the vocabulary matrix, or None (see copy_for_onednn).
+    """
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     try:
         for linear in linears:

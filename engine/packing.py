@@ -5,12 +5,13 @@
     position  0 1 2 3  4 5 6  4 5    | in each response, positions go on from the end of the prompt
     group     0 0 0 0  0 0 0  0 0    | 1 …, and -1 for padding
 
-Definition: the numbers of a packed batch are those of one row per response, prompt and response alone in it.
+Definition: a packed batch gives the same numbers as one row per response, with nothing in it but the prompt
+and that response.
 
-Three flat arrays describe the N response tokens, response after response in the order in which they were given:
+Three flat arrays describe the N response tokens, response after response, in the order they were given in:
 
-    state_index   the place whose hidden state predicts the token: for a response's first token the prompt's last
-                  place, otherwise the place just before it
+    state_index   the place whose hidden state predicts the token: the prompt's last place for a response's
+                  first token, otherwise the place just before the token
     token_index   the place of the token itself
     sequence      which response the token belongs to, 0 … S-1
 
@@ -41,7 +42,7 @@ class Batch:
     @property
     def last(self):
         """(S,) the place of each response's last token."""
-        ends = torch.bincount(self.sequence).cumsum(0)
+        ends = torch.bincount(self.sequence).cumsum(0)  # where in N each response ends
         return self.token_index[ends - 1]
 
     @property
@@ -50,7 +51,7 @@ class Batch:
         return int((self.group >= 0).sum())
 
     def to(self, device):
-        """The batch on `device`; to a GPU, the copies run beside the computation."""
+        """The batch on `device`; copies to a GPU overlap with its computation."""
         moved = {}
         for field in fields(self):
             tensor = getattr(self, field.name)
@@ -62,7 +63,7 @@ class Batch:
 
 
 def group_length(group):
-    """The tokens of a group (prompt_ids, [response_ids, …]), the prompt counted once."""
+    """The number of tokens in a group (prompt_ids, [response_ids, …]), the prompt counted once."""
     prompt, responses = group
     return len(prompt) + sum(map(len, responses))
 
@@ -73,16 +74,17 @@ def per_sequence(x, batch):
 
 
 def pack(groups, max_tokens=None):
-    """groups: list of (prompt_ids, [response_ids, …]) -> Batch.
+    """Packs a list of groups (prompt_ids, [response_ids, …]) into a Batch.
 
-    Rows are at most max_tokens long; with None, as long as leaves the least padding.
+    Rows are at most max_tokens long; None chooses the length that leaves the least padding.
     Raises ValueError if a prompt or a response is empty, or if a group does not fit into a row.
     """
     assert groups, "nothing to pack"
     lengths = list(map(group_length, groups))
     longest = max(lengths)
     if max_tokens and longest > max_tokens:
-        raise ValueError(f"pack: group {lengths.index(longest)} has {longest} tokens, a row holds {max_tokens}")
+        i = lengths.index(longest)
+        raise ValueError(f"pack: group {i} has {longest} tokens, a row holds {max_tokens}")
     layout = place_in_rows(lengths, max_tokens)
     rows, T = layout.rows, layout.length
 
@@ -111,23 +113,34 @@ def pack(groups, max_tokens=None):
             places = row * T + np.arange(begin, end)
             token_index.append(places)
             state_index.append(np.concatenate([[last_of_prompt], places[:-1]]))
-            sequence.append(np.full(len(response), len(sequence)))
+            index = len(sequence_group)  # of this response, among those of all groups
+            sequence.append(np.full(len(response), index))
             sequence_group.append(i)
 
-    flat = map(np.concatenate, (state_index, token_index, sequence))
-    arrays = (tokens, segment, position, group, *flat, np.array(sequence_group))
-    return Batch(*map(torch.from_numpy, arrays))
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        segment=torch.from_numpy(segment),
+        position=torch.from_numpy(position),
+        group=torch.from_numpy(group),
+        state_index=torch.from_numpy(np.concatenate(state_index)),
+        token_index=torch.from_numpy(np.concatenate(token_index)),
+        sequence=torch.from_numpy(np.concatenate(sequence)),
+        sequence_group=torch.from_numpy(np.array(sequence_group)))
 
 
 @dataclass
 class Layout:
-    places: list  # for each group (row, where in the row it begins)
+    places: list  # for each group: (its row, where in the row it begins)
     rows: int
     length: int   # of the longest row
 
 
 def place_in_rows(lengths, max_tokens=None):
-    """Lays groups of these lengths into rows: a Layout. Without max_tokens, of 17 row lengths the one with the least padding."""
+    """Lays out groups of these lengths in rows, and returns a Layout.
+
+    Without max_tokens, it tries 17 row lengths, from the longest group to twice that, and keeps the layout
+    with the least padding.
+    """
     if max_tokens:
         return first_fit(lengths, max_tokens)
     longest = max(lengths)
@@ -139,10 +152,12 @@ def first_fit(lengths, max_tokens):
     """First fit decreasing: the longest group first, each into the first row that still has room for it."""
     places = [None] * len(lengths)
     free = []  # room left in each row
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((row for row, room in enumerate(free) if room >= lengths[i]), len(free))
-        if row == len(free):
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for i in longest_first:
+        rows_with_room = (row for row, room in enumerate(free) if room >= lengths[i])
+        row = next(rows_with_room, len(free))
+        if row == len(free):  # no row has room: begin a new one
             free.append(max_tokens)
-        places[i] = row, max_tokens - free[row]
+        places[i] = (row, max_tokens - free[row])
         free[row] -= lengths[i]
     return Layout(places, len(free), max_tokens - min(free))

@@ -1,7 +1,8 @@
 """GPT-2's weights: the published files, and folders in the Hugging Face format, both ways.
 
-That format stores the four projections of a block as (in, out), nn.Linear as (out, in). Its names carry the prefix
-"transformer.", and the tied head is stored once more as lm_head.weight. No file is allowed to execute anything.
+That format stores the four projections of a block as (in, out), where nn.Linear has (out, in). Its names
+carry the prefix "transformer.", and it stores the tied head once more as lm_head.weight. Reading a file
+never executes anything in it.
 """
 import json
 import os
@@ -17,7 +18,7 @@ PRETRAINED = {  # n_layer, n_head, n_embd
     "gpt2-xl": (48, 25, 1600),
 }
 URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
-CONFIG_KEYS = {  # of a config.json: our name, and the largest value that is believed
+CONFIG_KEYS = {  # what is read of a config.json: under which name here, and the largest value accepted
     "vocab_size": ("vocab_size", 2**20),
     "n_positions": ("block_size", 2**20),
     "n_layer": ("n_layer", 1000),
@@ -26,10 +27,10 @@ CONFIG_KEYS = {  # of a config.json: our name, and the largest value that is bel
 }
 
 
-# ------------------------------------------------------------------------------------------------ reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 def read_pretrained(name_or_dir):
-    """Returns the fields of a GPTConfig and a state dict, of a published name ("gpt2", …) or a folder.
+    """Reads a published model ("gpt2", …) or a folder -> the fields of a GPTConfig, a state dict.
 
     Exits with a one-line message if a file is missing, cannot be fetched, or is not a GPT-2.
     """
@@ -47,7 +48,7 @@ def read_pretrained(name_or_dir):
 
 
 def read_config(path):
-    """The fields of a GPTConfig from a config.json; exits with a one-line message if it does not describe a GPT-2."""
+    """Reads the fields of a GPTConfig from a config.json; exits with one line if it describes no GPT-2."""
     if not os.path.exists(path):
         raise SystemExit(f"{path}: no config.json there; expected a folder in the Hugging Face format, "
                          f"or one of {', '.join(PRETRAINED)}")
@@ -56,13 +57,15 @@ def read_config(path):
             content = dict(json.load(f))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise SystemExit(f"{path}: not the config.json of a model ({error})")
-    if content.get("model_type") != "gpt2":
-        raise SystemExit(f"{path}: model_type is {short_repr(content.get('model_type'))}, only 'gpt2' can be read")
+    model_type = content.get("model_type")
+    if model_type != "gpt2":
+        raise SystemExit(f"{path}: model_type is {short_repr(model_type)}, only 'gpt2' can be read")
     config = {}
     for key, (field, largest) in CONFIG_KEYS.items():
         value = content.get(key)
         if type(value) is not int or not 0 < value <= largest:
-            raise SystemExit(f"{path}: {key} is {short_repr(value)}, expected a whole number from 1 to {largest}")
+            raise SystemExit(f"{path}: {key} is {short_repr(value)}, "
+                             f"expected a whole number from 1 to {largest}")
         config[field] = value
     if config["n_embd"] % config["n_head"]:
         raise SystemExit(f"{path}: n_embd {config['n_embd']} is not a multiple of n_head {config['n_head']}")
@@ -70,7 +73,7 @@ def read_config(path):
 
 
 def read_weights(path):
-    """{name: tensor} from a file of torch.save or safetensors; exits with a one-line message if it cannot be read."""
+    """Reads {name: tensor} from a file of torch.save or safetensors; exits with one line if it cannot."""
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -80,14 +83,15 @@ def read_weights(path):
         return {name.removeprefix("transformer."): w for name, w in weights.items() if torch.is_tensor(w)}
     except ImportError:
         raise SystemExit(f"{path}: reading it needs the safetensors package: pip install safetensors")
-    except Exception as error:  # torch.load raises half a dozen kinds for a file that is cut short, flipped or foreign
+    except Exception as error:  # for a damaged or foreign file, torch.load raises half a dozen types
         raise SystemExit(f"{path}: not a model's weights, or damaged ({type(error).__name__}): "
                          "delete it, and fetch or copy it again")
 
 
 def fit_weights(weights, shapes, vocab_size, name_or_dir):
-    """Transposes the projections and checks every shape. shapes: our state dict's, where the vocabulary is padded.
+    """Transposes the projections and checks every shape.
 
+    shapes: those of our state dict, in which the vocabulary is padded.
     Exits with a one-line message if a tensor is missing or has another shape than config.json says.
     """
     missing = shapes.keys() - weights.keys()
@@ -111,7 +115,7 @@ def is_projection(name):
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
-# ------------------------------------------------------------------------------------------------ writing
+# ---------------------------------------------------------------------------------------------------- writing
 
 def write_pretrained(dir, config, state_dict):
     """Writes config.json and pytorch_model.bin, which transformers' GPT2LMHeadModel.from_pretrained opens.
@@ -134,7 +138,8 @@ def write_pretrained(dir, config, state_dict):
     content = dict(
         model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=config.vocab_size,
         n_positions=config.block_size, n_ctx=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
-        n_head=config.n_head, tie_word_embeddings=True, activation_function="gelu_new", layer_norm_epsilon=1e-5,
-        torch_dtype="float32", bos_token_id=config.vocab_size - 1, eos_token_id=config.vocab_size - 1)
+        n_head=config.n_head, tie_word_embeddings=True, activation_function="gelu_new",
+        layer_norm_epsilon=1e-5, torch_dtype="float32",
+        bos_token_id=config.vocab_size - 1, eos_token_id=config.vocab_size - 1)
     with open(os.path.join(dir, "config.json"), "w") as f:
         json.dump(content, f, indent=2)

@@ -1,4 +1,7 @@
-"""Fixtures of more than one test file. Public data and the GPT-2 encoding are used where they lie beside the checkout."""
+"""Fixtures of more than one test file.
+
+Public data and the GPT-2 encoding are used where they lie beside the checkout.
+"""
 import json
 import os
 from pathlib import Path
@@ -44,14 +47,14 @@ def small_world(monkeypatch):
 
 @pytest.fixture
 def start(tmp_path):
-    """A folder with a checkpoint to start from, which speaks the animals tokenizer, and a small file of comparisons."""
+    """A folder with a checkpoint of the animals tokenizer to start from, and a small file of comparisons."""
     model = make_model(vocab_size=get_tokenizer("animals").n_vocab, n_layer=1, n_embd=16)
     os.makedirs(tmp_path / "start")
     save_checkpoint(str(tmp_path / "start"), 1, model, make_optimizer(model, 1e-3), sft.Config(), "animals")
     model.set_scalar_heads(1)
     os.makedirs(tmp_path / "reward")
-    save_checkpoint(str(tmp_path / "reward"), 1, model, make_optimizer(model, 1e-3), reward.Config(), "animals",
-                    score_std=2.0)
+    optimizer = make_optimizer(model, 1e-3)
+    save_checkpoint(str(tmp_path / "reward"), 1, model, optimizer, reward.Config(), "animals", score_std=2.0)
     with open(tmp_path / "mine.jsonl", "w") as f:
         for i in range(60):
             chosen, rejected = f" {i + 1}." + " yes" * (i % 5), " no" * (1 + i % 3)
@@ -62,16 +65,19 @@ def start(tmp_path):
 def random_groups(seed=0, n=7, vocab_size=100, responses=(1, 4)):
     g = torch.Generator().manual_seed(seed)
 
+    def number(low, high):
+        return int(torch.randint(low, high, (), generator=g))
+
     def ids(low, high):
-        return torch.randint(vocab_size, (int(torch.randint(low, high, (), generator=g)),), generator=g).tolist()
-    return [(ids(1, 12), [ids(1, 9) for _ in range(int(torch.randint(*responses, (), generator=g)))]) for _ in range(n)]
+        return torch.randint(vocab_size, (number(low, high),), generator=g).tolist()
+    return [(ids(1, 12), [ids(1, 9) for _ in range(number(*responses))]) for _ in range(n)]
 
 
 def feedback(**changes):
     """A record of QA-Feedback, with other fields or other errors."""
     r = {"question": "Who?", "passages": [["Title", "One.", "Two."]], "gold": "He.",
-         "prediction 1": "It was him. Or not.", "prediction 2": "B.", "prediction 3": "C.", "prediction 4": "D.",
-         "preference": [1, 1, 1, 0, 2, 2],
+         "prediction 1": "It was him. Or not.", "prediction 2": "B.", "prediction 3": "C.",
+         "prediction 4": "D.", "preference": [1, 1, 1, 0, 2, 2],
          "feedback": {"errors": [{"error type": "Irrelevant", "explanation": "", "start": 12, "end": 19}],
                       "missing-info": [{"error type": "Missing-Answer", "passage_id": 1, "sentence_id": [1]}],
                       "corrected-prediction": "It was him, so it was."}}

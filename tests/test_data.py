@@ -68,7 +68,8 @@ def test_splits_share_no_question():
 
 def test_labelers_agree_with_each_other_as_often_as_instructgpts_did():
     """72.6 ± 1.5% (arXiv:2203.02155 §3.4): both right or both wrong about a pair, each Bradley–Terry."""
-    gap = np.array([abs(animals.gold(p, a) - animals.gold(p, b)) for p, (a, b), _ in animals.comparisons("train")])
+    comparisons = animals.comparisons("train")
+    gap = np.array([abs(animals.gold(p, a) - animals.gold(p, b)) for p, (a, b), _ in comparisons])
     right = 1 / (1 + np.exp(-animals.LABEL_SCALE * gap))
     assert abs((right**2 + (1 - right)**2).mean() - 0.726) < 0.015
     assert abs(right.mean() - 0.79) < 0.01
@@ -79,7 +80,8 @@ def test_every_pair_of_a_ranking_is_bradley_terry(k):
     """Labels go against gold as often as σ(−scale · |Δgold|) says."""
     comparisons = animals.comparisons("train", k)[:5000]
     assert all(c.ranks == list(range(k)) for c in comparisons)  # the best first
-    pairs = [(animals.gold(c.prompt, a), animals.gold(c.prompt, b)) for c in comparisons for a, b in combinations(c.responses, 2)]
+    pairs = [(animals.gold(prompt, a), animals.gold(prompt, b))
+             for prompt, responses, _ in comparisons for a, b in combinations(responses, 2)]
     pairs = np.array([(a, b) for a, b in pairs if not math.isclose(a, b, abs_tol=1e-9)])
     against = (pairs[:, 0] < pairs[:, 1]).mean()
     expected = (1 / (1 + np.exp(animals.LABEL_SCALE * np.abs(pairs[:, 0] - pairs[:, 1])))).mean()
@@ -277,7 +279,8 @@ def hh_files(tmp_path):
 
 def test_hh_reads_the_published_files(hh_files, capsys):
     data = dataset("hh/helpful-base", hh_files)
-    assert data.comparisons("test")[1] == Comparison("\n\nHuman: What is 1?\n\nAssistant:", [" It is 1.", " I cannot say."], [0, 1])
+    prompt = "\n\nHuman: What is 1?\n\nAssistant:"
+    assert data.comparisons("test")[1] == Comparison(prompt, [" It is 1.", " I cannot say."], [0, 1])
     assert "left out 1 comparisons of the test split with an empty response" in capsys.readouterr().out
     assert len(data.comparisons("train")) == 98 and len(data.comparisons("validation")) == 2 and len(data.comparisons("test")) == 2
     assert data.demonstrations("validation")[1][1] == " It is 100."

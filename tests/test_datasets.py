@@ -79,8 +79,9 @@ def test_tldr_is_written_as_in_the_paper(tldr_files):
     data = dataset("tldr", str(tldr_files))
     text = "SUBREDDIT: r/tifu\n\nTITLE: TIFU 2 times\n\nPOST: It was 2 o'clock.\nThen it was not.\n\nTL;DR:"
     assert data.demonstrations("train")[2] == (text, " train 2")
-    assert data.comparisons("train")[2] == Comparison(text, [" Model's 2.", " Human's 2"], [0, 1])  # choice 0; one space before either
-    assert data.comparisons("train")[3][1:] == ([" Human's 3", " Model's 3."], [0, 1])  # choice 1
+    pairs = data.comparisons("train")
+    assert pairs[2] == Comparison(text, [" Model's 2.", " Human's 2"], [0, 1])  # choice 0; one space
+    assert pairs[3][1:] == ([" Human's 3", " Model's 3."], [0, 1])              # choice 1
     assert data.prompts("train") == [prompt for prompt, _ in data.demonstrations("train")]
     assert [len(data.demonstrations(split)) for split in ("train", "validation", "test")] == [8, 4, 3]
     with pytest.raises(SystemExit, match="--k=4: .*K is 2"):
@@ -207,9 +208,10 @@ def test_short_reviews_and_characters_of_several_tokens_are_cut_somewhere(imdb_f
 def test_imdb_comparisons_are_labels_after_one_prompt(imdb_files):
     data = dataset("imdb", str(imdb_files))
     pairs, published = data.comparisons("train"), dict(some_reviews())
-    assert len(pairs) == 12 and {prompt for prompt, _, _ in pairs} == {""} and all(pair.ranks == [0, 1] for pair in pairs)
-    assert sorted(good for _, (good, _), _ in pairs) == sorted(text for name, text in published.items() if "train/pos" in name)
-    assert sorted(bad for _, (_, bad), _ in pairs) == sorted(text for name, text in published.items() if "train/neg" in name)
+    assert len(pairs) == 12 and all(prompt == "" and ranks == [0, 1] for prompt, _, ranks in pairs)
+    for i, label in enumerate(("pos", "neg")):
+        texts = [text for name, text in published.items() if f"train/{label}" in name]
+        assert sorted(pair.responses[i] for pair in pairs) == sorted(texts)
     with pytest.raises(SystemExit, match="--k=8: .*K is 2"):
         data.comparisons("train", 8)
 
@@ -304,8 +306,8 @@ def test_pairs_are_in_the_order_of_the_reward_of_what_dpo_reads(imdb_files, monk
         (imdb_files / "out" / name).mkdir(parents=True)
         model = make_model(n_scalars, tokenizer.n_vocab, 48, n_layer=1, n_embd=16, n_scalars=n_scalars)
         save_checkpoint(f"out/{name}", 1, model, make_optimizer(model, 1e-3), sft.Config(), "animals")
-    sample.main(["out/sft-imdb", "--pairs=deep/er/pairs.jsonl", "--reward_model=out/reward-imdb", "--data=imdb",
-                 f"--data_dir={imdb_files}", "--n=8", "--max_len=16"])
+    sample.main(["out/sft-imdb", "--pairs=deep/er/pairs.jsonl", "--reward_model=out/reward-imdb",
+                 "--data=imdb", f"--data_dir={imdb_files}", "--n=8", "--max_len=16"])
     pairs = [(c.prompt, c.responses) for c in dataset("deep/er/pairs.jsonl").comparisons("train")]
     chosen, rejected = score_groups(load_model("out/reward-imdb")[0], encode_groups(tokenizer, pairs, 16)).view(-1, 2).unbind(1)
     assert (chosen > rejected).all()
@@ -326,5 +328,6 @@ def test_a_completion_that_did_not_end_gets_no_eos():
 
 
 def test_the_command_runs_from_any_folder(tmp_path):
-    out = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--help"], cwd=tmp_path, capture_output=True, text=True)
+    argv = [sys.executable, str(ROOT / "sample.py"), "--help"]
+    out = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0 and "out/imdb-pairs.jsonl" in out.stdout, out.stderr

@@ -1,4 +1,4 @@
-"""evaluate.py and sample.py beside the table and the answers: the curves of runs, and a checkpoint for transformers."""
+"""evaluate.py beside the table, and sample.py: the curves of runs, and a checkpoint for transformers."""
 import json
 import os
 from types import SimpleNamespace
@@ -60,7 +60,8 @@ def test_logs_that_are_none_get_one_line(tmp_path):
     for name, content, message in [
             ("missing", None, "missing/log.jsonl: cannot be read .No such file"),
             ("empty", "", "empty: no steps are logged yet"),
-            ("cut", '{"step": 1, "loss": 1.0}\n{"st\n', "cut/log.jsonl: line 2 is not a line of a run's log .JSONDecodeError"),
+            ("cut", '{"step": 1, "loss": 1.0}\n{"st\n',
+             "cut/log.jsonl: line 2 is not a line of a run's log .JSONDecodeError"),
             ("list", "[1]\n", "list/log.jsonl: line 1 is not a line of a run's log .TypeError"),
             ("other", '{"loss": 1.0}\n', "other/log.jsonl: line 1 is not a line of a run's log .KeyError")]:
         (tmp_path / name).mkdir()
@@ -108,7 +109,8 @@ def test_an_exported_reward_model_is_opened_by_transformers(start, capsys):
 
 
 def test_an_export_with_the_vocabulary_of_gpt2_is_a_start(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(common.checkpoints, "get_tokenizer", lambda name: SimpleNamespace(name=name))  # nothing is fetched
+    monkeypatch.setattr(common.checkpoints, "get_tokenizer",  # GPT-2's would have to be fetched
+                        lambda name: SimpleNamespace(name=name))
     model = make_model(vocab_size=50257, n_layer=1, n_embd=8)
     save_checkpoint(str(tmp_path), 1, model, make_optimizer(model, 1e-3), sft.Config(), "gpt2")
     sample.main([str(tmp_path), f"--export={tmp_path}/exported"])

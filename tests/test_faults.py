@@ -16,7 +16,6 @@ import torch
 from conftest import feedback
 from test_stages import TINY, command, here, log_of, two_processes
 
-import common.optim
 import common.run
 import dpo
 import evaluate
@@ -24,6 +23,8 @@ import finegrained
 import ppo
 import reward
 from common.checkpoints import checkpoint_files, load_checkpoint, load_model
+from common.log import SampleFile
+from common.optim import PATIENCE
 from common.options import parse
 from common.run import Run
 from data import check_pairs, get_tokenizer
@@ -163,11 +164,13 @@ def test_a_signal_that_comes_while_the_processes_ask_each_other_counts_at_the_ne
     monkeypatch.setattr(common.run, "all_reduce", signal_meanwhile)
     run.save_if_due(1, None, None)
     assert saved == [] and run.stop_signal.agreed is None
-    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == run.stop_signal.on_signal  # it listens
+    listens = run.stop_signal.on_signal
+    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == listens
     monkeypatch.setattr(common.run, "all_reduce", lambda tensor: tensor)
     with pytest.raises(SystemExit) as error:
         run.save_if_due(2, None, None)
-    assert saved == [2] and run.stop_signal.agreed == signal.SIGTERM and error.value.code == 128 + signal.SIGTERM
+    assert saved == [2] and error.value.code == 128 + signal.SIGTERM
+    assert run.stop_signal.agreed == signal.SIGTERM
     run.stop_signal.received = None
     run.save_if_due(9, None, None)  # the last step; signals mean what they mean again
     assert saved == [2, 9] and run.stop_signal.agreed is None
@@ -185,7 +188,8 @@ def test_a_signal_saves_and_says_how_to_go_on(start):
     step = load_checkpoint(str(start / "b"))["step"]
     assert step == len(log_of(start / "b")) and 5 <= step < 80  # no step lost
     last = out.splitlines()[-1]
-    assert last.startswith(f"stopped after step {step}; continue with: python ") and last.endswith(" --resume")
+    assert last.startswith(f"stopped after step {step}; continue with: python ")
+    assert last.endswith(" --resume")
     done = log_of(start / "b")
     here(stage, start, "b", "--ckpt_every=1000", "--resume")
     log = log_of(start / "b")
@@ -236,7 +240,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(how, st
     resumed = dpo.train(settings(start, "b", resume=True))
     if how != "gone":
         out = capsys.readouterr().out
-        assert "b/ckpt.pt: not a checkpoint of this repository, or damaged" in out and "using the one before it" in out
+        assert "b/ckpt.pt: not a checkpoint of this repository, or damaged" in out
+        assert "using the one before it" in out
     assert log_of(start / "a") == log_of(start / "b")
     assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), resumed.parameters()))
 
@@ -271,10 +276,10 @@ def refused(path, run, *args):
 @pytest.mark.parametrize("name, module, call, n, room, step", [
     ("ckpt.pt", Run, "save_if_due", 10, 20_000, 5), ("ckpt.pt", Run, "save_if_due", 15, 100, 10),
     ("log.jsonl", dpo, "lr_schedule", 13, None, 10), ("eval.json", evaluate, "compare", 1, 64, 20),
-    ("samples.txt", ppo, "show_samples", 3, None, 15)])
+    ("samples.txt", SampleFile, "show", 3, None, 15)])
 def test_a_full_disk_leaves_what_was_whole_and_the_run_goes_on_from_there(name, module, call, n, room, step, start, disk, monkeypatch):
     """The disk is full from the n-th call of module.call on: `room` is the most a file can have; None: half a line more."""
-    stage, a = ("ppo" if module is ppo else "dpo"), start / "a"
+    stage, a = ("ppo" if module is SampleFile else "dpo"), start / "a"
     more = ["--steps=20", "--ckpt_every=5", "--eval_n=3"] + ["--sample_every=8"] * (stage == "ppo")
     real, calls = getattr(module, call), []
 
@@ -333,9 +338,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_said(start, monkey
     assert [r["step"] for r in log if r["grad_norm"] is None] == [3, 4, 9] and [r["step"] for r in log if r["loss"] is None] == [3, 4, 9]
     calls.clear()
     bad = (12).__le__
-    with pytest.raises(SystemExit, match=f"{common.optim.PATIENCE} gradients in a row were not finite: lower --lr .now"):
+    with pytest.raises(SystemExit, match=f"{PATIENCE} gradients in a row were not finite: lower --lr .now"):
         dpo.train(settings(start, "a", steps=30))
-    assert len(calls) == 11 + common.optim.PATIENCE
+    assert len(calls) == 11 + PATIENCE
 
 
 def pairs(path, same, n=60):

@@ -1,22 +1,26 @@
-"""Segments, their tokens, the dense reward token by token, the reward models' losses, and runs that must equal ppo.py's."""
+"""Segments, the dense reward token by token, the reward models' losses, runs that equal ppo.py's."""
 import json
 import math
 import os
 import random
-from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
 import torch
 from conftest import SHARED, feedback, make_model
 
+import common.run
 import finegrained
 import ppo
 import sft
-from common import make_optimizer, save_checkpoint
-from data import animals, dataset, encode_groups, get_tokenizer
-from finegrained import AXES, finegrained_reward, label, pack_marks, reward_losses, segment_ends, segments, sentences, spell
+from common.checkpoints import load_model, save_checkpoint
+from common.optim import make_optimizer
+from data import animals, dataset, get_tokenizer
+from data.segments import decode_with_ends, segments, sentences
+from finegrained import (AXES, Marks, RewardModels, Segment, cut_response, finegrained_reward, judge,
+                         load_feedback, pack_marks, reward_losses, segment_label)
 from test_stages import TINY, log_of
 
 QA = SHARED / "qa_feedback/dev_feedback.json"
@@ -27,7 +31,7 @@ def cut(function, text):
     return [text[a:b] for a, b in function(text)]
 
 
-# ------------------------------------------------------------------------------------------------ segments
+# ------------------------------------------------------------------------------------------------- segments
 
 @pytest.mark.parametrize("text, expected", [
     (" It eats mice. It can fly.", ["It eats mice.", "It can fly."]),
@@ -42,16 +46,22 @@ def test_sentences_by_hand(text, expected):
 
 @pytest.mark.parametrize("text, expected", [
     ("a b c d e, f g h i j k", ["a b c d e,", "f g h i j k"]),
-    ("a b c d e, f g h i j", ["a b c d e, f g h i j"]),                              # the last piece needs more than five words
-    ("a b, c d e f g h; i j k l m n", ["a b, c d e f g h;", "i j k l m n"]),            # the first is short: it joins the next
-    ("a b c d e, f g, h i j k l m", ["a b c d e, f g,", "h i j k l m"]),                # a later one joins the one before it
+    # the last piece needs more than five words
+    ("a b c d e, f g h i j", ["a b c d e, f g h i j"]),
+    # the first is short: it joins the next
+    ("a b, c d e f g h; i j k l m n", ["a b, c d e f g h;", "i j k l m n"]),
+    # a later one joins the one before it
+    ("a b c d e, f g, h i j k l m", ["a b c d e, f g,", "h i j k l m"]),
     ("a b c d e! f g h i j k. L m.", ["a b c d e!", "f g h i j k.", "L m."])])
 def test_segments_by_hand(text, expected):
     assert cut(segments, text) == expected
 
 
+PIECES = ["a", "B", "é", "語", "🦉", "e\u0301", " ", " ", "\n", ".", "!", "?", ",", ";", '"', ")", "Mr.", " 7"]
+
+
 def random_text(rng, n=60):
-    return "".join(rng.choice(["a", "B", "é", "語", "🦉", "e\u0301", " ", " ", "\n", ".", "!", "?", ",", ";", '"', ")", "Mr.", " 7"]) for _ in range(n))
+    return "".join(rng.choice(PIECES) for _ in range(n))
 
 
 def test_every_character_lies_in_one_segment_and_every_segment_in_one_sentence():
@@ -73,9 +83,9 @@ def test_a_segment_ends_in_the_token_that_completes_its_last_character(name):
     for _ in range(200):
         text = random_text(rng)
         tokens = tokenizer.encode_ordinary(text)
-        assert spell(tokenizer, tokens)[0] == text
+        assert decode_with_ends(tokenizer, tokens)[0] == text
         lengths = [len(tokenizer.decode_single_token_bytes(t)) for t in tokens]
-        for axis, token, start, end in segment_ends(tokenizer, tokens + [tokenizer.eot_token])[:-1]:
+        for axis, token, start, end in cut_response(tokenizer, tokens + [tokenizer.eot_token])[:-1]:
             byte = len(text[:end].encode()) - 1  # of the segment, the last
             assert sum(lengths[:token]) <= byte < sum(lengths[:token + 1])
 
@@ -84,27 +94,31 @@ def test_what_is_cut_in_the_middle_of_a_character_still_has_an_end():
     tokenizer = get_tokenizer("animals")
     for n in range(1, 9):
         tokens = tokenizer.encode_ordinary("é. 🦉")[:n]
-        text, ends = spell(tokenizer, tokens)
+        text, ends = decode_with_ends(tokenizer, tokens)
         assert text == tokenizer.decode(tokens) and ends[-1] == len(text) and sorted(ends) == ends
-        assert all(token < n for _, token, _, _ in segment_ends(tokenizer, tokens))
+        assert all(token < n for _, token, _, _ in cut_response(tokenizer, tokens))
 
 
 def test_a_token_that_straddles_a_boundary():
     ranks = {bytes([i]): i for i in range(256)} | {b". ": 256, b". C": 257}
-    tokenizer = tiktoken.Encoding("x", pat_str=r"(?s).+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
+    tokenizer = tiktoken.Encoding("x", pat_str=r"(?s).+", mergeable_ranks=ranks,
+                                  special_tokens={"<|endoftext|>": 258})
     tokens = tokenizer.encode_ordinary("A b. C d.")
     assert len(tokens) == 7 and tokens[3] == 257  # A, space, b, ". C", space, d, .
-    assert [(axis, token) for axis, token, _, _ in segment_ends(tokenizer, tokens)] == [
+    assert [(axis, token) for axis, token, _, _ in cut_response(tokenizer, tokens)] == [
         ("relevance", 3), ("relevance", 6), ("factuality", 3), ("factuality", 6), ("completeness", 6)]
-    assert segment_ends(tokenizer, [258]) == [("completeness", 0, 0, 0)]
+    assert cut_response(tokenizer, [258]) == [("completeness", 0, 0, 0)]
 
 
-# ------------------------------------------------------------------------------------------------ labels and losses
+# ---------------------------------------------------------------------------------------- labels and losses
 
 def test_labels_by_hand():
     spans = [(0, 5, "Irrelevant"), (10, 15, "Unverifiable")]
-    assert [label("relevance", a, b, spans) for a, b in ((0, 9), (4, 9), (5, 9), (9, 20))] == [0, 0, 1, 1]
-    assert [label("factuality", a, b, spans) for a, b in ((0, 9), (5, 10), (14, 20), (0, 20))] == [None, 1, 0, 0]
+
+    def labels(axis, *places):
+        return [segment_label(Segment(axis, 0, start, end), spans) for start, end in places]
+    assert labels("relevance", (0, 9), (4, 9), (5, 9), (9, 20)) == [0, 0, 1, 1]
+    assert labels("factuality", (0, 9), (5, 10), (14, 20), (0, 20)) == [None, 1, 0, 0]
 
 
 def test_animals_are_annotated_by_hand(monkeypatch):
@@ -112,14 +126,19 @@ def test_animals_are_annotated_by_hand(monkeypatch):
     prompt, rng = "Tell me about the owl: what it eats and how it moves.", random.Random(0)
     response = " It eats grass. It has fur. It can fly. It can fly. Many people like it."
     assert [(response[a:b], kind) for a, b, kind in animals.annotate(prompt, response, rng)] == [
-        ("It eats grass.", "Wrong-Grounding"), ("It has fur.", "Irrelevant"), ("It can fly.", "Redundant"), ("Many people like it.", "Irrelevant")]
+        ("It eats grass.", "Wrong-Grounding"), ("It has fur.", "Irrelevant"), ("It can fly.", "Redundant"),
+        ("Many people like it.", "Irrelevant")]
     monkeypatch.setattr(animals, "SLIPS", 1.0)
     kinds = {kind for _ in range(50) for _, _, kind in animals.annotate(prompt, " It can fly.", rng)}
     assert kinds == {"Irrelevant", "Wrong-Grounding"}
 
 
 def test_the_most_complete_come_first_more_often_than_not(small_world):
-    gap = [animals.axes(p, rs[0])["completeness"] - animals.axes(p, rs[-1])["completeness"] for p, rs in animals.completeness("train")]
+    gap = []
+    for prompt, responses, ranks in animals.completeness("train"):
+        assert ranks == list(range(len(responses)))
+        complete = [animals.axes(prompt, response)["completeness"] for response in responses]
+        gap.append(complete[0] - complete[-1])
     assert sum(gap) / len(gap) > 0.2
 
 
@@ -127,26 +146,45 @@ def nll(x):
     return math.log(1 + math.exp(-x))
 
 
-def test_the_losses_of_the_reward_models_by_hand():
+class Table:
+    """A reward model of three heads whose scores are given: a row for each place."""
     scores = torch.tensor([[2.0, 9, 9], [-1, 9, 9], [9, 0.5, 9], [9, 9, 3], [9, 9, 1], [9, 9, 0]])
-    axis, value, row = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([1, 1, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 1, 1])
-    losses, hits = reward_losses(scores, axis, value, row, list(AXES))
-    assert losses["relevance"].item() == pytest.approx(nll(2) + nll(-1)) and hits["relevance"] == 1
-    assert losses["factuality"].item() == pytest.approx(nll(-0.5)) and hits["factuality"] == 0
-    assert losses["completeness"].item() == pytest.approx((nll(2) + nll(3)) / 2) and hits["completeness"] == 1  # ranks 1 and 1 tie
+
+    def states(self, batch, positions):
+        return positions
+
+    def scalars(self, positions):
+        return self.scores[positions]
+
+
+def test_the_losses_of_the_reward_models_by_hand():
+    axis, value = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([1, 1, 0, 0, 1, 1])
+    marks = Marks(axis, torch.arange(6), value, group=torch.tensor([0, 0, 0, 1, 1, 1]))
+    scores = judge([Table()], SimpleNamespace(token_index=torch.arange(6)), marks)
+    assert scores.tolist() == [2, -1, 0.5, 3, 1, 0]  # each by the head of its own axis
+    losses, right = reward_losses(scores, marks, list(AXES))
+    assert losses["relevance"].item() == pytest.approx(nll(2) + nll(-1)) and right["relevance"] == 1
+    assert losses["factuality"].item() == pytest.approx(nll(-0.5)) and right["factuality"] == 0
+    assert losses["completeness"].item() == pytest.approx((nll(2) + nll(3)) / 2)  # ranks 1 and 1 tie
+    assert right["completeness"] == 1
 
 
 def test_the_losses_do_not_depend_on_what_is_packed_together():
     """Padding, siblings, order: the summed losses and their gradients are those of each example alone."""
-    model, tokenizer = make_model(vocab_size=get_tokenizer("animals").n_vocab, n_scalars=3), get_tokenizer("animals")
-    sources = finegrained.examples(animals, "validation", list(AXES), tokenizer, 64, most=6)
-    groups, marks = (sum(lists, []) for lists in zip(*sources.values()))
+    tokenizer, axes = get_tokenizer("animals"), list(AXES)
+    model = make_model(vocab_size=tokenizer.n_vocab, n_scalars=3)
+    feedback = load_feedback(animals, "validation", axes, tokenizer, 64, most=6)
+    assert list(feedback) == ["spans", "comparisons"]
+    groups, marks = [], []
+    for source in feedback.values():
+        groups += source.groups
+        marks += source.marks
 
     def gradient(pieces):
         model.zero_grad()
         for rows in pieces:
-            batch, *table = pack_marks(groups, marks, rows, "cpu")
-            losses, _ = reward_losses(finegrained.judge([model], batch, table[1]), table[0], table[2], table[3], list(AXES))
+            batch, their_marks = pack_marks([groups[i] for i in rows], [marks[i] for i in rows], axes, "cpu")
+            losses, _ = reward_losses(judge([model], batch, their_marks), their_marks, axes)
             sum(losses.values()).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
     n = len(groups)
@@ -158,21 +196,24 @@ def test_the_losses_do_not_depend_on_what_is_packed_together():
 def test_responses_without_a_mark_have_a_loss_of_nothing():
     """A sharded model runs on all processes at once, whether or not one of them has marks to learn from."""
     model = make_model(n_scalars=3)
-    batch, axis, place, value, row = pack_marks([([1, 2], [[3, 4]]), ([5], [[6]])], [[], []], [0, 1], "cpu")
-    losses, hits = reward_losses(finegrained.judge([model], batch, place), axis, value, row, list(AXES))
+    batch, marks = pack_marks([([1, 2], [[3, 4]]), ([5], [[6]])], [[], []], list(AXES), "cpu")
+    losses, right = reward_losses(judge([model], batch, marks), marks, list(AXES))
     sum(losses.values()).backward()
-    assert list(losses.values()) == list(hits.values()) == [0, 0, 0]
+    assert list(losses.values()) == list(right.values()) == [0, 0, 0]
     assert all((parameter.grad == 0).all() for parameter in model.parameters())
 
 
-# ------------------------------------------------------------------------------------------------ the dense reward
+# ----------------------------------------------------------------------------------------- the dense reward
 
 class Judge:
-    """Judges by position: at the prompt's end + 4 relevance is good and factuality bad, elsewhere the other way round; completeness is 5."""
+    """Judges by position: at the prompt's end + 4 relevance is good and factuality bad.
+
+    Elsewhere it is the other way round. Completeness is 5.
+    """
     device = "cpu"
 
-    def states(self, batch, at):
-        return batch.position.flatten()[at]
+    def states(self, batch, positions):
+        return batch.position.flatten()[positions]
 
     def scalars(self, position):
         good = torch.where(position == 6, 2.0, -2.0)
@@ -182,15 +223,17 @@ class Judge:
 def reward_of(responses, models=(Judge(),), axes=tuple(AXES), norm=(1.0, 2.0), **options):
     tokenizer = get_tokenizer("animals")
     ids = [tokenizer.encode_ordinary(text) + [tokenizer.eot_token] * end for text, end in responses]
-    cfg = finegrained.Config(**options)
-    return finegrained_reward(list(models), list(axes), norm, tokenizer, cfg, nullcontext())([[1, 2, 3]] * len(ids), ids)
+    rewards = RewardModels(list(models), list(axes), *norm)
+    reward_fn = finegrained_reward(rewards, tokenizer, finegrained.Config(**options))
+    return reward_fn([[1, 2, 3]] * len(ids), ids)
 
 
 def test_the_dense_reward_token_by_token():
-    """ It| eats| mice|.| It| can| fly|.|EOS, and a shorter one, without an EOS, whose sentence is not finished."""
+    """ It| eats| mice|.| It| can| fly|.|EOS; and a shorter one, without an EOS, that ends in mid-sentence."""
     rewards = reward_of([(" It eats mice. It can fly.", 1), (" It eats mice. It", 0)], w1=0.3, w2=0.5, w3=0.1)
     a, b, c = 0.3 - 0.5, -0.3 + 0.5, 0.1 * (5 - 1) / 2
-    torch.testing.assert_close(rewards, torch.tensor([[0, 0, 0, a, 0, 0, 0, b, c], [0, 0, 0, a, b + c, 0, 0, 0, 0]]))
+    expected = torch.tensor([[0, 0, 0, a, 0, 0, 0, b, c], [0, 0, 0, a, b + c, 0, 0, 0, 0]])
+    torch.testing.assert_close(rewards, expected)
     p = 2 / (1 + math.exp(-2)) - 1
     soft = reward_of([(" It eats mice. It can fly.", 1)], w1=1.0, w2=0.0, w3=0.0, soft=True)
     torch.testing.assert_close(soft, torch.tensor([[0, 0, 0, p, 0, 0, 0, -p, 0]]))
@@ -216,8 +259,9 @@ def world(tmp_path, monkeypatch, small_world):
     save_checkpoint_of(tmp_path / "start", policy, sft.Config())
     policy.set_scalar_heads(1)
     save_checkpoint_of(tmp_path / "rm", policy, sft.Config(), score_std=1.0)
-    return finegrained.Config(**TINY, init="start", reward_model="rm", steps=3, minibatches=2, max_new_tokens=12, eval_n=0, ckpt_every=2, out="a",
-                              reward_steps=6, reward_batch_size=8)
+    return finegrained.Config(**TINY, init="start", reward_model="rm", steps=3, minibatches=2,
+                              max_new_tokens=12, eval_n=0, ckpt_every=2, out="a", reward_steps=6,
+                              reward_batch_size=8)
 
 
 def save_checkpoint_of(out, model, cfg, **more):
@@ -231,10 +275,13 @@ def test_one_span_and_one_axis_is_holistic_ppo_to_the_bit(world, monkeypatch):
     real = ppo.load_models
 
     def load_models(*args):  # and a reward model that nobody uses: making one moves the random numbers on
-        return real(*args)[:3] + (ppo.load_model("rm", cfg) and None, "animals")
+        models, tokenizer = real(*args)
+        assert models.reward_model is None
+        load_model("rm", cfg)
+        return models, tokenizer
     monkeypatch.setattr(ppo, "load_models", load_models)
-    model = finegrained.load_model("rm", cfg)[0]
-    reward_fn = finegrained_reward([model], ["completeness"], (0.0, 1.0), get_tokenizer("animals"), cfg, nullcontext())
+    model, tokenizer = load_model("rm", cfg)
+    reward_fn = finegrained_reward(RewardModels([model], ["completeness"], 0.0, 1.0), tokenizer, cfg)
     policy = ppo.train(replace(cfg, out="b"), reward_fn)
     assert log_of("a") == log_of("b") and len(log_of("a")) == 3
     assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), holistic.parameters()))
@@ -244,13 +291,17 @@ def test_one_span_and_one_axis_is_holistic_ppo_to_the_bit(world, monkeypatch):
 def test_from_nothing_to_a_policy(world, options, capsys):
     finegrained.train(replace(world, **options))
     log = log_of("a")
-    assert len(log) == 3 and log[0]["kl"] == 0 and all(math.isfinite(v) for record in log for v in record.values())
+    assert len(log) == 3 and log[0]["kl"] == 0
+    assert all(math.isfinite(v) for record in log for v in record.values())
     out = capsys.readouterr().out
-    folders = ["out/rewards-animals"] if options.get("share_trunk", True) else [f"out/rewards-animals/{axis}" for axis in AXES]
+    folders = ["out/rewards-animals"]
+    if not options.get("share_trunk", True):
+        folders = [f"out/rewards-animals/{axis}" for axis in AXES]
     for folder in folders:
         assert f"in {folder}: training it first" in out
     rows = [row for folder in folders for row in json.load(open(f"{folder}/eval.json"))]
-    assert [row["checkpoint"] for row in rows] == list(AXES) and all(0 <= row["accuracy"] <= 1 for row in rows)
+    assert [row["checkpoint"] for row in rows] == list(AXES)
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
     finegrained.train(replace(world, **options))
     assert "training it first" not in capsys.readouterr().out  # they stand
 
@@ -258,25 +309,26 @@ def test_from_nothing_to_a_policy(world, options, capsys):
 def test_reward_models_that_were_cut_off_go_on_to_the_bit(world, monkeypatch):
     settings = finegrained.reward.Config(**TINY | dict(batch_size=8), steps=6, ckpt_every=2, eval_n=20)
     finegrained.train_rewards(replace(settings, out="whole"), "start", list(AXES))
-    save = finegrained.save_checkpoint
+    save = common.run.save_checkpoint
 
     def save_and_die(out, step, *args, **more):
         save(out, step, *args, **more)
         raise KeyboardInterrupt
-    monkeypatch.setattr(finegrained, "save_checkpoint", save_and_die)
+    monkeypatch.setattr(common.run, "save_checkpoint", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         finegrained.train_rewards(replace(settings, out="cut"), "start", list(AXES))
-    monkeypatch.setattr(finegrained, "save_checkpoint", save)
+    monkeypatch.setattr(common.run, "save_checkpoint", save)
     finegrained.train_rewards(replace(settings, out="cut", resume=True), "start", list(AXES))
     assert log_of("whole") == log_of("cut") and len(log_of("cut")) == 6
     assert json.load(open("whole/eval.json")) == json.load(open("cut/eval.json"))
 
 
 def test_reward_models_learn_what_they_are_shown(small_world, tmp_path, monkeypatch):
-    """Without slips, relevance is a matter of the prompt and the sentence; a small model learns 200 examples of it."""
+    """Without slips, relevance follows from prompt and sentence; a small model learns 200 examples of it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(animals, "SLIPS", 0.0)
-    save_checkpoint_of(tmp_path / "start", make_model(vocab_size=get_tokenizer("animals").n_vocab, scale=1.0), sft.Config())
+    model = make_model(vocab_size=get_tokenizer("animals").n_vocab, scale=1.0)
+    save_checkpoint_of(tmp_path / "start", model, sft.Config())
     cfg = finegrained.reward.Config(**TINY | dict(batch_size=16), lr=3e-3, steps=120, out="r")
     finegrained.train_rewards(cfg, "start", ["relevance"])
     log = log_of("r")
@@ -285,16 +337,17 @@ def test_reward_models_learn_what_they_are_shown(small_world, tmp_path, monkeypa
 
 def test_settings_that_cannot_be_run_get_one_line(world, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "completion": " b"}\n' * 40)
-    for options, message in [(dict(reward="fine"), "unknown reward 'fine'; did you mean 'finegrained'"),
-                             (dict(data="mine.jsonl"), "--data=mine.jsonl: holds no span feedback"),
-                             (dict(minibatches=3), "--batch_size=8 is not a multiple of --minibatches=3"),
-                             (dict(reward_models="rm"), "rm: not a reward model for relevance, factuality, completeness")]:
+    for options, message in [
+            (dict(reward="fine"), "unknown reward 'fine'; did you mean 'finegrained'"),
+            (dict(data="mine.jsonl"), "--data=mine.jsonl: holds no span feedback"),
+            (dict(minibatches=3), "--batch_size=8 is not a multiple of --minibatches=3"),
+            (dict(reward_models="rm"), "rm: not a reward model for relevance, factuality, completeness")]:
         with pytest.raises(SystemExit, match=message) as error:
             finegrained.train(replace(world, **options))
         assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------ QA-Feedback
+# ---------------------------------------------------------------------------------------------- QA-Feedback
 
 def qa(tmp_path, *records):
     path = tmp_path / "small_feedback.json"
@@ -309,9 +362,12 @@ def test_qa_feedback_as_published(tmp_path):
     assert data.prompts("train")[0] == prompt and data.demonstrations("train")[0] == (prompt, " He.")
     (same, response, ((start, end, kind),)) = data.spans("train")[0]
     assert same == prompt and response[start:end] == "Or not." and kind == "Irrelevant"
-    assert data.completeness("train")[0] == (prompt, [" It was him, so it was.", " It was him. Or not."])
-    assert data.comparisons("train", 4)[0] == (prompt, [" It was him. Or not.", " D.", " B.", " C."], [0, 1, 2, 2])  # 2 and 3 tie
-    assert len(data.comparisons("train")) == 8 * 5 and (prompt, [" D.", " B."]) in data.comparisons("train")
+    by_completeness = [" It was him, so it was.", " It was him. Or not."]
+    assert data.completeness("train")[0] == (prompt, by_completeness, [0, 1])
+    all_four = [" It was him. Or not.", " D.", " B.", " C."]
+    assert data.comparisons("train", 4)[0] == (prompt, all_four, [0, 1, 2, 2])  # 2 and 3 tie
+    pairs = data.comparisons("train")
+    assert len(pairs) == 8 * 5 and (prompt, [" D.", " B."], [0, 1]) in pairs
     with pytest.raises(SystemExit, match="--k=3: QA-Feedback compares four answers"):
         data.comparisons("train", 3)
 
@@ -325,7 +381,8 @@ def error(start, end, kind="Irrelevant"):
     (feedback(errors=[error(-1, 5)]), "the span -1–5 is empty, reversed or negative"),
     (feedback(errors=[error(7, 3)]), "the span 7–3 is empty, reversed or negative"),
     (feedback(errors=[error(5, 12), error(0, 6)]), "the span 5–12 overlaps the one that ends at 6"),
-    (feedback(errors=[error(0, 6, "Boring")]), "unknown error type 'Boring'; there are Irrelevant, Redundant"),
+    (feedback(errors=[error(0, 6, "Boring")]),
+     "unknown error type 'Boring'; there are Irrelevant, Redundant"),
     (feedback(errors=[error("0", 6)]), "an error must have a whole number as its start"),
     (feedback(errors=["x"]), "an error must have a whole number as its start"),
     (feedback(preference=[1, 1, 1]), "'preference' must be six of 0, 1, 2"),
@@ -358,16 +415,18 @@ def test_segments_of_the_real_file_cover_every_annotated_span():
                 for start, end, kind in spans:
                     assert {i for i in range(start, end) if not response[i].isspace()} <= covered
             n += len(spans)
-            marks = segment_ends(tokenizer, tokenizer.encode_ordinary(response))
-            bad = [(start, end) for axis, _, start, end in marks if axis == "relevance" and label(axis, start, end, spans) == 0]
-            assert bool(bad) == any(kind in AXES["relevance"] for _, _, kind in spans)
+            cuts = cut_response(tokenizer, tokenizer.encode_ordinary(response))
+            labels = [segment_label(segment, spans) for segment in cuts if segment.axis == "relevance"]
+            assert (0 in labels) == any(kind in AXES["relevance"] for _, _, kind in spans)
     assert n == 1373
 
 
 @real
 def test_an_iteration_on_real_questions(tmp_path, capsys):
-    cfg = finegrained.Config(**TINY | dict(batch_size=4), recipe="qa_feedback", data=str(QA), init="scratch", max_len=512, max_new_tokens=16, steps=1,
-                             minibatches=2, eval_n=0, out=str(tmp_path / "a"), reward_models=str(tmp_path / "r"), reward_steps=3, reward_batch_size=4)
+    cfg = finegrained.Config(**TINY | dict(batch_size=4), recipe="qa_feedback", data=str(QA), init="scratch",
+                             max_len=512, max_new_tokens=16, steps=1, minibatches=2, eval_n=0,
+                             out=str(tmp_path / "a"), reward_models=str(tmp_path / "r"), reward_steps=3,
+                             reward_batch_size=4)
     finegrained.train(cfg)
     assert len(log_of(tmp_path / "a")) == 1
     rows = json.load(open(tmp_path / "r/eval.json"))

@@ -151,7 +151,8 @@ def test_what_cannot_be_drawn_gets_one_line(start, small_world, monkeypatch):
             ([folder, "--overoptimization"], "takes one run of ppo.py and --plot=FILE"),
             ([folder, str(start / "nameless")], "nameless/ckpt.pt: not a checkpoint of this repository, or damaged"),
             ([folder, str(start / "other")], "trained on different data .*start: animals, .*other: hh.: say which to compare them on with --data"),
-            ([folder, f"--data={start}/mine.jsonl", "--frontier", "--n=2"], "the true reward of this data is not known; name a --reward_model")]:
+            ([folder, f"--data={start}/mine.jsonl", "--frontier", "--n=2"],
+             "the true reward of this data is not known; name a --reward_model")]:
         with pytest.raises(SystemExit, match=message) as error:
             evaluate.main(argv)
         assert "\n" not in str(error.value)
@@ -162,7 +163,8 @@ def test_what_cannot_be_drawn_gets_one_line(start, small_world, monkeypatch):
 
 def test_overoptimization_needs_a_run_of_ppo(start):
     pytest.importorskip("matplotlib")
-    with pytest.raises(SystemExit, match="start/log.jsonl: cannot be read .No such file or directory.; expected a run's folder"):
+    message = "start/log.jsonl: cannot be read .No such file or directory.; expected a run's folder"
+    with pytest.raises(SystemExit, match=message):
         evaluate.main([str(start / "start"), "--overoptimization", "--plot=x.png"])
     (start / "start" / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "kl": null, "score": 0.1, "gold": 0.2}\n')
     with pytest.raises(SystemExit, match="start: --overoptimization reads the log of a run of ppo.py"):

@@ -198,8 +198,10 @@ def wild_argument(rng, stage):
 
 @pytest.mark.parametrize("stage", [dpo, ppo])
 def test_options(stage, capsys):
-    types = {name: split_type(hint) for name, hint in typing.get_type_hints(stage.Config, include_extras=True).items()}
-    kinds = {name: kind | None if optional else kind for name, (kind, _, optional) in types.items()}
+    kinds = {}
+    for name, annotation in typing.get_type_hints(stage.Config, include_extras=True).items():
+        kind, _, optional = split_type(annotation)
+        kinds[name] = kind | None if optional else kind
     inputs = [[wild_argument(rng, stage) for _ in range(rng.randrange(4))] for rng in (random.Random(f"{stage.__name__} {i}") for i in range(1250))]
 
     def take(argv):

@@ -1,4 +1,4 @@
-"""Two thousand iterations: memory does not grow, and files grow by a line a step and a block of samples now and then."""
+"""Two thousand iterations: memory does not grow; files grow by a line a step and some samples."""
 import gc
 import json
 import os
@@ -20,7 +20,8 @@ def memory():
     gc.collect()
     with open("/proc/self/statm") as f:
         pages = int(f.read().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE"), sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+    tensors = sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+    return pages * os.sysconf("SC_PAGE_SIZE"), tensors
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -39,9 +40,9 @@ def test_two_thousand_iterations_of_ppo(tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # nothing here is worth sharing
     try:
-        cfg = ppo.Config(data=str(tmp_path / "mine.jsonl"), init=start, out=str(out), device="cpu", value_init="sft",
-                         eval_n=0, steps=2000, batch_size=2, epochs=1, minibatches=1, max_new_tokens=4, max_len=16,
-                         sample_every=100, ckpt_every=100, log_every=1000)
+        cfg = ppo.Config(data=str(tmp_path / "mine.jsonl"), init=start, out=str(out), device="cpu",
+                         value_init="sft", eval_n=0, steps=2000, batch_size=2, epochs=1, minibatches=1,
+                         max_new_tokens=4, max_len=16, sample_every=100, ckpt_every=100, log_every=1000)
         ppo.train(cfg, reward_fn)
     finally:
         torch.set_num_threads(threads)
@@ -54,4 +55,5 @@ def test_two_thousand_iterations_of_ppo(tmp_path):
     # a line a step, and none longer for what came before it
     assert sum(map(len, log[-200:])) < 1.1 * sum(map(len, log[:200]))
     assert (out / "samples.txt").read_text().count("step ") == 21  # the first, and each hundredth
-    assert sorted(path.name for path in out.iterdir()) == ["ckpt-previous.pt", "ckpt.pt", "log.jsonl", "samples.txt"]
+    files = sorted(path.name for path in out.iterdir())
+    assert files == ["ckpt-previous.pt", "ckpt.pt", "log.jsonl", "samples.txt"]

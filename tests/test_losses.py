@@ -1,4 +1,4 @@
-"""The SFT and DPO losses: hand-worked cases, gradients, limits, and the closed form that RLHF is measured against."""
+"""The SFT and DPO losses: hand-worked cases, gradients, limits, and the closed form."""
 import math
 from itertools import combinations, product
 
@@ -28,7 +28,8 @@ LOGSIGMOID = {x: -math.log(1 + math.exp(-x)) for x in (1.5, -1.5, 2.0, -2.0)}
       (-0.9 * LOGSIGMOID[-2.0] + 0.1 * LOGSIGMOID[2.0]) / 0.8]),
 ])
 def test_dpo_by_hand(options, expected):
-    losses, chosen_reward, rejected_reward = dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, 0.5, **options)
+    losses, chosen_reward, rejected_reward = dpo_loss(
+        CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, 0.5, **options)
     assert losses.tolist() == pytest.approx(expected, rel=1e-6)
     assert chosen_reward.tolist() == [1.0, -0.5] and rejected_reward.tolist() == [-0.5, 1.5]
 
@@ -36,7 +37,8 @@ def test_dpo_by_hand(options, expected):
 @pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
 def test_dpo_is_log_2_at_the_reference(beta, label_smoothing):
-    losses, chosen_reward, rejected_reward = dpo_loss(CHOSEN, REJECTED, CHOSEN, REJECTED, beta, label_smoothing)
+    losses, chosen_reward, rejected_reward = dpo_loss(
+        CHOSEN, REJECTED, CHOSEN, REJECTED, beta, label_smoothing)
     assert losses.tolist() == pytest.approx([math.log(2)] * 2, rel=1e-6)
     assert not chosen_reward.any() and not rejected_reward.any()
 
@@ -100,7 +102,7 @@ def test_sft_loss_of_parts_adds_up_to_that_of_the_batch(model):
     torch.testing.assert_close(whole, parts, atol=1e-6, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------ the closed form
+# ------------------------------------------------------------------------------------------ the closed form
 
 def tiny_problem(seed):
     """One prompt, 3 tokens, 2 steps: a packed batch of all 9 responses, a policy, and a reward for each."""

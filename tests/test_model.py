@@ -1,4 +1,4 @@
-"""GPT-2: against transformers if it is installed; the fast forms against the textbook's; log-probs by hand."""
+"""GPT-2: against transformers if it is installed; the fast forms against the textbook's; by hand."""
 import copy
 import json
 import math
@@ -32,13 +32,12 @@ def naive_generate(model, prompts, noise, **options):
 
 def test_importing_the_model_brings_no_tokenizer_no_data_and_no_machinery():
     program = "import model, sys; print(*{name.partition('.')[0] for name in sys.modules})"
-    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    packages = set(found.stdout.split())
+    packages = set(subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True).split())
     assert {"model", "engine", "torch"} <= packages
     assert not packages & {"tiktoken", "common", "data"}
 
 
-# ------------------------------------------------------------------------------------------------ sampling
+# ------------------------------------------------------------------------------------------------- sampling
 
 @pytest.mark.parametrize("options", [
     dict(temperature=0), dict(temperature=1.0), dict(temperature=0.7, top_k=5), dict(eos=3, temperature=2.0)])
@@ -131,7 +130,8 @@ def test_a_graph_is_recorded_at_the_second_call_and_replayed_from_then_on(monkey
     def record(graph):
         calls.append("record")
         yield
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: calls.append("replay")))
+    graph = SimpleNamespace(replay=lambda: calls.append("replay"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
     step = decode.CUDAGraph(calls.append)
     for key in ([128], [128], [128], [256], [256]):
@@ -181,11 +181,12 @@ def test_sample_inverts_the_cdf():
     logp = logits.flatten(1).double().log_softmax(-1)
     cdf = logits.flatten(1).double().softmax(-1).cumsum(-1)
     token, logprob = sample(logits, noise)
-    assert (token == (cdf <= noise[:, None]).sum(1)).float().mean() > 0.999  # but for the last digits of float32
+    expected = (cdf <= noise[:, None]).sum(1)
+    assert (token == expected).float().mean() > 0.999  # but for the last digits of float32
     torch.testing.assert_close(logprob, logp.gather(1, token[:, None])[:, 0].float(), atol=1e-5, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------ log-probs and scalars
+# ------------------------------------------------------------------------------------ log-probs and scalars
 
 @pytest.mark.parametrize("max_tokens", [64, None])
 def test_logprobs_of_a_packed_batch_equal_the_textbooks(model, max_tokens):
@@ -213,7 +214,8 @@ def test_log_softmax_holds_the_token_logprobs_to_the_bit(temperature, model):
     states, target = torch.randn(50, 32), torch.randint(100, (50,))
     logp = model.log_softmax(states, temperature)
     assert logp.shape == (50, 100)  # the padding of the vocabulary is gone, and had no probability
-    assert torch.equal(logp.gather(1, target[:, None])[:, 0], model.token_logprobs(states, target, temperature))
+    chosen = logp.gather(1, target[:, None])[:, 0]
+    assert torch.equal(chosen, model.token_logprobs(states, target, temperature))
     torch.testing.assert_close(logp.exp().sum(-1), torch.ones(50))
 
 
@@ -259,7 +261,7 @@ def test_token_logprobs_and_gradients_equal_the_full_softmax(temperature):
 
 
 def test_logits_scores_and_values_are_not_rounded_to_bfloat16():
-    """Their operands are, under autocast; but near 100, where GPT-2's logits often lie, bfloat16's steps are 0.5."""
+    """Their operands are, under autocast; but near 100, where GPT-2's logits lie, bfloat16's steps are ½."""
     torch.manual_seed(0)
     model, states, target = make_model(n_scalars=1), torch.randn(50, 32), torch.randint(100, (50,))
     with torch.no_grad():
@@ -295,8 +297,8 @@ def test_memory_of_logprobs_does_not_grow_with_tokens_times_vocabulary(monkeypat
     shapes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
         model.logprobs(batch)
-    last_chunk = len(batch.token_index) % 60
-    assert [shape for shape in shapes if 5056 in shape] == [(5056, 8), (last_chunk, 5056)]  # the first is the weight
+    weight, last_chunk = (5056, 8), (len(batch.token_index) % 60, 5056)
+    assert [shape for shape in shapes if 5056 in shape] == [weight, last_chunk]
 
 
 @pytest.mark.parametrize("n", [1, 59, 60, 61, 120])
@@ -319,7 +321,7 @@ def test_gradient_of_logprobs_in_chunks(n, monkeypatch):
         torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------ the Hugging Face format
+# ---------------------------------------------------------------------------------- the Hugging Face format
 
 @pytest.fixture
 def theirs():
@@ -335,7 +337,8 @@ def theirs():
 
 def as_published(theirs):
     """Without the prefix of the names, and without the head, which is tied."""
-    return {k.removeprefix("transformer."): v for k, v in theirs.state_dict().items() if k != "lm_head.weight"}
+    weights = theirs.state_dict()
+    return {name.removeprefix("transformer."): weights[name] for name in weights if name != "lm_head.weight"}
 
 
 def assert_same_logits(ours, theirs):
@@ -354,7 +357,7 @@ def test_reads_what_transformers_writes(theirs, tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_reads_pytorch_model_bin_as_published(theirs, tmp_path, zipped):
-    """The published file is older than torch's zip format, has no "transformer." prefix, and holds the causal mask."""
+    """The published file is older than torch's zip format, has no such prefix, and holds the causal mask."""
     published = as_published(theirs) | {"h.0.attn.bias": torch.ones(1, 1, 48, 48)}
     torch.save(published, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     theirs.config.save_pretrained(tmp_path)
@@ -420,5 +423,6 @@ def test_folders_that_are_not_gpt2(tmp_path, monkeypatch):
     make_model(vocab_size=97, n_layer=1).save_pretrained(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     assert "h.1.attn.c_attn.bias is missing" in message()
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gpt2", "n_layer": 1, "n_embd": 64}))
+    wider = {"model_type": "gpt2", "n_layer": 1, "n_embd": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config | wider))
     assert "has shape" in message()

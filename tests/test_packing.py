@@ -13,7 +13,10 @@ from engine.packing import group_length, pack, per_sequence
 
 
 def alone(model, groups):
-    """The reference: one sequence a row, plain causal attention, full logits -> list of (len(response),) log-probs."""
+    """The reference: one sequence a row, plain causal attention, full logits.
+
+    Returns a list of (len(response),) log-probs.
+    """
     result = []
     for prompt, responses in groups:
         for response in responses:
@@ -59,7 +62,10 @@ def test_mask_by_hand():
 
 
 def test_groups_attend_one_by_one_where_that_is_less_work():
-    """Two groups of 400 tokens and eight of 50, in three rows: 2·400² + 8·50² pairs in 10 calls, against 3·400²."""
+    """Two groups of 400 tokens and eight of 50, in three rows.
+
+    That is 2·400² + 8·50² pairs of tokens in 10 calls, against 3·400².
+    """
     long, short = ([1] * 200, [[2] * 200]), ([1] * 25, [[2] * 25])
     assert isinstance(packed_mask(pack([long] * 2 + [short] * 8)), GroupMask)
     assert torch.is_tensor(packed_mask(pack([long] * 3))) and torch.is_tensor(packed_mask(pack([short] * 20)))
@@ -73,7 +79,7 @@ def test_rows_are_filled_and_the_order_is_the_callers():
 
 
 def test_rows_are_as_long_as_leaves_the_least_padding():
-    """Groups of 6, 5, 5 and 4 tokens: a row each at the longest's length is 24 places, two rows of 10 are full."""
+    """Groups of 6, 5, 5 and 4 tokens: four rows of 6 are 24 places; two rows of 10 are full."""
     groups = [([1, 2], [[3] * n]) for n in (4, 3, 3, 2)]
     assert pack(groups, 6).tokens.shape == (4, 6)
     batch = pack(groups)
@@ -102,7 +108,7 @@ def queries_keys_values(rows, T, n_head=2, size=16):
 
 
 def textbook_attention(q, k, v, allowed):
-    """softmax(q kᵀ/√d + mask) v, with the mask 0 where allowed and −∞ elsewhere. allowed: (B, T, T) boolean."""
+    """softmax(q kᵀ/√d + mask) v, the mask 0 where allowed and −∞ elsewhere. allowed: (B, T, T) boolean."""
     mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
     scores = q @ k.transpose(2, 3) / q.size(3) ** 0.5 + mask[:, None]
     return scores.softmax(-1) @ v
@@ -189,8 +195,9 @@ def test_a_siblings_tokens_change_nothing_to_the_bit(model, kind):
     groups = random_groups(responses=(2, 4))
     changed = [(p, [rs[0]] + [[(t + 1) % 100 for t in r] for r in rs[1:]]) for p, rs in groups]
     one, other = pack(groups, 64), pack(changed, 64)
-    first = torch.cat([(one.sequence == s) for s in range(len(one.sequence_group))
-                       if s == 0 or one.sequence_group[s] != one.sequence_group[s - 1]]).view(-1, len(one.sequence)).any(0)
+    group = one.sequence_group.tolist()
+    firsts = [s for s in range(len(group)) if s == 0 or group[s] != group[s - 1]]  # of each group
+    first = torch.isin(one.sequence, torch.tensor(firsts))
     assert torch.equal(model.logprobs(one)[first], model.logprobs(other)[first])
     assert not torch.equal(model.logprobs(one), model.logprobs(other))
 
@@ -220,7 +227,10 @@ def test_the_order_of_groups_changes_nothing(model, kind):
 
 
 def test_the_gradient_of_a_shared_state_is_added_in_one_order():
-    """Responses share the state that predicts their first token; whichever thread comes first, the sum is the same bits."""
+    """Responses share the state that predicts their first token.
+
+    Whichever thread comes first, the sum is the same to the bit.
+    """
     torch.manual_seed(0)
     block, places = make_model(n_embd=128).h[-1], pack([([1], [[2]] * 500)], 501).state_index
     x, gradient = torch.randn(1, 501, 128, requires_grad=True), torch.randn(500, 128)
@@ -233,7 +243,8 @@ def test_a_block_at_some_places_is_the_block_there(model):
     places = torch.tensor([7, 0, 29, 7, 14])
     with torch.no_grad():
         everywhere = block(x, attention).flatten(0, 1)
-        torch.testing.assert_close(block.forward_at(x, attention, places), everywhere[places], atol=1e-5, rtol=0)
+        there = block.forward_at(x, attention, places)
+    torch.testing.assert_close(there, everywhere[places], atol=1e-5, rtol=0)
 
 
 def test_errors():

@@ -11,11 +11,12 @@ from conftest import make_model
 
 import ppo
 from common import batches
+from common.grids import check_reward, length_mask, on_last_token, to_grid
 from data import get_tokenizer
 from engine.packing import pack, per_sequence
 from evaluate import exact_kl
-from ppo import (AdaptiveKL, Episodes, Models, compute_gae, dense_reward, k1_k3, length_mask, on_last_token, policy_loss,
-                 to_grid, value_loss, whiten)
+from ppo import (AdaptiveKL, Episodes, Models, compute_gae, dense_reward, k1_k3, policy_loss, value_loss,
+                 whiten)
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
 
@@ -27,7 +28,8 @@ def grid(seed=0):
 def test_length_mask_and_last_token():
     mask = length_mask([[7, 7, 7, 7], [7, 7], [7]])
     assert torch.equal(mask, MASK)
-    assert on_last_token(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[0, 0, 0, 1], [0, 2, 0, 0], [3, 0, 0, 0]]
+    on_last = on_last_token(torch.tensor([1.0, 2.0, 3.0]), mask)
+    assert on_last.tolist() == [[0, 0, 0, 1], [0, 2, 0, 0], [3, 0, 0, 0]]
 
 
 def test_the_numbers_of_a_packed_batch_come_to_lie_on_the_grid():
@@ -37,7 +39,7 @@ def test_the_numbers_of_a_packed_batch_come_to_lie_on_the_grid():
     assert torch.equal(on_grid[MASK], flat)
 
 
-# ------------------------------------------------------------------------------------------------ advantages
+# ----------------------------------------------------------------------------------------------- advantages
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (1.0, 0.0)])
 def test_gae_is_the_direct_sum(gamma, lam):
@@ -88,7 +90,7 @@ def test_whitening_by_hand():
     torch.testing.assert_close(whiten(x, mask, shift_mean=False), (expected + 3) * mask)
 
 
-# ------------------------------------------------------------------------------------------------ reward and KL
+# -------------------------------------------------------------------------------------------- reward and KL
 
 def test_dense_reward_by_hand():
     """β = 0.1; the second response did not end and pays 1; the third's reward of −9 is clipped to −5."""
@@ -96,7 +98,8 @@ def test_dense_reward_by_hand():
     logprobs, ref_logprobs = torch.full((3, 4), -1.0), torch.full((3, 4), -2.0)
     ended = torch.tensor([True, False, True])
     total = dense_reward(rewards, logprobs, ref_logprobs, ended, MASK, 0.1, clip=5.0, missing_eos_penalty=1.0)
-    torch.testing.assert_close(total, torch.tensor([[-0.1, -0.1, -0.1, 1.9], [-0.1, -0.1, 0, 0], [-5.1, 0, 0, 0]]))
+    expected = torch.tensor([[-0.1, -0.1, -0.1, 1.9], [-0.1, -0.1, 0, 0], [-5.1, 0, 0, 0]])
+    torch.testing.assert_close(total, expected)
 
 
 def test_k1_and_k3_by_hand():
@@ -122,10 +125,13 @@ def test_the_adaptive_controller_follows_a_worked_sequence():
     assert fixed.coef == 0.1
 
 
-# ------------------------------------------------------------------------------------------------ losses
+# --------------------------------------------------------------------------------------------------- losses
 
 def test_policy_loss_by_hand():
-    """ε = 0.2; ratios 1.5, 1.5, 0.5, 0.5 with advantages 1, −1, 1, −1: min(ρÂ, clip(ρ)Â) = 1.2, −1.5, 0.5, −0.8."""
+    """ε = 0.2; ratios 1.5, 1.5, 0.5, 0.5 with advantages 1, −1, 1, −1.
+
+    So min(ρÂ, clip(ρ)Â) = 1.2, −1.5, 0.5, −0.8.
+    """
     ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5, 9.0]])
     advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0]])
     mask = torch.tensor([[True] * 4 + [False]])
@@ -144,7 +150,10 @@ def test_policy_loss_gradient_is_the_policy_gradient_where_the_clip_does_not_bin
 
 
 def test_value_loss_by_hand():
-    """ε = 0.2, V_old = 0, return 1. V = 0.5: unclipped 0.5², clipped to 0.2 0.8². V = −1: 2² beats 1.2². V = 0.1: 0.9²."""
+    """ε = 0.2, V_old = 0, return 1.
+
+    V = 0.5: unclipped (0.5)², clipped to 0.2 (0.8)². V = −1: 2² beats (1.2)². V = 0.1: (0.9)² both.
+    """
     values, mask = torch.tensor([[0.5, -1.0, 0.1, 9.0]]), torch.tensor([[True, True, True, False]])
     loss = value_loss(values, torch.zeros(1, 4), torch.ones(1, 4) * mask, mask, 0.2)
     assert loss.item() == pytest.approx(0.5 * (0.64 + 4 + 0.81) / 3)
@@ -152,17 +161,19 @@ def test_value_loss_by_hand():
 
 def test_what_lies_outside_the_mask_changes_no_loss():
     a, b = grid(2), torch.where(MASK, grid(2), torch.tensor(5.0))
-    for one, other in zip(policy_loss(a, grid(3), grid(4), MASK, 0.2), policy_loss(b, grid(3), grid(4), MASK, 0.2)):
+    rest = grid(3), grid(4), MASK, 0.2
+    for one, other in zip(policy_loss(a, *rest), policy_loss(b, *rest)):
         assert torch.equal(one, other)
-    assert torch.equal(value_loss(a, grid(3), grid(4), MASK, 0.2), value_loss(b, grid(3), grid(4), MASK, 0.2))
+    assert torch.equal(value_loss(a, *rest), value_loss(b, *rest))
 
 
-# ------------------------------------------------------------------------------------------------ scoring and update
+# --------------------------------------------------------------------------------------- scoring and update
 
 def run_of(cfg):
     """What of a run `update` needs."""
-    return SimpleNamespace(cfg=cfg, device="cpu",
-                           micro_batches=lambda rows, groups: batches.micro_batches(rows, groups, cfg.micro_tokens))
+    def micro_batches(rows, groups):
+        return batches.micro_batches(rows, groups, cfg.micro_tokens)
+    return SimpleNamespace(cfg=cfg, device="cpu", micro_batches=micro_batches)
 
 
 def sampled(policy, n=12, seed=0):
@@ -212,7 +223,8 @@ def test_at_the_first_minibatch_the_ratio_is_1_to_the_bit(share_value, temperatu
     cfg = ppo.Config(temperature=temperature, micro_tokens=40)
     run, episodes = run_of(cfg), sampled(policy)
     first = [[5, 2, 9, 0, 11, 7], [1, 3, 4, 6, 8, 10]]
-    ppo.score(episodes, models, [micro for rows in first for micro in run.micro_batches(rows, episodes.groups)], cfg)
+    micro_batches = [micro for rows in first for micro in run.micro_batches(rows, episodes.groups)]
+    ppo.score(episodes, models, micro_batches, cfg)
     episodes.advantages = episodes.returns = grid_like(episodes.mask)
     seen, real = [], ppo.policy_loss
 
@@ -274,7 +286,7 @@ def test_target_kl_ends_the_epochs():
     assert stats["optimizer_steps"] == 1  # the first step is at approx_kl 0, the second sees what it did
 
 
-# ------------------------------------------------------------------------------------------------ rollout
+# -------------------------------------------------------------------------------------------------- rollout
 
 EOS_IS_3 = SimpleNamespace(eot_token=3)
 
@@ -315,14 +327,15 @@ def test_a_reward_fn_that_draws_random_numbers_does_not_move_those_of_the_run():
 
     def numbers(reward_fn):
         torch.manual_seed(0)
-        responses = [ppo.rollout(policy, [[1, 2, 3], [4]], reward_fn, EOS_IS_3, cfg).responses for _ in range(2)]
+        prompts = [[1, 2, 3], [4]]
+        responses = [ppo.rollout(policy, prompts, reward_fn, EOS_IS_3, cfg).responses for _ in range(2)]
         return responses, torch.rand(5).tolist()
     expected = numbers(without_drawing)
     assert expected[0][0] != expected[0][1]  # the second rollout has other noise
     assert numbers(drawing) == expected and numbers(seeding) == expected
 
 
-# ------------------------------------------------------------------------------------------------ reward functions
+# ----------------------------------------------------------------------------------------- reward functions
 
 @pytest.mark.parametrize("rewards, message", [
     (torch.zeros(2, 3), r"returned the shape \(2, 3\), expected \(2, 2\)"),
@@ -335,11 +348,11 @@ def test_a_reward_fn_that_draws_random_numbers_does_not_move_those_of_the_run():
 def test_a_reward_function_that_answers_wrongly_is_named(rewards, message):
     tokenizer = get_tokenizer("animals")
     with pytest.raises(ValueError, match=message) as error:
-        ppo.check_reward(rewards, [tokenizer.encode("It eats"), tokenizer.encode("It")], tokenizer)
+        check_reward(rewards, [tokenizer.encode("It eats"), tokenizer.encode("It")], tokenizer)
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------ the closed form
+# ------------------------------------------------------------------------------------------ the closed form
 
 @pytest.mark.parametrize("seed, beta", [(0, 1.0), (1, 0.5)])
 def test_ppo_reaches_the_closed_form(seed, beta):

@@ -24,7 +24,10 @@ def test_two_responses_are_bradley_terry():
 
 
 def test_ragged_groups_and_ties_by_hand():
-    """Group 7 has three pairs; group 3 has ranks 0, 0, 1, and its tie is left out; group 5 is one tie: no pair, no weight."""
+    """Group 7: three pairs. Group 3: ranks 0, 0, 1: the tie of the first two is left out.
+
+    Group 5 is all ties: no pair, no weight.
+    """
     scores = torch.tensor([2.0, 1.0, 0.0, 1.0, 0.0, 0.5, 4.0, 5.0])
     group, rank = torch.tensor([7, 7, 7, 3, 3, 3, 5, 5]), torch.tensor([0, 1, 2, 0, 0, 1, 0, 0])
     loss, accuracy = ranking_loss(scores, group, rank)
@@ -54,14 +57,17 @@ def test_gradient_raises_winners_and_a_shift_changes_nothing():
     loss.backward()
     assert scores.grad[0] < 0 < scores.grad[2] and scores.grad[4] < 0 < scores.grad[3]
     assert abs(scores.grad.view(2, 3).sum(1)).max() < 1e-6
-    torch.testing.assert_close(ranking_loss(scores + torch.tensor([5.0] * 3 + [-2.0] * 3), group, rank)[0], loss)
+    shifted = scores + torch.tensor([5.0] * 3 + [-2.0] * 3)
+    torch.testing.assert_close(ranking_loss(shifted, group, rank)[0], loss)
 
 
 def test_order_of_responses_and_groups_changes_nothing():
     g = torch.Generator().manual_seed(0)
-    scores, group, rank = torch.randn(12, generator=g), torch.arange(12) // 4, torch.randint(3, (12,), generator=g)
+    scores, group = torch.randn(12, generator=g), torch.arange(12) // 4
+    rank = torch.randint(3, (12,), generator=g)
     order = torch.randperm(12, generator=g)
-    for a, b in zip(ranking_loss(scores, group, rank), ranking_loss(scores[order], group[order], rank[order])):
+    shuffled = ranking_loss(scores[order], group[order], rank[order])
+    for a, b in zip(ranking_loss(scores, group, rank), shuffled):
         torch.testing.assert_close(a, b)
 
 
@@ -86,7 +92,10 @@ def test_the_prompt_and_the_rank_of_every_response_by_hand():
 
 
 def test_loss_of_a_packed_group_is_that_of_its_pairs_one_by_one():
-    """All at once, sharing the prompt = every pair alone, one response a row; siblings and padding do not matter."""
+    """All at once, sharing the prompt = every pair alone, one response a row.
+
+    Siblings and padding do not matter.
+    """
     model = make_model()
     model.set_scalar_heads(1)
     groups = random_groups(responses=(3, 5))

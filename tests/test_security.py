@@ -109,10 +109,12 @@ def test_a_run_with_a_pickle_in_it(poison, start, small_world):
     model = make_model(vocab_size=97)
     cfg = finegrained.Config(init=good, reward_models=str(bad), device="cpu")
     run = Run("ppo", ppo.Config(reward_model=str(bad), out=str(start / "a"), device="cpu"))
-    readers = [lambda: load_checkpoint(str(bad)), lambda: load_model(str(bad)), lambda: load_model(str(bad / "ckpt.pt")),
-               lambda: is_finished(str(bad)), lambda: resume(str(bad), dpo.Config(), model, make_optimizer(model, 1e-3)),
+    readers = [lambda: load_checkpoint(str(bad)), lambda: is_finished(str(bad)),
+               lambda: load_model(str(bad)), lambda: load_model(str(bad / "ckpt.pt")),
+               lambda: resume(str(bad), dpo.Config(), model, make_optimizer(model, 1e-3)),
                lambda: evaluate.main([str(bad)]), lambda: evaluate.main([good, f"--reward_model={bad}"]),
-               lambda: sample.main([str(bad), "--prompt=x"]), lambda: sample.main([str(bad), f"--export={start}/x"]),
+               lambda: sample.main([str(bad), "--prompt=x"]),
+               lambda: sample.main([str(bad), f"--export={start}/x"]),
                lambda: sample.main([good, f"--pairs={start}/x.jsonl", f"--reward_model={bad}"]),
                lambda: finegrained.load_rewards(cfg, good, get_tokenizer("animals")),
                lambda: ppo.load_models(run, good, has_reward_fn=False)]
@@ -210,7 +212,7 @@ def test_the_code_has_nothing_that_executes_data():
                     assert options.get("weights_only") == "True", page
                     loads += 1
     assert loads == 2
-    assert all(url.startswith("https://") for url in (hh.URL, qa_feedback.URL, imdb.URL, tldr.URL, weights.URL))
+    assert all(module.URL.startswith("https://") for module in (hh, qa_feedback, imdb, tldr, weights))
 
 
 # ------------------------------------------------------------------------------------------------ downloads

@@ -1,4 +1,4 @@
-"""SimPO's loss: hand-worked cases, limits, the gradient, what it does not depend on; one model is all there is."""
+"""SimPO's loss: hand-worked cases, limits, the gradient, what it does not depend on; one model is enough."""
 import math
 
 import pytest
@@ -10,7 +10,8 @@ import simpo
 from engine.packing import pack, per_sequence
 from simpo import length_statistics, pair_logp, simpo_loss
 
-# β = 2: rewards 2/4 · −8 = −4 and 2/2 · −3 = −3; 2/8 · −20 = −5 and 2/1 · −2 = −4; so the differences are 1 and 1, less γ
+# β = 2: rewards 2/4 · −8 = −4 and 2/2 · −3 = −3; 2/8 · −20 = −5 and 2/1 · −2 = −4;
+# so the differences are 1 and 1 with γ to come off
 CHOSEN, REJECTED = torch.tensor([-8.0, -3.0]), torch.tensor([-20.0, -2.0])
 CHOSEN_LEN, REJECTED_LEN = torch.tensor([4, 2]), torch.tensor([8, 1])
 
@@ -20,7 +21,8 @@ def nll(x):
 
 
 @pytest.mark.parametrize("gamma, smoothing, expected", [
-    (0.0, 0.0, nll(1)), (0.4, 0.0, nll(0.6)), (1.5, 0.0, nll(-0.5)), (0.4, 0.1, 0.9 * nll(0.6) + 0.1 * nll(-0.6))])
+    (0.0, 0.0, nll(1)), (0.4, 0.0, nll(0.6)), (1.5, 0.0, nll(-0.5)),
+    (0.4, 0.1, 0.9 * nll(0.6) + 0.1 * nll(-0.6))])
 def test_simpo_by_hand(gamma, smoothing, expected):
     losses, chosen_reward, rejected_reward = simpo_loss(
         CHOSEN, REJECTED, CHOSEN_LEN, REJECTED_LEN, 2.0, gamma, smoothing)
@@ -48,7 +50,10 @@ def test_limits():
 
 
 def test_the_gradient_is_the_papers_and_weighs_a_token_of_a_short_response_more():
-    """∂L/∂ log π(y_w) = −β/|y_w| σ(−h), and +β/|y_l| σ(−h) for y_l (App. F): by length, where DPO has β for both."""
+    """∂L/∂ log π(y_w) = −β/|y_w| σ(−h), and +β/|y_l| σ(−h) for y_l (the gradient of App. F).
+
+    So it goes by length, where DPO's is β for both.
+    """
     chosen, rejected = CHOSEN.clone().requires_grad_(), REJECTED.clone().requires_grad_()
     simpo_loss(chosen, rejected, CHOSEN_LEN, REJECTED_LEN, 2.0, 0.4)[0].sum().backward()
     sigma = 1 / (1 + math.exp(0.6))
@@ -71,9 +76,10 @@ def test_packed_pairs_give_the_mean_logprob_of_each_response_alone():
         for i, (prompt, responses) in enumerate(pairs):
             logps, lengths = (chosen_logp[i], rejected_logp[i]), (chosen_len[i], rejected_len[i])
             for logp, length, response in zip(logps, lengths, responses):
-                alone = pack([(prompt, [response])], 64)
+                batch = pack([(prompt, [response])], 64)
+                alone = per_sequence(model.logprobs(batch), batch)[0]
                 assert length == len(response)
-                torch.testing.assert_close(logp, per_sequence(model.logprobs(alone), alone)[0], atol=1e-5, rtol=0)
+                torch.testing.assert_close(logp, alone, atol=1e-5, rtol=0)
 
 
 def test_the_order_of_pairs_changes_nothing():
@@ -110,6 +116,6 @@ def test_one_model_is_in_memory(start, small_world, monkeypatch):
     gc.collect()
     before = sum(isinstance(o, GPT) for o in gc.get_objects())
     monkeypatch.setattr(simpo, "simpo_loss", count)
-    simpo.train(simpo.Config(n_layer=1, n_head=2, n_embd=16, batch_size=8, device="cpu", init=str(start / "start"),
-                             out=str(start / "a"), steps=2, eval_n=0))
+    simpo.train(simpo.Config(n_layer=1, n_head=2, n_embd=16, batch_size=8, device="cpu", steps=2, eval_n=0,
+                             init=str(start / "start"), out=str(start / "a")))
     assert set(alive) == {before + 1}

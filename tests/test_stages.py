@@ -97,14 +97,14 @@ def test_the_options_of_ppo_run(start, small_world, options):
 
 
 def test_the_policy_and_the_value_model_have_learning_rates_of_their_own(start, small_world):
-    """With --lr=0 the policy stays as it is to the bit, while --value_lr moves the value model, which starts from the reward model."""
+    """With --lr=0 the policy stays as it is to the bit; --value_lr moves the value model from where it started."""
     ppo.train(ppo_settings(start, lr=0.0, value_lr=1e-3))
     after = load_checkpoint(str(start / "a"))
     policy, value_model = (load_model(str(start / name))[0].state_dict() for name in ("start", "reward"))
     assert after["model"].keys() == policy.keys() and after["value_model"].keys() == value_model.keys()
     assert all(torch.equal(after["model"][name], weight) for name, weight in policy.items())
-    changed = [name for name, weight in value_model.items() if not torch.equal(after["value_model"][name], weight)]
-    assert "scalar_head.weight" in changed and "h.0.mlp.c_fc.weight" in changed and "wte.weight" in changed
+    changed = {name for name, w in value_model.items() if not torch.equal(after["value_model"][name], w)}
+    assert {"scalar_head.weight", "h.0.mlp.c_fc.weight", "wte.weight"} <= changed
     assert [r["lr"] for r in log_of(start / "a")] == [0.0, 0.0]
 
 
@@ -144,9 +144,11 @@ def test_settings_that_ppo_cannot_run_get_one_line(start, small_world, monkeypat
             (dict(value_init="rm"), "unknown value_init 'rm'"),
             (dict(minibatches=3), "--batch_size=8 is not a multiple of --minibatches=3"),
             (dict(max_new_tokens=64), "--max_new_tokens=64 leaves no room for a prompt in --max_len=64"),
-            (dict(reward="gold", data=str(start / "mine.jsonl")), "--reward=gold: the true reward of --data=.*mine.jsonl is not known"),
+            (dict(reward="gold", data=str(start / "mine.jsonl")),
+             "--reward=gold: the true reward of --data=.*mine.jsonl is not known"),
             (dict(reward_model=str(start / "short")), "--max_len=64: the context of .*short is 32 tokens"),
-            (dict(reward_model=str(start / "foreign")), "this reward model has the tokenizer gpt2, the policy .* has animals"),
+            (dict(reward_model=str(start / "foreign")),
+             "foreign: this reward model has the tokenizer gpt2, the other models have animals"),
             (dict(reward_model=str(start / "start")), "start: not a reward model")]:
         with pytest.raises(SystemExit, match=message) as error:
             ppo.train(ppo_settings(start, **options))
@@ -163,7 +165,8 @@ def test_the_first_step_of_dpo_is_at_the_reference_to_the_bit(start):
 
 
 def test_the_reference_in_memory_and_precomputed_give_one_log(start):
-    settings = dict(**TINY, data=str(start / "mine.jsonl"), init=str(start / "start"), steps=9, eval_n=0, micro_tokens=64)
+    settings = dict(**TINY, data=str(start / "mine.jsonl"), init=str(start / "start"), steps=9, eval_n=0,
+                    micro_tokens=64)
     dpo.train(dpo.Config(**settings, out=str(start / "a")))
     dpo.train(dpo.Config(**settings, out=str(start / "b"), precompute_ref=False))
     a, b = log_of(start / "a"), log_of(start / "b")

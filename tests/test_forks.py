@@ -1,0 +1,81 @@
+"""Forks stay green: a page of one's own, an option without a comment, lines inserted at the top of a page."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_stages import TINY
+
+ROOT = Path(__file__).parents[1]
+
+# What somebody adds to dpo.py's copy for ORPO (arXiv:2403.07691 eq. 6 and 7): no reference, an SFT term and an odds ratio.
+ORPO_LOSS = '''
+def orpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, lam):
+    """−log π(y_w)/|y_w| − λ log σ(log odds(y_w) − log odds(y_l)), with odds = p/(1 − p) of the mean log-prob."""
+    chosen_mean = chosen_logp / chosen_len
+    rejected_mean = rejected_logp / rejected_len
+    chosen_odds = chosen_mean - torch.log1p(-chosen_mean.exp())
+    rejected_odds = rejected_mean - torch.log1p(-rejected_mean.exp())
+    return -chosen_mean - lam * F.logsigmoid(chosen_odds - rejected_odds)
+
+
+'''
+
+
+@pytest.fixture(scope="module")
+def fork(tmp_path_factory):
+    """A copy of the repository with an ORPO page made from simpo.py, and with changes at the top of ppo.py."""
+    fork = tmp_path_factory.mktemp("fork") / "repository"
+    shutil.copytree(ROOT, fork, ignore=shutil.ignore_patterns(".git", "out", "__pycache__", ".pytest_cache", "files"))
+
+    page = (fork / "simpo.py").read_text()
+    page = page.replace('Run("simpo", cfg)', 'Run("orpo", cfg)')
+    page = page.replace("def simpo_loss(", ORPO_LOSS.lstrip("\n") + "def simpo_loss(", 1)
+    before, after = page.split("            losses, chosen_reward, rejected_reward = simpo_loss(\n", 1)
+    _, after = after.split("\n\n", 1)
+    page = before + ("            losses = orpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, cfg.lam)\n"
+                     "            chosen_reward = chosen_logp.detach()\n"
+                     "            rejected_reward = rejected_logp.detach()\n\n") + after
+    page = page.replace("class Config(RunConfig):\n", "class Config(RunConfig):\n    lam: float = 0.1\n")  # no comment
+    (fork / "orpo.py").write_text(page)
+
+    ppo = (fork / "ppo.py").read_text()
+    lines = "".join(f"# {i}: a note of somebody who reads this page\n" for i in range(10))
+    ppo = ppo.replace("class Config(RunConfig):\n", "class Config(RunConfig):\n    entropy_bonus: float = 0.0\n")
+    (fork / "ppo.py").write_text(lines + ppo)
+    return fork
+
+
+def run(fork, folder, *command):
+    result = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+def test_help_shows_options_without_a_comment(fork, tmp_path):
+    for page, option in (("orpo.py", "--lam"), ("ppo.py", "--entropy_bonus")):
+        lines = run(fork, tmp_path, fork / page, "-h").splitlines()
+        line, = [line for line in lines if line.startswith(option + " ")]
+        assert len(line.split()) >= 3  # its name, and its default in each recipe
+
+
+def test_a_page_of_ones_own_runs(fork, start, tmp_path):
+    options = [*(f"--{name}={value}" for name, value in TINY.items()), "--max_len=64", "--warmup=0"]
+    data = [f"--data={start}/mine.jsonl", f"--init={start}/start"]
+    run(fork, tmp_path, fork / "orpo.py", *options, *data, "--steps=3", "--eval_n=0", "--sample_n=0", "--lam=0.2")
+    log = [json.loads(line) for line in open(tmp_path / "out/orpo-mine/log.jsonl")]
+    assert [record["step"] for record in log] == [1, 2, 3] and all(record["loss"] > 0 for record in log)
+    run(fork, tmp_path, fork / "ppo.py", *options, *data, f"--reward_model={start}/reward", "--steps=1",
+        "--minibatches=2", "--max_new_tokens=8", "--eval_n=0", "--entropy_bonus=0.1", "--out=ppo")
+    assert len(open(tmp_path / "ppo/log.jsonl").readlines()) == 1
+
+
+def test_the_equations_and_the_options_of_a_fork_still_pass_their_tests(fork):
+    """The tests of the pages that the fork did not touch, and of the ones it did."""
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_equations.py"]
+    result = subprocess.run(command, cwd=fork, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:]
