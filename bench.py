@@ -345,7 +345,7 @@ def ppo_rows(args, model, clock, rate):
 
     def scoring():
         pieces = run.micro_batches(minibatch, state.episodes.groups)
-        ppo.score(state.episodes, models, pieces, cfg)
+        ppo.evaluate_tokens(state.episodes, models, pieces, cfg)
 
     def update():
         episodes = state.episodes

@@ -12,7 +12,7 @@ maximized in the policy itself, without a reward model and without sampling:
     L(θ) = −E log σ( β log π_θ/π_ref (y_w|x) − β log π_θ/π_ref (y_l|x) )                            (eq. 7)
 
     python dpo.py                                           the animals world, from nothing, SFT included
-    python dpo.py hh --init=out/sft-hh                      Anthropic's HH-RLHF, GPT-2
+    python dpo.py hh                                        Anthropic's HH-RLHF, GPT-2
     python dpo.py tldr                                      summaries of Reddit posts
     python dpo.py imdb --beta=0.1                           the paper's Figure 2 (all commands: data/imdb.py)
     python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons
@@ -30,7 +30,7 @@ import evaluate
 from common.dist import all_reduce, sync_gradients
 from common.log import Metrics
 from common.optim import make_optimizer, optimizer_step
-from common.options import PositiveFloat, RunConfig, parse
+from common.options import NonNegativeFloat, PositiveFloat, RunConfig, parse
 from common.run import Run
 from data import encode_pairs
 from engine.packing import pack, per_sequence
@@ -42,6 +42,7 @@ class Config(RunConfig):  # the options of all stages (steps, batch size, lr, �
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # see dpo_loss
     label_smoothing: float = 0.0    # ε: the share of labels assumed to be flipped (sigmoid and robust)
     precompute_ref: bool = True     # ask the reference once, before training; False keeps it in memory
+    lr: NonNegativeFloat = 1e-3     # peak learning rate, after a linear warm-up and before a cosine to 0
 
 
 RECIPES = {
@@ -88,7 +89,8 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
 def pair_logp(policy, pairs):
     """log π(y_w|x) and log π(y_l|x), summed over response tokens: (B,) each.
 
-    pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). Both responses share one row with their prompt.
+    pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The two responses share a row with their prompt,
+    which is computed once; neither sees the other.
     """
     batch = pack(pairs).to(policy.device)
     logp = per_sequence(policy.logprobs(batch), batch)  # (2B,): chosen, rejected, chosen, …
@@ -99,23 +101,26 @@ def pair_logp(policy, pairs):
 def precompute_reference(ref_policy, pairs, batches, run):
     """log π_ref of chosen and rejected for every pair that training will visit: (len(pairs), 2).
 
-    Each pair is asked in the micro-batch in which training meets it first, so the first log-ratios are
-    exactly 0.
+    Rounding depends on what is computed together. So the pairs go through the micro-batches of training, and
+    the log-ratios of the first step are exactly 0.
     """
     logp = torch.zeros(len(pairs), 2, device=run.device)
     visited = set()
     for batch in batches:
+        # Each epoch leaves out the few pairs that do not fill a batch, so later batches can hold new pairs
+        # too.
         new = set(batch) - visited
         visited |= new
         if not new:
-            continue  # a later epoch: all of these are known already
+            continue
+        # With several processes, these are the pairs of this process's share; the others stay 0 here.
         for rows in run.micro_batches(batch, pairs):
             chosen_logp, rejected_logp = pair_logp(ref_policy, [pairs[i] for i in rows])
             for i, chosen, rejected in zip(rows, chosen_logp, rejected_logp):
                 if i in new:
                     logp[i, 0] = chosen
                     logp[i, 1] = rejected
-    return all_reduce(logp)  # each process has asked for its own share of the pairs
+    return all_reduce(logp)  # the sum over the processes, of which one at most has asked for a pair
 
 
 def train(cfg):
@@ -125,18 +130,19 @@ def train(cfg):
 
     # Comparisons: a prompt x, the chosen response y_w and the rejected response y_l, as token ids.
     policy, tokenizer = run.load_model(init)
-    pairs = encode_pairs(tokenizer, run.data.comparisons("train"), cfg.max_len, cfg.data)
-    batches = run.shuffled_batches(pairs)
+    comparisons = run.data.comparisons("train")
+    pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)
+    batches = run.shuffled_batches(pairs)  # for each step a list of indices into pairs
     run.print0(f"dpo: {len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
 
-    # The reference π_ref is the policy before its first step.
+    # The reference π_ref is the policy before its first step, so it is copied before a checkpoint is loaded.
     if not cfg.precompute_ref:
         ref_policy = run.prepare(copy.deepcopy(policy).requires_grad_(False))
-    policy = run.prepare(policy)
+    policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
-    checkpoint = run.resume(policy, optimizer)
+    checkpoint = run.start_or_resume(policy, optimizer)  # with --resume, continues from the last checkpoint
 
-    # reference(rows) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs.
+    # reference(rows) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs, (b,) each.
     ref_logp = None
     if cfg.precompute_ref:
         if cfg.resume:
@@ -154,7 +160,8 @@ def train(cfg):
     for step in range(run.start, cfg.steps):
         metrics = Metrics()
 
-        # 1. The gradients of the micro-batches add up to the gradient of the batch.
+        # 1. The gradients of the micro-batches add up to the gradient of the batch. With several processes,
+        # these are the micro-batches of this process's share.
         for rows in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp = pair_logp(policy, [pairs[i] for i in rows])  # (b,) each
             ref_chosen_logp, ref_rejected_logp = reference(rows)
@@ -181,7 +188,7 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer, ref_logp=ref_logp)
 
-    # Policy and reference on held-out prompts.
+    # The policy before and after, on held-out prompts. Evaluation needs the optimizer's memory.
     del optimizer
     evaluate.report(run, policy, init)
     return policy

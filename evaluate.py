@@ -126,7 +126,7 @@ def slices_of_groups(prompts, responses):
 
 def encode_cut(prompts, model, tokenizer):
     """Encodes prompts as lists of ids, and cuts off the beginning of those over half of the context."""
-    most = model.config.block_size // 2
+    most = (model.config.block_size + 1) // 2
     return [ids[-most:].tolist() for ids in encode_prompts(tokenizer, prompts)]
 
 

@@ -8,18 +8,19 @@ the reward at token t is
 
 where T_j^k is the last token of the j-th segment. R_1, relevance, judges sub-sentences; R_2, factuality,
 judges sentences; both are ±1. R_3, completeness, judges the whole response: it is the normalized score of a
-model trained on comparisons. PPO is that of ppo.py, which subtracts its KL penalty from r_t. This page has
-the segments, the training of the reward models, and the reward_fn that puts their judgements on the (B, R)
-grid.
+model trained on comparisons. PPO is that of ppo.py, which subtracts its KL penalty (and
+missing_eos_penalty) from r_t. This page has the segments, the training of the reward models, and the
+reward_fn that puts their judgements on the (B, R) grid.
 
     python finegrained.py                          the animals world, from nothing
     python finegrained.py --reward=rm              the baseline: one reward model per response
     python finegrained.py qa_feedback --init=gpt2  the paper's questions and feedback
 
 Left out: the paper's filter of error spans shorter than five words (its code has it for relevance only),
-the separator tokens of its reward models (a causal model can be read at a segment's last token), a
-relevance model that does not see the passages (its code has that), completeness labels from matching
-passages (see data/qa_feedback.py).
+the separator tokens of its reward models (a causal model can be read at a segment's last token), three
+separate reward models (here three heads on one trunk; --share_trunk=False has three models), a relevance
+model that does not see the passages (its code has that), completeness labels from matching passages (see
+data/qa_feedback.py).
 """
 import os
 from dataclasses import dataclass, replace
@@ -52,14 +53,14 @@ class Config(ppo.Config):
     reward: Literal["finegrained", "rm", "gold"] = "finegrained"  # rm: one number per response, the baseline
     reward_models: str | None = None  # the folder of the three; None: out/rewards-…, trained first if missing
     share_trunk: bool = True          # three heads on one trunk; False: three models
-    value_init: Literal["reward", "sft"] = "sft"  # what the value model starts from
+    value_init: Literal["reward", "sft"] = "sft"  # the value model's start; reward only with --reward=rm
     kl_coef: float = 0.1              # β: the price of a nat of KL; with kl_target, its first value
     w1: float = 0.3                   # weight of relevance: ±w1 for each sub-sentence
     w2: float = 0.3                   # weight of factuality: ±w2 for each sentence
     w3: float = 0.3                   # weight of completeness: in standard deviations of its model's scores
     soft: bool = False                # 2p − 1 instead of ±1, with p the probability that the segment is good
     reward_steps: PositiveInt = 2000  # optimizer steps of the reward models
-    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # responses per step; a quarter of it comparisons
+    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # responses with spans per step; + a quarter comparisons
     reward_lr: NonNegativeFloat = 2e-3  # peak learning rate of the reward models
 
 
@@ -222,9 +223,11 @@ def judge(models, batch, marks):
     """The score of each mark by the head of its axis: (M,) float32. models: their heads together are the
     axes, in order.
     """
+    # A judgement is read at the segment's last token itself, not at the state before it as V(s_t) is.
     positions = batch.token_index[marks.place]
     heads = [model.scalars(model.states(batch, positions)) for model in models]
-    return torch.cat(heads, 1).gather(1, marks.axis[:, None])[:, 0]
+    scores = torch.cat(heads, 1)  # (M, axes): every head at every place
+    return scores.gather(1, marks.axis[:, None])[:, 0]
 
 
 def reward_losses(scores, marks, axes):
@@ -240,10 +243,10 @@ def reward_losses(scores, marks, axes):
         value = marks.value[of_axis]
         if axis == "completeness":
             group = marks.group[of_axis]
-            n = len(group.unique())
+            n_comparisons = len(group.unique())  # ranking_loss returns means over them, and 0 if there are none
             loss, accuracy = reward.ranking_loss(s, group, value)
-            losses[axis] = n * loss
-            right[axis] = n * accuracy
+            losses[axis] = n_comparisons * loss
+            right[axis] = n_comparisons * accuracy
         else:
             losses[axis] = F.binary_cross_entropy_with_logits(s, value.float(), reduction="sum")
             right[axis] = ((s > 0) == (value == 1)).sum()
@@ -252,11 +255,30 @@ def reward_losses(scores, marks, axes):
 
 @torch.no_grad()
 def judgements(models, feedback, axes, micro_tokens):
-    """Judges every mark: yields the rows of a micro-batch, its Marks, and their scores (M,)."""
+    """Judges every mark: yields the rows of a micro-batch (short groups first), its Marks, and their scores
+    (M,).
+
+    Marks and scores come in the order of the rows, and for each row in the order of feedback.marks.
+    """
     for rows in batches.local_micro_batches(feedback.groups, micro_tokens, models[0]):
         groups = [feedback.groups[i] for i in rows]
         batch, marks = pack_marks(groups, [feedback.marks[i] for i in rows], axes, models[0].device)
         yield rows, marks, judge(models, batch, marks)
+
+
+def count_per_axis(marks, axes):
+    """The number of segments, for completeness of comparisons, and at least 1. marks: of each group a
+    list.
+    """
+    n_of_axis = dict.fromkeys(axes, 0)
+    for group_marks in marks:
+        for axis in axes:
+            n_marks = sum(mark.axis == axis for mark in group_marks)
+            if axis == "completeness":
+                n_of_axis[axis] += 1 if n_marks else 0
+            else:
+                n_of_axis[axis] += n_marks
+    return {axis: max(1, n) for axis, n in n_of_axis.items()}
 
 
 def train_rewards(cfg, init, axes):
@@ -274,31 +296,26 @@ def train_rewards(cfg, init, axes):
     feedback = load_feedback(data, "train", axes, tokenizer, cfg.max_len)
     check_feedback(feedback, axes, run)
     groups, marks = [], []
-    step_batches = [[] for _ in range(cfg.steps)]
+    step_batches = [[] for _ in range(cfg.steps)]  # for each step a list of indices into groups
     batch_sizes = {"spans": cfg.batch_size, "comparisons": cfg.batch_size // 4}
     for kind, source in feedback.items():
-        first = len(groups)
+        first = len(groups)  # the index of this source's first group; the second source gets another seed by it
         order = run.shuffled_batches(source.groups, batch_sizes[kind], cfg.steps, cfg.seed + first)
-        for batch, rows in zip(step_batches, order):
-            batch += [first + i for i in rows]
+        for step in range(cfg.steps):
+            step_batches[step] += [first + i for i in order[step]]
         groups += source.groups
         marks += source.marks
     sizes = ", ".join(f"{len(source.groups)} {kind}" for kind, source in feedback.items())
     run.print0(f"finegrained: {sizes} of {cfg.data}, {init} -> {run.out} on {run.device}")
 
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
-    run.resume(model, optimizer)
+    run.start_or_resume(model, optimizer)
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()
 
-        # How many segments, or comparisons, each axis has in this batch: its loss is a mean over them.
-        n = dict.fromkeys(axes, 0)
-        for i in step_batches[step]:
-            for mark in marks[i]:
-                n[mark.axis] += 1
-        if "completeness" in axes:
-            n["completeness"] = batch_sizes["comparisons"]
+        # The loss of an axis is a mean over its segments, or its comparisons, in the whole batch: count them.
+        n_of_axis = count_per_axis([marks[i] for i in step_batches[step]], axes)
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch.
         for rows in run.micro_batches(step_batches[step], groups):
@@ -306,19 +323,18 @@ def train_rewards(cfg, init, axes):
                 [groups[i] for i in rows], [marks[i] for i in rows], axes, run.device)
             scores = judge([model], batch, batch_marks)  # (M,)
             losses, right = reward_losses(scores, batch_marks, axes)
-            loss = sum(losses[axis] / max(1, n[axis]) for axis in axes)
+            loss = sum(losses[axis] / n_of_axis[axis] for axis in axes)
             loss.backward()
             metrics.add(loss=loss)
-            metrics.add(**{f"{axis}_accuracy": right[axis] / max(1, n[axis]) for axis in axes})
+            metrics.add(**{f"{axis}_accuracy": right[axis] / n_of_axis[axis] for axis in axes})
 
-        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of
-        # the gradient.
+        # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step.
         dist.sync_gradients(model)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(model, optimizer, lr, cfg.grad_clip)
 
         # 3. Log, and save a checkpoint when one is due. The last one waits for the normalizer, below.
-        run.log(step + 1, **metrics.mean(1), lr=lr, grad_norm=grad_norm)
+        run.log(step + 1, **metrics.total(), lr=lr, grad_norm=grad_norm)
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, model, optimizer, axes=axes)
 
@@ -365,8 +381,8 @@ def accuracy_rows(model, axes, feedback, cfg):
     rows = []
     for axis in axes:
         row = {"checkpoint": axis, "majority": None, "majority_se": None, "f1": None, "f1_se": None}
-        right = comparisons_right
         if axis == "completeness":
+            right = comparisons_right
             row["majority"] = 0.5  # of two responses
         else:
             right = [label == guess for label, guess in zip(labels[axis], guesses[axis])]
@@ -432,6 +448,7 @@ def trained_checkpoint(folder, axes, init, cfg):
     dist.print0(f"no reward model for {', '.join(axes)} in {folder}: training it first")
     settings = {"recipe": cfg.recipe, **reward.RECIPES.get(cfg.recipe, {})}
     settings |= {"steps": cfg.reward_steps, "batch_size": cfg.reward_batch_size, "lr": cfg.reward_lr}
+    # Not the seed: runs of PPO with other seeds share their reward models.
     for name in ("data", "data_dir", "device", "compile", "checkpoint_blocks", "fsdp", "max_len",
                  "micro_tokens", "n_layer", "n_head", "n_embd"):
         settings[name] = getattr(cfg, name)
@@ -464,12 +481,10 @@ def finegrained_reward(rewards, tokenizer, cfg):
         r = torch.zeros(grids.length_mask(responses).shape)  # (B, R)
         for rows, _, scores in judgements(rewards.models, feedback, rewards.axes, cfg.micro_tokens):
             # Judge: a score for each segment of these rows.
-            scores = iter(scores.cpu())
-            for i in rows:
-                for mark in marks[i]:
-                    # Weigh, and place on the segment's last token; where segments end together, their
-                    # rewards add up.
-                    r[i, mark.token] += weights[mark.axis] * reward_of(mark.axis, next(scores))
+            places = [(i, mark) for i in rows for mark in marks[i]]
+            for (i, mark), score in zip(places, scores.cpu()):
+                # Weigh, and place on the segment's last token. Where segments end together, rewards add up.
+                r[i, mark.token] += weights[mark.axis] * reward_of(mark.axis, score)
         return r
 
     return reward_fn

@@ -3,13 +3,13 @@ arXiv:2203.02155 §3.5).
 
 It maximizes, with π_ref the SFT model,
 
-    E[ r(x, y) − β log π_θ(y|x)/π_ref(y|x) ] + γ E_demonstrations[ log π_θ(y|x) ]                (eq. 2)
+    E[ r(x, y) − β log π_θ(y|x)/π_ref(y|x) ] + ptx_coef E_demonstrations[ log π_θ(y|x) ]         (eq. 2)
 
-whose optimum, at γ = 0, is π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). An iteration has seven steps. Below, each has
-a section, and in `train` its number:
+whose optimum, at ptx_coef = 0 (the paper's γ), is π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). An iteration has
+seven steps. Below, each has a section, and in `train` its number:
 
     1. rollout         sample one response per prompt from the policy, and get its reward
-    2. score           log π, log π_ref, V and the exact KL at every token
+    2. evaluate_tokens log π, log π_ref, V and the exact KL at every token
     3. dense_reward    the reward minus each token's KL penalty: Ziegler et al. 2019, arXiv:1909.08593 eq. 2
     4. compute_gae     advantages and returns: Schulman et al. 2015, arXiv:1506.02438 eq. 16
     5. update          epochs of clipped minibatch updates: Schulman et al. 2017, arXiv:1707.06347 eq. 7
@@ -42,7 +42,7 @@ from typing import Literal
 import torch
 
 import evaluate
-from common import dist, grids, scoring
+from common import dist, grids, scoring, sharding
 from common.log import Metrics, SampleFile
 from common.optim import make_optimizer, optimizer_step
 from common.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig, parse
@@ -59,20 +59,20 @@ class Config(RunConfig):
     normalize_reward: bool = False      # divide scores by their standard deviation on demonstrations
     reward_clip: float | None = None    # the largest absolute reward of a token, before the KL penalty
     missing_eos_penalty: float = 1.0    # off the last token's reward if a response did not end by itself
-    value_init: Literal["reward", "sft"] = "reward"  # what the value model starts from
+    value_init: Literal["reward", "sft"] = "reward"  # the value model's start; without a reward model, SFT
     share_value: bool = False           # a value head on the policy instead of a value model
     kl_coef: float = 0.05               # β: the price of a nat of KL; with kl_target, its first value
     kl_target: PositiveFloat | None = None  # nats per response that β is adapted to reach; None: β is fixed
     kl_horizon: PositiveFloat = 10000.0  # episodes over which β is adapted (arXiv:1909.08593 §2.2)
-    target_kl: float | None = None      # stop an iteration's epochs when a minibatch's approx_kl exceeds this
+    target_kl: float | None = None      # end an iteration's epochs when KL(π_old‖π) per token exceeds this
     temperature: PositiveFloat = 1.0    # τ, of sampling and of all log-probs
     max_new_tokens: PositiveInt = 40    # the longest response
     gamma: float = 1.0                  # γ, the discount (arXiv:1506.02438)
     lam: float = 0.95                   # λ of GAE
     clip: float = 0.2                   # ε: how far the ratio may move
     value_clip: float = 0.2             # how far a value may move
-    vf_coef: float = 0.1                # weight of the value loss; matters only with --share_value
-    ptx_coef: float = 0.0               # γ of eq. 2: weight of the language-model loss on demonstrations
+    vf_coef: float = 0.1                # weight of the value loss; matters little without --share_value
+    ptx_coef: float = 0.0               # eq. 2's γ: weight of the language-model loss on demonstrations
     whiten_rewards: bool = False        # scale rewards to unit variance, keeping their mean
     whiten_advantages: bool = True      # scale advantages to mean 0 and unit variance
     steps: PositiveInt = 80             # iterations: a rollout and its epochs
@@ -164,8 +164,9 @@ def rollout(policy, prompts, reward_fn, tokenizer, cfg):
 
     Each process samples its share of the prompts, and gets the episodes of all.
     """
-    sampler = evaluate.sampling_copy(policy)  # in bfloat16 on CUDA; on a CPU the policy itself
-    noise = torch.rand(len(prompts), cfg.max_new_tokens)  # the same numbers in every process
+    sampler = sharding.sampling_copy(policy)  # in bfloat16 on CUDA; on a CPU the policy itself
+    # One uniform number per token decides what is sampled (by inverting the CDF), the same in every process.
+    noise = torch.rand(len(prompts), cfg.max_new_tokens)
     my_prompts = dist.process_share(prompts)
     my_responses, my_logprobs = sampler.generate(
         my_prompts, cfg.max_new_tokens, cfg.temperature, eos=tokenizer.eot_token,
@@ -173,10 +174,12 @@ def rollout(policy, prompts, reward_fn, tokenizer, cfg):
     with torch.random.fork_rng(devices=[]):  # a reward_fn that draws random numbers must not move ours
         my_rewards = grids.check_reward(reward_fn(my_prompts, my_responses), my_responses, tokenizer)
 
+    # The episodes of all processes. Their grids are as wide as the longest response of all.
     responses = dist.gather_shares(my_responses)
     mask = grids.length_mask(responses)
     ended = torch.tensor([response[-1] == tokenizer.eot_token for response in responses])
-    rewards = grids.gather_grid([row[:len(y)].tolist() for row, y in zip(my_rewards, my_responses)], mask)
+    my_ragged_rewards = [row[:len(response)].tolist() for row, response in zip(my_rewards, my_responses)]
+    rewards = grids.gather_grid(my_ragged_rewards, mask)
     sampler_logprobs = grids.gather_grid(my_logprobs, mask) if sampler is not policy else None
     return Episodes(prompts, responses, ended, mask, rewards, sampler_logprobs)
 
@@ -197,49 +200,51 @@ def gold_reward(data, tokenizer):
     def reward_fn(prompts, responses):
         rewards = []
         for prompt, response in zip(prompts, responses):
-            words = [token for token in response if token != tokenizer.eot_token]
-            rewards.append(data.gold(tokenizer.decode(prompt), tokenizer.decode(words)))
+            text = evaluate.decode(response, tokenizer)  # without the EOS
+            rewards.append(data.gold(tokenizer.decode(prompt), text))
         return grids.on_last_token(torch.tensor(rewards), grids.length_mask(responses))
     return reward_fn
 
 
-# ------------------------------------------------------------------------------------------------- 2. score
+# ---------------------------------------------------------------------------------- 2. evaluate every token
 
 @torch.no_grad()
-def score(episodes, models, micro_batches, cfg):
+def evaluate_tokens(episodes, models, micro_batches, cfg):
     """Fills in log π, log π_ref, V, the exact KL and the entropy at every token.
 
-    micro_batches: lists of rows. They must be those of the first epoch: then the ratio π/π_old is exactly 1
-    until the first optimizer step, because the same numbers are computed in the same way.
+    log π is computed anew, since on CUDA the sampler has less precision. micro_batches: this process's
+    lists of rows in the first epoch of `update`, so that the same numbers are computed there in the same
+    way, and the ratio π/π_old is exactly 1 until the first optimizer step.
     """
     names = ["logprobs", "ref_logprobs", "values", "kl", "entropy"]
     filled = {name: torch.zeros(episodes.mask.shape) for name in names}
     groups = episodes.groups
     for rows in micro_batches:
         batch = pack([groups[i] for i in rows]).to(models.policy.device)
-        scores = score_batch(models, batch, cfg.temperature)
+        quantities = evaluate_batch(models, batch, cfg.temperature)
         for name in names:
-            filled[name][rows] = grids.to_grid(scores[name].cpu(), episodes.mask[rows])
+            filled[name][rows] = grids.to_grid(quantities[name].cpu(), episodes.mask[rows])
     for name in names:  # each process has filled in its share
         setattr(episodes, name, dist.all_reduce(filled[name].to(models.policy.device)).cpu())
 
 
-def score_batch(models, batch, temperature):
-    """The quantities of `score` for the N response tokens of a packed batch: a dict of (N,) tensors."""
+def evaluate_batch(models, batch, temperature):
+    """The quantities of `evaluate_tokens` for a packed batch of N response tokens: a dict of (N,) tensors."""
     states = models.policy.states(batch)
     ref_states = models.ref_policy.states(batch)
-    scores = {"logprobs": [], "ref_logprobs": [], "kl": [], "entropy": []}
+    pieces = {"logprobs": [], "ref_logprobs": [], "kl": [], "entropy": []}
+    # The distributions over the V tokens of the vocabulary exist for CHUNK positions at one time.
     for s, ref_s, y in zip(states.split(CHUNK), ref_states.split(CHUNK), batch.target[:, None].split(CHUNK)):
         logp = models.policy.log_softmax(s, temperature)              # (n, V)
         ref_logp = models.ref_policy.log_softmax(ref_s, temperature)  # (n, V)
         p = logp.exp()
-        scores["logprobs"].append(logp.gather(1, y)[:, 0])
-        scores["ref_logprobs"].append(ref_logp.gather(1, y)[:, 0])
-        scores["kl"].append((p * (logp - ref_logp)).sum(-1))  # Σ_v π(v|s_t) log π/π_ref (v|s_t)
-        scores["entropy"].append(-(p * logp).sum(-1))
-    scores = {name: torch.cat(pieces) for name, pieces in scores.items()}
-    scores["values"] = values_at(models, states, batch)
-    return scores
+        pieces["logprobs"].append(logp.gather(1, y)[:, 0])
+        pieces["ref_logprobs"].append(ref_logp.gather(1, y)[:, 0])
+        pieces["kl"].append((p * (logp - ref_logp)).sum(-1))  # Σ_v π(v|s_t) log π/π_ref (v|s_t)
+        pieces["entropy"].append(-(p * logp).sum(-1))
+    quantities = {name: torch.cat(tensors) for name, tensors in pieces.items()}
+    quantities["values"] = values_at(models, states, batch)
+    return quantities
 
 
 def values_at(models, states, batch):
@@ -380,7 +385,8 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
             metrics = Metrics()
             n_tokens = episodes.mask[minibatch].sum().to(run.device)
 
-            # The gradients of the micro-batches add up to the gradient of the minibatch.
+            # Every loss below is divided by the tokens of the whole minibatch. So gradients and metrics add
+            # up, first over the micro-batches of this process's share, then over the processes.
             for rows in run.micro_batches(minibatch, groups):
                 batch = pack([groups[i] for i in rows]).to(run.device)
                 old = episodes.select(rows, run.device)
@@ -396,7 +402,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                     logprobs, old.logprobs, old.advantages, old.mask, cfg.clip)
                 vf_loss = value_loss(values, old.values, old.returns, old.mask, cfg.value_clip)
 
-                # Losses are means over the tokens of these rows: weigh them to get the mean over the
+                # These are means over the tokens of these rows: weigh them to get the mean over the
                 # minibatch.
                 weight = old.mask.sum() / n_tokens
                 loss = (pg_loss + cfg.vf_coef * vf_loss) * weight
@@ -415,11 +421,11 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                     (cfg.ptx_coef * loss).backward()
                     metrics.add(ptx_loss=loss)
 
-            # The gradients of all processes; statistics of the whole minibatch.
+            # Add up the gradients and the metrics of all processes.
             dist.sync_gradients(models.policy)
             if "value" in optimizers:
                 dist.sync_gradients(models.value_model)
-            means = metrics.mean(1)
+            means = metrics.total()
 
             # The policy has moved far enough from the one that sampled: throw this gradient away, and
             # sample anew.
@@ -439,7 +445,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
         if stop_early:
             break
 
-    if not steps:
+    if not steps:  # on CUDA, rounding alone can exceed a very small target_kl
         return {"optimizer_steps": 0}
     means = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
     weighted_value_loss = cfg.vf_coef * means["value_loss"]
@@ -513,7 +519,7 @@ def load_models(run, init, has_reward_fn):
     reward_model = None
     if cfg.reward == "rm" and not has_reward_fn:
         reward_model = run.load_reward_model(cfg.reward_model, cfg.normalize_reward)
-        if cfg.value_init == "reward":
+        if cfg.value_init == "reward":  # with normalized scores, if asked for
             value_model = copy.deepcopy(reward_model).requires_grad_(True)
     if cfg.share_value:
         policy.set_scalar_heads(1)
@@ -529,6 +535,9 @@ def check_settings(cfg, data, has_reward_fn):
     if cfg.batch_size % cfg.minibatches:
         raise SystemExit(f"--batch_size={cfg.batch_size} is not a multiple of "
                          f"--minibatches={cfg.minibatches}")
+    if cfg.batch_size // cfg.minibatches % dist.n_processes():
+        raise SystemExit(f"--batch_size={cfg.batch_size} in --minibatches={cfg.minibatches}: "
+                         f"{dist.n_processes()} processes cannot share a minibatch evenly")
     if cfg.max_new_tokens >= cfg.max_len:
         raise SystemExit(f"--max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in "
                          f"--max_len={cfg.max_len}")
@@ -601,7 +610,8 @@ def train(cfg, reward_fn=None):
         demonstrations = Demonstrations(run, tokenizer)
     run.print0(f"ppo: {len(prompts)} prompts of {cfg.data}, {init} -> {run.out} on {run.device}")
 
-    checkpoint = run.resume(models.policy, optimizers["policy"], CONSOLE)
+    # Open the log. With --resume, first restore the models, the optimizers, β and the random state.
+    checkpoint = run.start_or_resume(models.policy, optimizers["policy"], CONSOLE)
     if cfg.resume:
         kl_controller.coef = checkpoint["kl_coef"]
         if not cfg.share_value:
@@ -617,14 +627,14 @@ def train(cfg, reward_fn=None):
         episodes = rollout(models.policy, batch_prompts, reward_fn, tokenizer, cfg)
         rollout_s = time.time() - begin
 
-        # 2. Score every token: log π, log π_ref, V(s_t), KL(π‖π_ref). In the micro-batches of the first
-        # epoch, see `score`.
+        # 2. Evaluate every token: log π, log π_ref, V(s_t), KL(π‖π_ref), in the micro-batches of the first
+        # epoch.
         begin = time.time()
         epochs = shuffled_epochs(cfg)
         first_epoch = []
         for minibatch in epochs[0]:
             first_epoch += run.micro_batches(minibatch, episodes.groups)
-        score(episodes, models, first_epoch, cfg)
+        evaluate_tokens(episodes, models, first_epoch, cfg)
 
         # 3. The reward that PPO sees: r_t − β log π/π_ref (y_t|s_t), with r(x, y) on the last token.
         kl_coef = kl_controller.coef  # β

@@ -7,8 +7,10 @@ the prompt once for all of them:
 
     L(θ) = −1/(K choose 2) E log σ( r_θ(x, y_w) − r_θ(x, y_l) )                                     (eq. 1)
 
-The loss sees differences only. So at the end the bias is set to where demonstrations score 0 on average,
-and the spread of their scores is saved with the weights, for PPO to normalize by.
+Eq. 1 sees differences only: a constant added to all scores of a prompt changes nothing. Two things that
+InstructGPT does not have pin the scores down. A small term center_coef · (r_w + r_l)² holds those of every
+prompt near 0. And at the end, the bias is set to where demonstrations score 0 on average, and the spread of
+their scores is saved with the weights, for PPO to normalize by.
 
     python reward.py                                the animals world, from nothing: SFT first
     python reward.py hh --init=out/sft-hh           Anthropic's HH-RLHF, GPT-2
@@ -57,8 +59,8 @@ RECIPES = {
     # arXiv:2009.01325 B.1, its 1.3B model: batch 64, one epoch of 92,858, lr 1.5e-5
     "tldr": dict(data="tldr", k=2, steps=1450, batch_size=64, micro_tokens=16384, max_len=640, lr=1.5e-5,
                  warmup=50, val_every=250, log_every=10, ckpt_every=500),
-    # positive and negative reviews, two epochs of 12,500 pairs; they share one prompt, so no prompt's
-    # scores can drift
+    # positive and negative reviews, two epochs of 12,500 pairs; all share one prompt, so no center_coef is
+    # needed
     "imdb": dict(data="imdb", k=2, center_coef=0.0, steps=390, batch_size=64, micro_tokens=16384, max_len=136,
                  lr=1e-5, warmup=20, val_every=100, log_every=10, ckpt_every=100),
 }
@@ -126,10 +128,9 @@ def group_and_rank(comparisons, device="cpu"):
 # ------------------------------------------------------------------------------------------- after training
 
 def center_scores(reward_model, scores):
-    """Sets the bias to where demonstrations score 0 on average. Returns the standard deviation of their
-    scores.
-    """
-    bias = reward_model.state_dict()["scalar_head.bias"]  # of a sharded model, this process's part
+    """Moves the bias so that the mean of these scores (S,) becomes 0. Returns their standard deviation."""
+    # Not reward_model.scalar_head.bias: in a sharded model that may be a gathered copy, which is thrown away.
+    bias = reward_model.state_dict()["scalar_head.bias"]
     with torch.no_grad():
         bias -= scores.mean().item()
     return scores.std().item()
@@ -196,37 +197,39 @@ def train(cfg):
     data = run.data
     reward_model, tokenizer = run.load_model(init)
     reward_model.set_scalar_heads(1)
-    reward_model = run.prepare(reward_model)
+    reward_model = run.prepare(reward_model)  # moved to the device; sharded or compiled if asked for
     comparisons = data.comparisons("train", cfg.k)
     groups = encode_comparisons(tokenizer, comparisons, cfg.max_len)
-    check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, cfg.data)
+    check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
     validation = data.comparisons("validation", cfg.k)[:cfg.eval_n]
     validation_groups = encode_comparisons(tokenizer, validation, cfg.max_len)
-    batches = run.shuffled_batches(groups)
+    batches = run.shuffled_batches(groups)  # for each step a list of indices into groups
     run.print0(f"reward: {len(groups)} comparisons of {cfg.data}, {init} -> {run.out} on {run.device}")
 
-    scores_before = run.score_groups(reward_model, validation_groups)
+    scores_before = run.score_groups(reward_model, validation_groups)  # before a checkpoint is loaded
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
-    checkpoint = run.resume(reward_model, optimizer)
+    checkpoint = run.start_or_resume(reward_model, optimizer)  # with --resume, from the last checkpoint
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()
 
-        # 1. The gradients of the micro-batches add up to the gradient of the batch.
+        # 1. The gradients of the micro-batches add up to the gradient of the batch. With several processes,
+        # these are the micro-batches of this process's share.
         for rows in run.micro_batches(batches[step], groups):
+            # r(x, y) of every response, prompt by prompt; the responses to one prompt do not see each other.
             batch = pack([groups[i] for i in rows]).to(run.device)
-            group, rank = group_and_rank([comparisons[i] for i in rows], run.device)
-            scores = reward_model.score(batch)  # (S,): r(x, y), read at each response's last token
+            scores = reward_model.score(batch)  # (S,), read at each response's last token
+            group, rank = group_and_rank([comparisons[i] for i in rows], run.device)  # (S,) in the same order
 
             # eq. 1: −log σ(r(x, y_w) − r(x, y_l)), a mean over each prompt's pairs, then over prompts
             loss, accuracy = ranking_loss(scores, group, rank, cfg.margin, cfg.center_coef)
-            share = len(rows) / cfg.batch_size
-            (loss * share).backward()
+
+            # The loss is a mean over these prompts: weigh it to get the mean over the batch.
+            (loss * len(rows) / cfg.batch_size).backward()
             metrics.add(loss=loss * len(rows), accuracy=accuracy * len(rows),
                         margin=score_margin(scores, group, rank))
 
-        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of
-        # the gradient.
+        # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step.
         sync_gradients(reward_model)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(reward_model, optimizer, lr, cfg.grad_clip)
@@ -243,7 +246,8 @@ def train(cfg):
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, reward_model, optimizer)
 
-    # Scores: demonstrations get 0 on average. (A resumed run may have done that already.)
+    # Demonstrations get the score 0 on average, and the last checkpoint says so. A run that was stopped
+    # after this, and resumed, has it in its checkpoint.
     score_std = checkpoint.get("score_std")
     if score_std is None:
         demonstrations = data.demonstrations("train")[:max(2, cfg.eval_n)]

@@ -17,7 +17,7 @@ from itertools import combinations
 import torch
 
 import evaluate
-from common.checkpoints import load_model, load_reward_model
+from common.checkpoints import load_model_only, load_reward_model
 from common.dist import log_to_console
 from common.files import write_atomically
 from common.scoring import score_groups
@@ -95,13 +95,13 @@ def export(name, dir):
     """Writes a checkpoint as a folder in the Hugging Face format, and prints what is not part of it."""
     if os.path.isfile(dir) or os.path.isdir(dir) and os.listdir(dir):
         raise SystemExit(f"--export={dir}: something is there already; name a new folder")
-    model, tokenizer = load_model(name)
+    model, tokenizer_name = load_model_only(name)
     try:
         model.save_pretrained(dir)
     except (OSError, RuntimeError) as error:  # torch.save hides an OSError in a RuntimeError
         raise SystemExit(f"--export={dir}: cannot be written ({error})")
     print(f"{name} -> {dir}, which transformers' GPT2LMHeadModel.from_pretrained opens")
-    if tokenizer.name == "gpt2":
+    if tokenizer_name == "gpt2":
         print('its tokenizer: AutoTokenizer.from_pretrained("gpt2")')
     else:
         print("its tokenizer: that of data/animals.py, which transformers cannot open")

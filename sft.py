@@ -4,6 +4,8 @@ The language-model loss on demonstrations, taken over the tokens of the response
 
     L(θ) = −Σ_t log π_θ(y_t | x, y_<t) / number of response tokens in the batch
 
+The EOS that ends a response is one of its tokens, so the model learns when to stop.
+
 The result is π_SFT: the policy that every later stage starts from, and the reference π_ref that its KL is
 measured to.
 
@@ -32,7 +34,7 @@ from engine.packing import pack
 class Config(RunConfig):
     init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], a run's or a Hugging Face folder
     steps: PositiveInt = 1500       # optimizer steps
-    batch_size: PositiveInt = 16    # prompts per step, each with up to four demonstrations
+    batch_size: PositiveInt = 16    # groups per step: a prompt with up to four of its demonstrations
     lr: NonNegativeFloat = 4e-3     # peak learning rate
     warmup: NonNegativeInt = 20     # steps of linear warm-up, before the cosine to 0
     val_every: PositiveInt = 100    # steps between validation losses
@@ -104,31 +106,33 @@ def train(cfg):
     """Runs the stage. Returns the trained policy."""
     run = Run("sft", cfg)  # the device, the folder, the log and the checkpoints
     policy, tokenizer = run.load_model(cfg.init)
-    policy = run.prepare(policy)
+    policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
     n_parameters = sum(p.numel() for p in policy.parameters())
     run.print0(f"sft: {n_parameters / 1e6:.1f}M parameters on {run.device}, {cfg.data} -> {run.out}")
 
-    # Demonstrations: a prompt x and one or more responses y, as token ids.
+    # Demonstrations: a prompt x and one or more responses y, as token ids with the EOS at the end of y.
+    # What is longer than max_len loses the prompt's beginning first, then the response's end.
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
-    batches = run.shuffled_batches(groups)
+    batches = run.shuffled_batches(groups)  # for each step a list of indices into groups
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
-    run.resume(policy, optimizer)
+    run.start_or_resume(policy, optimizer)  # with --resume, continues from the last checkpoint
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()
-        n_tokens = count_response_tokens([groups[i] for i in batches[step]])
+        n_tokens = count_response_tokens([groups[i] for i in batches[step]])  # of the whole batch
 
-        # 1. The gradients of the micro-batches add up to the gradient of the batch.
+        # 1. The gradients of the micro-batches add up to the gradient of the batch. With several processes,
+        # these are the micro-batches of this process's share.
         for rows in run.micro_batches(batches[step], groups):
+            # log π(y_t | x, y_<t) of every response token; responses to one prompt do not see each other.
             batch = pack([groups[i] for i in rows]).to(run.device)
-            logprobs = policy.logprobs(batch)  # (N,): log π(y_t | x, y_<t)
+            logprobs = policy.logprobs(batch)  # (N,)
             loss = sft_loss(logprobs, n_tokens)
             loss.backward()
             metrics.add(loss=-logprobs)
 
-        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of
-        # the gradient.
+        # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
@@ -141,7 +145,7 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(n_tokens), val_loss=val_loss, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
-    # The model before and after, on held-out prompts.
+    # The model before and after, on held-out prompts. Evaluation needs the optimizer's memory.
     del optimizer
     evaluate.report(run, policy, cfg.init)
     return policy

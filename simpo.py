@@ -8,17 +8,19 @@ token (eq. 4), and asks the chosen response to win by a margin γ:
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
 
 Only one model is in memory. So nothing but a small learning rate holds the policy near to where it started.
-The length |y| counts the EOS. SimPO's known failure is a collapse of the length: a token of a short
-response, above all its EOS, has the weight 1/|y| in the loss, more than the next word of a long response.
+The length |y| counts the EOS, where the response has one.
+
+Its known failure is that responses become too short. The loss divides by |y|, so each token of a short
+response has more weight than a token of a long one; ending early is the cheapest way to a high mean.
 Therefore the length is sampled and logged during training. The SFT term (App. H, weight 0 in the paper's
 own settings) adds sft_weight times the mean of −log π over the tokens of the chosen responses. It gives all
 tokens the same weight and holds the length.
 
     python simpo.py                                the animals world, from nothing: SFT first, then SimPO
-    python simpo.py hh --init=out/sft-hh           Anthropic's HH-RLHF, GPT-2
+    python simpo.py hh                             Anthropic's HH-RLHF, GPT-2
     python simpo.py tldr                           summaries of Reddit posts; likewise imdb
     python simpo.py --data=mine.jsonl --init=gpt2  your own comparisons
-    python simpo.py --beta=2 --gamma_beta_ratio=0.5    γ as the authors' scripts give it
+    python simpo.py --beta=10 --gamma_beta_ratio=0.3    γ = 3, as the authors' scripts give it
 
 Left out: the hinge loss of the authors' code.
 """
@@ -82,7 +84,7 @@ def pair_logp(policy, pairs):
     """
     batch = pack(pairs).to(policy.device)
     logp = per_sequence(policy.logprobs(batch), batch)  # (2B,): chosen, rejected, chosen, …
-    length = torch.bincount(batch.sequence)             # (2B,)
+    length = torch.bincount(batch.sequence)  # (2B,): `sequence` numbers the response of each response token
     return logp[0::2], logp[1::2], length[0::2], length[1::2]
 
 
@@ -107,20 +109,26 @@ def train(cfg):
 
     # Comparisons: a prompt x, the chosen response y_w and the rejected response y_l, as token ids.
     policy, tokenizer = run.load_model(init)
-    policy = run.prepare(policy)
-    pairs = encode_pairs(tokenizer, run.data.comparisons("train"), cfg.max_len, cfg.data)
-    batches = run.shuffled_batches(pairs)
+    policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
+    comparisons = run.data.comparisons("train")
+    pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)
+    batches = run.shuffled_batches(pairs)  # for each step a list of indices into pairs
     run.print0(f"simpo: {len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
+    # Held-out prompts to watch the length on; a prompt longer than half of the context loses its beginning.
     sample_prompts = evaluate.encode_cut(run.data.prompts("validation")[:cfg.sample_n], policy, tokenizer)
 
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
-    run.resume(policy, optimizer)
+    run.start_or_resume(policy, optimizer)  # with --resume, continues from the last checkpoint
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()
-        n_chosen_tokens = sum(len(pairs[i][1][0]) for i in batches[step])
+        n_chosen_tokens = 0  # in the whole batch, over all processes
+        for i in batches[step]:
+            prompt, (chosen, rejected) = pairs[i]
+            n_chosen_tokens += len(chosen)
 
-        # 1. The gradients of the micro-batches add up to the gradient of the batch.
+        # 1. The gradients of the micro-batches add up to the gradient of the batch. With several processes,
+        # these are the micro-batches of this process's share.
         for rows in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(policy, [pairs[i] for i in rows])
 
@@ -133,20 +141,20 @@ def train(cfg):
             loss = losses.sum() / cfg.batch_size + cfg.sft_weight * sft_loss
             loss.backward()
 
-            # The accuracy of the policy as a reward model, and the quantities to watch. The first two are
-            # means already.
+            # The accuracy of the policy as a reward model, and the quantities to watch. loss and sft_loss
+            # are shares of the batch's means already: × batch_size undoes the division in metrics.mean
+            # below.
             metrics.add(loss=loss * cfg.batch_size, sft_loss=sft_loss * cfg.batch_size)
             metrics.add(accuracy=chosen_reward > rejected_reward, margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
-        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of
-        # the gradient.
+        # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Now and then, sample: has the length begun to collapse?
+        # 3. Now and then, sample: has the length begun to collapse? All processes must call `respond`.
         lengths = {"response_len": None, "empty": None, "unfinished": None}
         if sample_prompts and ((step + 1) % cfg.sample_every == 0 or step + 1 == cfg.steps):
             responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token)
@@ -156,7 +164,7 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), **lengths, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
-    # The policy before and after, on held-out prompts.
+    # The policy before and after, on held-out prompts. Evaluation needs the optimizer's memory.
     del optimizer
     evaluate.report(run, policy, init)
     return policy

@@ -14,39 +14,44 @@ from model import GPT, GPTConfig
 
 
 def load_model(init, cfg=None):
-    """Returns a GPT on the CPU, and its tokenizer.
+    """Returns a GPT on the CPU and its tokenizer.
 
-    init: a run's folder or a ckpt.pt; a published name ("gpt2", …) or a folder in the Hugging Face format;
-    or "scratch": new weights of cfg's shape, seeded by cfg.seed, with the tokenizer of cfg's data.
-    Exits with a one-line message if there is no such model, or if its context is shorter than cfg.max_len.
+    init: a run's folder or a ckpt.pt; a published name ("gpt2", …) or a folder in the Hugging Face format; or
+    "scratch": new weights of cfg's shape, seeded by cfg.seed, with the tokenizer of cfg's data. Exits with a
+    one-line message if there is no such model, or if its context is shorter than cfg.max_len.
     """
+    model, tokenizer_name = load_model_only(init, cfg)
+    return model, get_tokenizer(tokenizer_name)
+
+
+def load_model_only(init, cfg=None):
+    """load_model with only the name of the tokenizer, which may have to be fetched."""
     if init == "scratch":
         return new_model(cfg)
     if init in PRETRAINED or os.path.exists(os.path.join(init, "config.json")):
         model = GPT.from_pretrained(init)
-        tokenizer = "gpt2"
+        tokenizer_name = "gpt2"
         if model.config.vocab_size != GPTConfig.vocab_size:
             raise SystemExit(f"{init}: a vocabulary of {model.config.vocab_size} is not GPT-2's, "
                              "and no tokenizer comes with it")
     else:
         checkpoint = load_checkpoint(init)
         model = GPT(GPTConfig(**checkpoint["model_config"]))
-        tokenizer = checkpoint["tokenizer"]
+        tokenizer_name = checkpoint["tokenizer"]
         load_weights(model, checkpoint["model"], init)
-    block_size = model.config.block_size
-    if cfg and cfg.max_len > block_size:
-        raise SystemExit(f"--max_len={cfg.max_len}: the context of {init} is {block_size} tokens")
-    return model, get_tokenizer(tokenizer)
+    if cfg and cfg.max_len > model.config.block_size:
+        raise SystemExit(f"--max_len={cfg.max_len}: the context of {init} is {model.config.block_size} tokens")
+    return model, tokenizer_name
 
 
 def new_model(cfg):
-    """A GPT with new weights, and the tokenizer of cfg's data."""
+    """A GPT with new weights, and the name of the tokenizer of cfg's data."""
     if cfg.n_embd % cfg.n_head:
         raise SystemExit(f"--n_embd={cfg.n_embd} is not a multiple of --n_head={cfg.n_head}")
     tokenizer = dataset(cfg.data, cfg.data_dir).tokenizer()
     torch.manual_seed(cfg.seed)
     config = GPTConfig(tokenizer.n_vocab, cfg.max_len, cfg.n_layer, cfg.n_head, cfg.n_embd)
-    return GPT(config), tokenizer
+    return GPT(config), tokenizer.name
 
 
 def load_reward_model(path, tokenizer, cfg=None, normalize=False):

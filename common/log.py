@@ -28,11 +28,15 @@ class Metrics:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().sum()
 
-    def mean(self, n):
-        """Each sum over all processes, divided by n: a dict of floats."""
+    def total(self):
+        """Each sum, over all processes: a dict of floats."""
         totals = torch.stack([total.double() for total in self.sums.values()])
         all_reduce(totals)
-        return {name: total / n for name, total in zip(self.sums, totals.tolist())}
+        return dict(zip(self.sums, totals.tolist()))
+
+    def mean(self, n):
+        """Each sum, over all processes, divided by n: a dict of floats."""
+        return {name: total / n for name, total in self.total().items()}
 
 
 class Log:

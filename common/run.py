@@ -33,7 +33,7 @@ class Run:
         run = Run("dpo", cfg)                        # makes out/dpo-animals, picks the device, sets the seed
         policy, tokenizer = run.load_model(init)     # a model to train, and its tokenizer
         policy = run.prepare(policy)                 # on the device, sharded or compiled if asked for
-        checkpoint = run.resume(policy, optimizer)   # with --resume; sets run.start, and opens the log
+        checkpoint = run.start_or_resume(policy, optimizer)   # with --resume; sets run.start, and opens the log
         run.micro_batches(batch, groups)             # this process's share of a batch, in pieces that fit
         run.log(step, loss=…)                        # log.jsonl and the console
         run.save_if_due(step, policy, optimizer)     # ckpt.pt; ends the process if Ctrl-C asked for it
@@ -106,7 +106,7 @@ class Run:
 
     # -------------------------------------------------------------------------------- the loop
 
-    def resume(self, model, optimizer, console=None):
+    def start_or_resume(self, model, optimizer, console=None):
         """Opens the log, and with --resume restores model, optimizer and random state first.
 
         Sets run.start, the number of steps done, and returns the last checkpoint; without --resume, 0 and

@@ -7,7 +7,7 @@ from data.tokenizers import encode_groups
 log = logging.getLogger(__name__)
 
 
-def encode_pairs(tokenizer, comparisons, max_len, name):
+def encode_pairs(tokenizer, comparisons, max_len, source):
     """Encodes all pairs that do not tie. Returns [(prompt_ids, [chosen_ids, rejected_ids]), …].
 
     Exits with a one-line message, which contains `name` (the value of --data), if there is nothing to learn.
@@ -20,11 +20,11 @@ def encode_pairs(tokenizer, comparisons, max_len, name):
             elif ranks[i] > ranks[j]:
                 pairs.append((prompt, [responses[j], responses[i]]))
     groups = encode_groups(tokenizer, pairs, max_len)
-    check_pairs(groups, [[0, 1]] * len(groups), max_len, name)
+    check_pairs(groups, [[0, 1]] * len(groups), max_len, source)
     return groups
 
 
-def check_pairs(groups, ranks, max_len, name):
+def check_pairs(groups, ranks, max_len, source):
     """Logs how many pairs consist of identical tokens. Exits if all of them do, or if all responses tie.
 
     `groups` is [(prompt_ids, [response_ids, …]), …], cut to max_len; `ranks` is [[rank, …], …].
@@ -39,9 +39,9 @@ def check_pairs(groups, ranks, max_len, name):
                 if ids[i] == ids[j]:
                     n_identical += 1
     if n_pairs == 0:
-        raise SystemExit(f"--data={name}: all responses tie: there is nothing to learn from them")
+        raise SystemExit(f"--data={source}: all responses tie: there is nothing to learn from them")
     if n_identical == n_pairs:
-        raise SystemExit(f"--data={name}: all {n_pairs} pairs are identical, as cut to --max_len={max_len}: "
+        raise SystemExit(f"--data={source}: all {n_pairs} pairs are identical, as cut to --max_len={max_len}: "
                          "there is nothing to learn from them")
     if n_identical:
         log.info(f"{n_identical} of {n_pairs} pairs are identical, as cut to max_len={max_len}: "

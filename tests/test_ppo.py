@@ -199,7 +199,7 @@ def test_scores_are_the_models_numbers_and_kl_is_exact():
     policy, ref_policy, value_model = make_model(0), make_model(1), value_head_on(make_model(2))
     episodes, cfg = sampled(policy), ppo.Config(temperature=1.0)
     models, mask = Models(policy, ref_policy, value_model, None), episodes.mask
-    ppo.score(episodes, models, [[3, 0, 1], [2, *range(4, 12)]], cfg)
+    ppo.evaluate_tokens(episodes, models, [[3, 0, 1], [2, *range(4, 12)]], cfg)
     batch = pack(episodes.groups, 20)
     with torch.no_grad():
         for found, expected in ((episodes.logprobs, policy.logprobs(batch)),
@@ -224,7 +224,7 @@ def test_at_the_first_minibatch_the_ratio_is_1_to_the_bit(share_value, temperatu
     run, episodes = run_of(cfg), sampled(policy)
     first = [[5, 2, 9, 0, 11, 7], [1, 3, 4, 6, 8, 10]]
     micro_batches = [micro for rows in first for micro in run.micro_batches(rows, episodes.groups)]
-    ppo.score(episodes, models, micro_batches, cfg)
+    ppo.evaluate_tokens(episodes, models, micro_batches, cfg)
     episodes.advantages = episodes.returns = grid_like(episodes.mask)
     seen, real = [], ppo.policy_loss
 
@@ -244,7 +244,7 @@ def gradient(policy, episodes, cfg, ptx_batches=None, micro_tokens=16384):
     """The policy's gradient of one whole-batch step, taken from what SGD with lr 1 does to its weights."""
     models = Models(policy, policy, value_head_on(make_model(2)), None)
     everything = list(range(len(episodes.prompts)))
-    ppo.score(episodes, models, [everything], cfg)
+    ppo.evaluate_tokens(episodes, models, [everything], cfg)
     episodes.advantages, episodes.returns = grid_like(episodes.mask), grid_like(episodes.mask, 6)
     before = [p.detach().clone() for p in policy.parameters()]
     run = run_of(replace(cfg, grad_clip=1e9, micro_tokens=micro_tokens))
@@ -279,7 +279,7 @@ def test_target_kl_ends_the_epochs():
     policy, cfg = make_model(0), ppo.Config(target_kl=1e-3)
     models, episodes = Models(policy, policy, value_head_on(make_model(2)), None), sampled(policy)
     rows = [list(range(12))]
-    ppo.score(episodes, models, rows, cfg)
+    ppo.evaluate_tokens(episodes, models, rows, cfg)
     episodes.advantages = episodes.returns = grid_like(episodes.mask)
     optimizers = {"policy": torch.optim.SGD(policy.parameters(), lr=10.0)}
     stats = ppo.update(run_of(cfg), models, optimizers, episodes, [rows] * 5, {"policy": 10.0})
@@ -376,7 +376,7 @@ def test_ppo_reaches_the_closed_form(seed, beta):
     for step in range(steps):
         episodes = ppo.rollout(policy, [[0]] * B, reward_fn, no_eos, cfg)
         epochs = ppo.shuffled_epochs(cfg)
-        ppo.score(episodes, models, epochs[0], cfg)
+        ppo.evaluate_tokens(episodes, models, epochs[0], cfg)
         total = dense_reward(episodes.rewards, episodes.logprobs, episodes.ref_logprobs, torch.ones(B).bool(),
                              episodes.mask, beta)
         advantages, episodes.returns = compute_gae(total, episodes.values, episodes.mask, 1.0, 0.95)

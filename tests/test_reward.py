@@ -119,7 +119,7 @@ def test_centring_sets_the_mean_of_the_demonstrations_to_0():
     model.set_scalar_heads(1)
     groups = random_groups()
     before = score_groups(model, groups)
-    std = center_scores(model, groups, micro_tokens=40)
+    std = center_scores(model, score_groups(model, groups, micro_tokens=40))
     after = score_groups(model, groups)
     assert abs(after.mean()) < 1e-5 and std == pytest.approx(before.std().item(), abs=1e-5)
     torch.testing.assert_close(after, before - before.mean(), atol=1e-5, rtol=0)
