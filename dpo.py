@@ -40,11 +40,12 @@ from engine.packing import pack, per_sequence
 class Config(RunConfig):  # the options of all stages (steps, batch size, lr, …): common/options.py
     beta: PositiveFloat = 1.0       # β of eq. 7: the price of a nat of KL
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # see dpo_loss
-    label_smoothing: float = 0.0    # ε: the share of labels assumed to be flipped (sigmoid and robust)
+    label_smoothing: float = 0.0    # ε: the share of labels assumed to be flipped, for sigmoid and robust
     precompute_ref: bool = True     # ask the reference once, before training; False keeps it in memory
     lr: NonNegativeFloat = 1e-3     # peak learning rate, after a linear warm-up and before a cosine to 0
 
 
+# Config's defaults are for the animals world. The paper has RMSprop and no decay of the learning rate.
 RECIPES = {
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
     # arXiv:2305.18290 App. B: β 0.5 on TL;DR, batch 64, lr 1e-6, 150 steps of warm-up; one epoch of 92,858
@@ -101,26 +102,27 @@ def pair_logp(policy, pairs):
 def precompute_reference(ref_policy, pairs, batches, run):
     """log π_ref of chosen and rejected for every pair that training will visit: (len(pairs), 2).
 
-    Rounding depends on what is computed together. So the pairs go through the micro-batches of training, and
-    the log-ratios of the first step are exactly 0.
+    How a log-prob is rounded depends on the other rows of its forward pass. So each pair is computed in the
+    micro-batch in which training first meets it; in the first step, before any update, all log-ratios are
+    then exactly 0.
     """
     logp = torch.zeros(len(pairs), 2, device=run.device)
     visited = set()
     for batch in batches:
-        # Each epoch leaves out the few pairs that do not fill a batch, so later batches can hold new pairs
-        # too.
+        # The pairs that training meets here for the first time. There can be some in later epochs too,
+        # because each epoch leaves out the last few pairs, which do not fill a batch.
         new = set(batch) - visited
         visited |= new
         if not new:
             continue
-        # With several processes, these are the pairs of this process's share; the others stay 0 here.
+        # With several processes, each computes its share of the batch and leaves the other pairs at 0.
         for rows in run.micro_batches(batch, pairs):
             chosen_logp, rejected_logp = pair_logp(ref_policy, [pairs[i] for i in rows])
             for i, chosen, rejected in zip(rows, chosen_logp, rejected_logp):
-                if i in new:
+                if i in new:  # the others keep the value of their first visit
                     logp[i, 0] = chosen
                     logp[i, 1] = rejected
-    return all_reduce(logp)  # the sum over the processes, of which one at most has asked for a pair
+    return all_reduce(logp)  # the sum over the processes collects all shares
 
 
 def train(cfg):
@@ -128,14 +130,17 @@ def train(cfg):
     run = Run("dpo", cfg)  # the device, the folder, the log and the checkpoints
     init = cfg.init or run.train_if_missing("sft")
 
-    # Comparisons: a prompt x, the chosen response y_w and the rejected response y_l, as token ids.
+    # Comparisons are prompts with ranked responses, as text. Of each, every two responses that do not tie
+    # make a pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids cut to
+    # max_len.
     policy, tokenizer = run.load_model(init)
     comparisons = run.data.comparisons("train")
-    pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)
+    pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
     batches = run.shuffled_batches(pairs)  # for each step a list of indices into pairs
     run.print0(f"dpo: {len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
 
-    # The reference π_ref is the policy before its first step, so it is copied before a checkpoint is loaded.
+    # The reference π_ref is the policy before its first step. A copy of it must be made before a checkpoint
+    # of this run is loaded into the policy.
     if not cfg.precompute_ref:
         ref_policy = run.prepare(copy.deepcopy(policy).requires_grad_(False))
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
@@ -148,7 +153,7 @@ def train(cfg):
         if cfg.resume:
             ref_logp = checkpoint["ref_logp"].to(run.device)
         else:
-            ref_logp = precompute_reference(policy, pairs, batches, run)
+            ref_logp = precompute_reference(policy, pairs, batches, run)  # no step is taken yet: π is π_ref
 
         def reference(rows):
             return ref_logp[rows].unbind(1)
@@ -172,23 +177,24 @@ def train(cfg):
                 cfg.beta, cfg.label_smoothing, cfg.loss_type)
             (losses.sum() / cfg.batch_size).backward()
 
-            # The accuracy of the policy as a reward model, and the quantities to watch.
+            # The accuracy of the policy as a reward model (0 in the first step, where all rewards tie), and
+            # the quantities to watch.
             metrics.add(loss=losses, accuracy=chosen_reward > rejected_reward,
                         margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
-        # 2. One optimizer step on the whole batch. With several processes, each has computed its share of
-        # the gradient.
+        # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step, clear.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log, and save a checkpoint when one is due or when Ctrl-C asked for it.
+        # 3. Log, and save a checkpoint when one is due or when Ctrl-C asked for it, which ends the run.
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer, ref_logp=ref_logp)
 
-    # The policy before and after, on held-out prompts. Evaluation needs the optimizer's memory.
+    # The policy before and after, on held-out prompts: KL, length, and gold reward and win rate where the
+    # true reward is known. Evaluation needs the optimizer's memory.
     del optimizer
     evaluate.report(run, policy, init)
     return policy

@@ -51,7 +51,7 @@ AXES = {
 @dataclass
 class Config(ppo.Config):
     reward: Literal["finegrained", "rm", "gold"] = "finegrained"  # rm: one number per response, the baseline
-    reward_models: str | None = None  # the folder of the three; None: out/rewards-…, trained first if missing
+    reward_models: str | None = None  # the three's folder; None: out/rewards-RECIPE, trained first if missing
     share_trunk: bool = True          # three heads on one trunk; False: three models
     value_init: Literal["reward", "sft"] = "sft"  # the value model's start; reward only with --reward=rm
     kl_coef: float = 0.1              # β: the price of a nat of KL; with kl_target, its first value
@@ -60,7 +60,7 @@ class Config(ppo.Config):
     w3: float = 0.3                   # weight of completeness: in standard deviations of its model's scores
     soft: bool = False                # 2p − 1 instead of ±1, with p the probability that the segment is good
     reward_steps: PositiveInt = 2000  # optimizer steps of the reward models
-    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # responses with spans per step; + a quarter comparisons
+    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # responses per step; plus a quarter comparisons
     reward_lr: NonNegativeFloat = 2e-3  # peak learning rate of the reward models
 
 
@@ -87,9 +87,9 @@ def cut_response(tokenizer, response):
     has one.
     """
     words = response[:-1] if response[-1] == tokenizer.eot_token else response
-    text, ends = segments.decode_with_ends(tokenizer, words)
+    text, ends = segments.decode_with_ends(tokenizer, words)  # ends: characters complete after each token
     cuts = []
-    for start, end in segments.segments(text):
+    for start, end in segments.segments(text):  # sub-sentences
         cuts.append(Segment("relevance", segments.last_token(ends, end), start, end))
     for start, end in segments.sentences(text):
         cuts.append(Segment("factuality", segments.last_token(ends, end), start, end))
@@ -118,7 +118,7 @@ class Mark(NamedTuple):
     """What an annotator said about one place of a response."""
     axis: str
     token: int  # counted over all response tokens of the group
-    value: int  # relevance and factuality: 1 good, 0 bad; completeness: the rank of the response, 0 best
+    value: int  # relevance, factuality: 1 good, 0 bad; completeness: a rank, 0 best; not used in reward_fn
 
 
 @dataclass
@@ -177,7 +177,7 @@ def check_feedback(feedback, axes, run):
             continue
         values = {mark.value for marks in feedback["spans"].marks for mark in marks if mark.axis == axis}
         if len(values) < 2:
-            quantity = "every" if values == {0} else "no"
+            quantity = "every" if values == {0} else "no"  # 0: marked as an error
             run.print0(f"{quantity} segment of {run.cfg.data} is marked {' or '.join(AXES[axis])}: "
                        f"the {axis} of all text will be judged alike")
     if "comparisons" in feedback:
@@ -243,7 +243,7 @@ def reward_losses(scores, marks, axes):
         value = marks.value[of_axis]
         if axis == "completeness":
             group = marks.group[of_axis]
-            n_comparisons = len(group.unique())  # ranking_loss returns means over them, and 0 if there are none
+            n_comparisons = len(group.unique())  # ranking_loss is a mean over them
             loss, accuracy = reward.ranking_loss(s, group, value)
             losses[axis] = n_comparisons * loss
             right[axis] = n_comparisons * accuracy
@@ -260,6 +260,7 @@ def judgements(models, feedback, axes, micro_tokens):
 
     Marks and scores come in the order of the rows, and for each row in the order of feedback.marks.
     """
+    # All groups of this process; a sharded model is called equally often in every process.
     for rows in batches.local_micro_batches(feedback.groups, micro_tokens, models[0]):
         groups = [feedback.groups[i] for i in rows]
         batch, marks = pack_marks(groups, [feedback.marks[i] for i in rows], axes, models[0].device)
@@ -299,8 +300,9 @@ def train_rewards(cfg, init, axes):
     step_batches = [[] for _ in range(cfg.steps)]  # for each step a list of indices into groups
     batch_sizes = {"spans": cfg.batch_size, "comparisons": cfg.batch_size // 4}
     for kind, source in feedback.items():
-        first = len(groups)  # the index of this source's first group; the second source gets another seed by it
-        order = run.shuffled_batches(source.groups, batch_sizes[kind], cfg.steps, cfg.seed + first)
+        first = len(groups)  # where this source begins in groups
+        seed = cfg.seed + first  # another one for each source
+        order = run.shuffled_batches(source.groups, batch_sizes[kind], cfg.steps, seed)
         for step in range(cfg.steps):
             step_batches[step] += [first + i for i in order[step]]
         groups += source.groups
@@ -328,7 +330,7 @@ def train_rewards(cfg, init, axes):
             metrics.add(loss=loss)
             metrics.add(**{f"{axis}_accuracy": right[axis] / n_of_axis[axis] for axis in axes})
 
-        # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step.
+        # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step, clear.
         dist.sync_gradients(model)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(model, optimizer, lr, cfg.grad_clip)
@@ -383,7 +385,7 @@ def accuracy_rows(model, axes, feedback, cfg):
         row = {"checkpoint": axis, "majority": None, "majority_se": None, "f1": None, "f1_se": None}
         if axis == "completeness":
             right = comparisons_right
-            row["majority"] = 0.5  # of two responses
+            row["majority"] = 0.5  # guessing which of two responses is better
         else:
             right = [label == guess for label, guess in zip(labels[axis], guesses[axis])]
             if right:
@@ -446,9 +448,11 @@ def trained_checkpoint(folder, axes, init, cfg):
         if checkpoint["step"] == checkpoint["config"]["steps"]:
             return checkpoint
     dist.print0(f"no reward model for {', '.join(axes)} in {folder}: training it first")
+    # The settings: reward.py's recipe, then --reward_steps and the like.
     settings = {"recipe": cfg.recipe, **reward.RECIPES.get(cfg.recipe, {})}
     settings |= {"steps": cfg.reward_steps, "batch_size": cfg.reward_batch_size, "lr": cfg.reward_lr}
-    # Not the seed: runs of PPO with other seeds share their reward models.
+    # The rest is what must agree with the policy. Not the seed: runs of PPO with other seeds share reward
+    # models.
     for name in ("data", "data_dir", "device", "compile", "checkpoint_blocks", "fsdp", "max_len",
                  "micro_tokens", "n_layer", "n_head", "n_embd"):
         settings[name] = getattr(cfg, name)
@@ -475,7 +479,7 @@ def finegrained_reward(rewards, tokenizer, cfg):
         marks = []
         for response in responses:
             segments_of_response = cut_response(tokenizer, response)
-            marks.append([Mark(s.axis, s.token, 0) for s in segments_of_response if weights[s.axis]])
+            marks.append([Mark(s.axis, s.token, value=0) for s in segments_of_response if weights[s.axis]])
         feedback = Feedback([(prompt, [response]) for prompt, response in zip(prompts, responses)], marks)
 
         r = torch.zeros(grids.length_mask(responses).shape)  # (B, R)
@@ -510,7 +514,7 @@ def train(cfg):
     rewards = load_rewards(cfg, init, tokenizer)
     rewards.models = [run.prepare(model) for model in rewards.models]
     reward_fn = finegrained_reward(rewards, tokenizer, cfg)
-    return ppo.train(replace(cfg, init=init, out=run.out), reward_fn)
+    return ppo.train(replace(cfg, init=init, out=run.out), reward_fn)  # its own Run, in the same folder
 
 
 if __name__ == "__main__":

@@ -60,18 +60,18 @@ class Config(RunConfig):
     reward_clip: float | None = None    # the largest absolute reward of a token, before the KL penalty
     missing_eos_penalty: float = 1.0    # off the last token's reward if a response did not end by itself
     value_init: Literal["reward", "sft"] = "reward"  # the value model's start; without a reward model, SFT
-    share_value: bool = False           # a value head on the policy instead of a value model
+    share_value: bool = False           # a new value head on the policy instead of a value model
     kl_coef: float = 0.05               # β: the price of a nat of KL; with kl_target, its first value
-    kl_target: PositiveFloat | None = None  # nats per response that β is adapted to reach; None: β is fixed
+    kl_target: PositiveFloat | None = None  # KL(π‖π_ref) per response for β to reach; None: β is fixed
     kl_horizon: PositiveFloat = 10000.0  # episodes over which β is adapted (arXiv:1909.08593 §2.2)
-    target_kl: float | None = None      # end an iteration's epochs when KL(π_old‖π) per token exceeds this
+    target_kl: float | None = None      # KL(π_old‖π) per token at which an iteration's epochs end
     temperature: PositiveFloat = 1.0    # τ, of sampling and of all log-probs
     max_new_tokens: PositiveInt = 40    # the longest response
     gamma: float = 1.0                  # γ, the discount (arXiv:1506.02438)
     lam: float = 0.95                   # λ of GAE
     clip: float = 0.2                   # ε: how far the ratio may move
     value_clip: float = 0.2             # how far a value may move
-    vf_coef: float = 0.1                # weight of the value loss; matters little without --share_value
+    vf_coef: float = 0.1                # weight of the value loss; for a model of its own, Adam undoes it
     ptx_coef: float = 0.0               # eq. 2's γ: weight of the language-model loss on demonstrations
     whiten_rewards: bool = False        # scale rewards to unit variance, keeping their mean
     whiten_advantages: bool = True      # scale advantages to mean 0 and unit variance
@@ -171,15 +171,15 @@ def rollout(policy, prompts, reward_fn, tokenizer, cfg):
     my_responses, my_logprobs = sampler.generate(
         my_prompts, cfg.max_new_tokens, cfg.temperature, eos=tokenizer.eot_token,
         noise=dist.process_share(noise), return_logprobs=True)
-    with torch.random.fork_rng(devices=[]):  # a reward_fn that draws random numbers must not move ours
+    with torch.random.fork_rng(devices=[]):  # what reward_fn draws must not change our random numbers
         my_rewards = grids.check_reward(reward_fn(my_prompts, my_responses), my_responses, tokenizer)
 
-    # The episodes of all processes. Their grids are as wide as the longest response of all.
+    # The episodes of all processes. Rewards travel without padding: each process's grid has another width.
     responses = dist.gather_shares(my_responses)
     mask = grids.length_mask(responses)
     ended = torch.tensor([response[-1] == tokenizer.eot_token for response in responses])
-    my_ragged_rewards = [row[:len(response)].tolist() for row, response in zip(my_rewards, my_responses)]
-    rewards = grids.gather_grid(my_ragged_rewards, mask)
+    my_reward_lists = [row[:len(response)].tolist() for row, response in zip(my_rewards, my_responses)]
+    rewards = grids.gather_grid(my_reward_lists, mask)
     sampler_logprobs = grids.gather_grid(my_logprobs, mask) if sampler is not policy else None
     return Episodes(prompts, responses, ended, mask, rewards, sampler_logprobs)
 
@@ -238,7 +238,7 @@ def evaluate_batch(models, batch, temperature):
         logp = models.policy.log_softmax(s, temperature)              # (n, V)
         ref_logp = models.ref_policy.log_softmax(ref_s, temperature)  # (n, V)
         p = logp.exp()
-        pieces["logprobs"].append(logp.gather(1, y)[:, 0])
+        pieces["logprobs"].append(logp.gather(1, y)[:, 0])  # to the bit what token_logprobs gives in `update`
         pieces["ref_logprobs"].append(ref_logp.gather(1, y)[:, 0])
         pieces["kl"].append((p * (logp - ref_logp)).sum(-1))  # Σ_v π(v|s_t) log π/π_ref (v|s_t)
         pieces["entropy"].append(-(p * logp).sum(-1))
@@ -378,7 +378,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
     """
     cfg = run.cfg
     groups = episodes.groups
-    steps = []
+    history = []  # the metrics of each optimizer step
     stop_early = False
     for minibatches in epochs:
         for minibatch in minibatches:
@@ -414,10 +414,10 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
             metrics.add(ptx_loss=torch.zeros((), device=run.device))
             if ptx_batches is not None:
                 demonstrations = next(ptx_batches)
-                n_tokens = sum(len(response) for _, (response,) in demonstrations)
+                n_ptx_tokens = sum(len(response) for _, (response,) in demonstrations)
                 for rows in run.micro_batches(range(len(demonstrations)), demonstrations):
                     some = [demonstrations[i] for i in rows]
-                    loss = ptx_loss(models.policy, some, n_tokens, cfg.temperature)
+                    loss = ptx_loss(models.policy, some, n_ptx_tokens, cfg.temperature)
                     (cfg.ptx_coef * loss).backward()
                     metrics.add(ptx_loss=loss)
 
@@ -425,33 +425,35 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
             dist.sync_gradients(models.policy)
             if "value" in optimizers:
                 dist.sync_gradients(models.value_model)
-            means = metrics.total()
+            step_metrics = metrics.total()  # sums of weighted means, so means over the minibatch
 
             # The policy has moved far enough from the one that sampled: throw this gradient away, and
             # sample anew.
-            if cfg.target_kl is not None and means["approx_kl"] > cfg.target_kl:
+            if cfg.target_kl is not None and step_metrics["approx_kl"] > cfg.target_kl:
                 for optimizer in optimizers.values():
                     optimizer.zero_grad(set_to_none=True)
                 stop_early = True
                 break
 
             # One optimizer step for each model.
-            means["grad_norm"] = optimizer_step(
+            step_metrics["grad_norm"] = optimizer_step(
                 models.policy, optimizers["policy"], lrs["policy"], cfg.grad_clip)
             if "value" in optimizers:
-                means["value_grad_norm"] = optimizer_step(
+                step_metrics["value_grad_norm"] = optimizer_step(
                     models.value_model, optimizers["value"], lrs["value"], cfg.grad_clip)
-            steps.append(means)
+            history.append(step_metrics)
         if stop_early:
             break
 
-    if not steps:  # on CUDA, rounding alone can exceed a very small target_kl
+    if not history:  # compiled code on CUDA rounds a little differently, which can exceed a tiny target_kl
         return {"optimizer_steps": 0}
-    means = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
+    means = {}
+    for key in history[0]:
+        means[key] = sum(step_metrics[key] for step_metrics in history) / len(history)
     weighted_value_loss = cfg.vf_coef * means["value_loss"]
     weighted_ptx_loss = cfg.ptx_coef * means["ptx_loss"]
     means["loss"] = means["policy_loss"] + weighted_value_loss + weighted_ptx_loss
-    means["optimizer_steps"] = len(steps)
+    means["optimizer_steps"] = len(history)
     return means
 
 
@@ -526,7 +528,7 @@ def load_models(run, init, has_reward_fn):
         value_model = policy
     for model in (policy, ref_policy, value_model, reward_model):
         if model is not None:
-            run.prepare(model)
+            run.prepare(model)  # in place; for a shared value model, which it meets twice, only once
     return Models(policy, ref_policy, value_model, reward_model), tokenizer
 
 
@@ -665,7 +667,7 @@ def train(cfg, reward_fn=None):
 
         # 7. Log, show samples, and save a checkpoint when one is due or when Ctrl-C asked for it.
         stats = statistics(episodes, kl_coef, data, tokenizer)
-        run.log(step + 1, episodes.n_tokens, **stats, **losses, lr=lrs["policy"],
+        run.log(step + 1, tokens=episodes.n_tokens, **stats, **losses, lr=lrs["policy"],
                 rollout_s=rollout_s, score_s=score_s, update_s=update_s)
         if stats["kl"] > RUNAWAY_KL * stats["response_len"] and not warned:
             warned = True

@@ -100,7 +100,7 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
         losses.append(pair_losses.mean())  # 1/(K choose 2)
         right = (r_w > r_l).float() + 0.5 * (r_w == r_l).float()
         accuracies.append(right.mean())
-    if not losses:
+    if not losses:  # a zero that backward() can start from, as every process has to
         return 0 * scores.sum(), 0 * scores.detach().sum()
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
@@ -129,7 +129,8 @@ def group_and_rank(comparisons, device="cpu"):
 
 def center_scores(reward_model, scores):
     """Moves the bias so that the mean of these scores (S,) becomes 0. Returns their standard deviation."""
-    # Not reward_model.scalar_head.bias: in a sharded model that may be a gathered copy, which is thrown away.
+    # The state dict holds the parameter itself. (In a sharded model, scalar_head.bias may be a gathered
+    # copy.)
     bias = reward_model.state_dict()["scalar_head.bias"]
     with torch.no_grad():
         bias -= scores.mean().item()
@@ -151,7 +152,7 @@ def accuracy_row(name, scores, comparisons, data):
         gold = torch.tensor(gold)
         row["ceiling"], row["ceiling_se"] = mean_accuracy(gold, comparisons)
         row["correlation"] = torch.corrcoef(torch.stack([scores, gold]))[0, 1].item()
-        row["correlation_se"] = None
+        row["correlation_se"] = None  # the table shows the keys that have an error, be it None
     return row
 
 
@@ -224,12 +225,12 @@ def train(cfg):
             # eq. 1: −log σ(r(x, y_w) − r(x, y_l)), a mean over each prompt's pairs, then over prompts
             loss, accuracy = ranking_loss(scores, group, rank, cfg.margin, cfg.center_coef)
 
-            # The loss is a mean over these prompts: weigh it to get the mean over the batch.
+            # These are means over the prompts of these rows: weigh them to get the mean over the batch.
             (loss * len(rows) / cfg.batch_size).backward()
             metrics.add(loss=loss * len(rows), accuracy=accuracy * len(rows),
                         margin=score_margin(scores, group, rank))
 
-        # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step.
+        # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step, clear.
         sync_gradients(reward_model)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(reward_model, optimizer, lr, cfg.grad_clip)
@@ -246,8 +247,8 @@ def train(cfg):
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, reward_model, optimizer)
 
-    # Demonstrations get the score 0 on average, and the last checkpoint says so. A run that was stopped
-    # after this, and resumed, has it in its checkpoint.
+    # Center the scores: demonstrations get 0 on average. Only once: a run that is resumed after that has the
+    # standard deviation of their scores in its checkpoint.
     score_std = checkpoint.get("score_std")
     if score_std is None:
         demonstrations = data.demonstrations("train")[:max(2, cfg.eval_n)]

@@ -96,7 +96,7 @@ def validation_loss(policy, groups, run):
     if not groups:
         return None
     total = 0.0
-    for rows in run.local_micro_batches(groups, policy):
+    for rows in run.local_micro_batches(groups, policy):  # all of them, in pieces that fit into memory
         batch = pack([groups[i] for i in rows]).to(run.device)
         total += policy.logprobs(batch).sum().item()
     return -total / count_response_tokens(groups)
@@ -130,15 +130,15 @@ def train(cfg):
             logprobs = policy.logprobs(batch)  # (N,)
             loss = sft_loss(logprobs, n_tokens)
             loss.backward()
-            metrics.add(loss=-logprobs)
+            metrics.add(loss=-logprobs)  # a sum over tokens; metrics.mean divides by n_tokens
 
-        # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step.
+        # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step, clear.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log, now and then with the loss on held-out demonstrations, and save a checkpoint when one is
-        # due.
+        # 3. Log, now and then with the loss on held-out demonstrations. Save a checkpoint when one is due, or
+        # when Ctrl-C asked for it, which ends the run.
         val_loss = None
         if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
             val_loss = validation_loss(policy, validation, run)

@@ -1,8 +1,8 @@
 """Simple Preference Optimization (Meng, Xia and Chen 2024, arXiv:2405.14734): DPO without its reference.
 
-DPO's reward of a response is β log π/π_ref, a sum over its tokens; but what generation follows is the
-likelihood of the response itself. SimPO takes as the reward what generation follows, the mean log-prob of a
-token (eq. 4), and asks the chosen response to win by a margin γ:
+DPO's reward of a response is β log π/π_ref, a sum over its tokens. But the policy does not sample by that
+reward, it samples by its own log-probs. SimPO's reward is the mean log-prob of the response's tokens (eq.
+4), and the chosen response has to win by a margin γ:
 
     r(x, y) = β/|y| log π_θ(y|x)
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
@@ -10,15 +10,15 @@ token (eq. 4), and asks the chosen response to win by a margin γ:
 Only one model is in memory. So nothing but a small learning rate holds the policy near to where it started.
 The length |y| counts the EOS, where the response has one.
 
-Its known failure is that responses become too short. The loss divides by |y|, so each token of a short
-response has more weight than a token of a long one; ending early is the cheapest way to a high mean.
-Therefore the length is sampled and logged during training. The SFT term (App. H, weight 0 in the paper's
-own settings) adds sft_weight times the mean of −log π over the tokens of the chosen responses. It gives all
-tokens the same weight and holds the length.
+What goes wrong in our runs is that responses become too short (docs/results.md). With its mean over |y|
+tokens, the loss gives the EOS of a short response more weight than the next word of a long one. So the
+length is sampled and logged during training. The SFT term (App. H, weight 0 in the paper's own settings)
+holds it: sft_weight times −log π of the chosen responses, a mean over all of their tokens, which gives each
+token the same weight.
 
     python simpo.py                                the animals world, from nothing: SFT first, then SimPO
     python simpo.py hh                             Anthropic's HH-RLHF, GPT-2
-    python simpo.py tldr                           summaries of Reddit posts; likewise imdb
+    python simpo.py tldr                           summaries of Reddit posts; imdb: see data/imdb.py
     python simpo.py --data=mine.jsonl --init=gpt2  your own comparisons
     python simpo.py --beta=10 --gamma_beta_ratio=0.3    γ = 3, as the authors' scripts give it
 
@@ -40,7 +40,7 @@ from engine.packing import pack, per_sequence
 
 
 @dataclass
-class Config(RunConfig):
+class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options: common/options.py
     beta: PositiveFloat = 2.0       # β of eq. 6: the scale of the mean log-prob
     gamma: float = 1.0              # γ of eq. 6: the margin that the chosen response is to win by
     gamma_beta_ratio: float | None = None  # γ/β, as the authors' scripts give it; overrides gamma
@@ -54,7 +54,7 @@ class Config(RunConfig):
 RECIPES = {
     "hh": dict(data="hh", sft_weight=0.0, steps=2500, max_len=512, lr=1e-6, warmup=150, sample_every=250,
                ckpt_every=500, eval_n=64),
-    # not in the paper: the settings of hh, one epoch
+    # The paper has none of these data. tldr and imdb: the settings of hh, one epoch
     "tldr": dict(data="tldr", sft_weight=0.0, steps=1450, max_len=640, lr=1e-6, warmup=150, sample_every=250,
                  ckpt_every=500, eval_n=64),
     "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", sft_weight=0.0, steps=2100, max_len=136,
@@ -88,6 +88,11 @@ def pair_logp(policy, pairs):
     return logp[0::2], logp[1::2], length[0::2], length[1::2]
 
 
+def mean_chosen_length(pairs):
+    """The mean length of the chosen responses, in tokens."""
+    return sum(len(chosen) for _, (chosen, _) in pairs) / len(pairs)
+
+
 def length_statistics(responses, eos):
     """What a collapse of the length shows in first. responses: lists of token ids.
 
@@ -107,11 +112,13 @@ def train(cfg):
     init = cfg.init or run.train_if_missing("sft")
     gamma = cfg.gamma if cfg.gamma_beta_ratio is None else cfg.gamma_beta_ratio * cfg.beta
 
-    # Comparisons: a prompt x, the chosen response y_w and the rejected response y_l, as token ids.
+    # Comparisons are prompts with ranked responses, as text. Of each, every two responses that do not tie
+    # make a pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids cut to
+    # max_len.
     policy, tokenizer = run.load_model(init)
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
     comparisons = run.data.comparisons("train")
-    pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)
+    pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
     batches = run.shuffled_batches(pairs)  # for each step a list of indices into pairs
     run.print0(f"simpo: {len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
     # Held-out prompts to watch the length on; a prompt longer than half of the context loses its beginning.
@@ -122,10 +129,7 @@ def train(cfg):
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()
-        n_chosen_tokens = 0  # in the whole batch, over all processes
-        for i in batches[step]:
-            prompt, (chosen, rejected) = pairs[i]
-            n_chosen_tokens += len(chosen)
+        mean_chosen_len = mean_chosen_length([pairs[i] for i in batches[step]])  # of the whole batch
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. With several processes,
         # these are the micro-batches of this process's share.
@@ -136,31 +140,30 @@ def train(cfg):
             losses, chosen_reward, rejected_reward = simpo_loss(
                 chosen_logp, rejected_logp, chosen_len, rejected_len, cfg.beta, gamma, cfg.label_smoothing)
 
-            # App. H: the SFT term is a mean over all tokens of the chosen responses.
-            sft_loss = -chosen_logp.sum() / n_chosen_tokens
-            loss = losses.sum() / cfg.batch_size + cfg.sft_weight * sft_loss
-            loss.backward()
+            # App. H: the SFT term. Its mean over the batch's pairs is −log π, a mean over all chosen tokens.
+            sft_losses = -chosen_logp / mean_chosen_len
+            losses = losses + cfg.sft_weight * sft_losses
+            (losses.sum() / cfg.batch_size).backward()
 
-            # The accuracy of the policy as a reward model, and the quantities to watch. loss and sft_loss
-            # are shares of the batch's means already: × batch_size undoes the division in metrics.mean
-            # below.
-            metrics.add(loss=loss * cfg.batch_size, sft_loss=sft_loss * cfg.batch_size)
-            metrics.add(accuracy=chosen_reward > rejected_reward, margin=chosen_reward - rejected_reward,
+            # The accuracy of the policy as a reward model, and the quantities to watch.
+            metrics.add(loss=losses, sft_loss=sft_losses, accuracy=chosen_reward > rejected_reward,
+                        margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
-        # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step.
+        # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step, clear.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Now and then, sample: has the length begun to collapse? All processes must call `respond`.
+        # 3. Now and then, sample: has the length begun to collapse? Every process samples all prompts, at
+        # temperature 1 and each time with the same random numbers.
         lengths = {"response_len": None, "empty": None, "unfinished": None}
         if sample_prompts and ((step + 1) % cfg.sample_every == 0 or step + 1 == cfg.steps):
             responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token)
             lengths = length_statistics(responses, tokenizer.eot_token)
 
-        # 4. Log, and save a checkpoint when one is due or when Ctrl-C asked for it.
+        # 4. Log, and save a checkpoint when one is due or when Ctrl-C asked for it, which ends the run.
         run.log(step + 1, **metrics.mean(cfg.batch_size), **lengths, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 

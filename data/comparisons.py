@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 def encode_pairs(tokenizer, comparisons, max_len, source):
     """Encodes all pairs that do not tie. Returns [(prompt_ids, [chosen_ids, rejected_ids]), …].
 
-    Exits with a one-line message, which contains `name` (the value of --data), if there is nothing to learn.
+    Exits with a one-line message, which contains `source` (the value of --data), if there is nothing to learn.
     """
     pairs = []
     for prompt, responses, ranks in comparisons:

@@ -1,6 +1,7 @@
 """Forks stay green: a page of one's own, an option without a comment, lines inserted at the top of a page."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,11 @@ def orpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, lam):
 '''
 
 
+def add_option(page, option):
+    """An option without a comment, at the top of a page's Config."""
+    return re.sub(r"(class Config\(RunConfig\):.*\n)", rf"\1    {option}\n", page, count=1)
+
+
 @pytest.fixture(scope="module")
 def fork(tmp_path_factory):
     """A copy of the repository with an ORPO page made from simpo.py, and with changes at the top of ppo.py."""
@@ -39,12 +45,12 @@ def fork(tmp_path_factory):
     page = before + ("            losses = orpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, cfg.lam)\n"
                      "            chosen_reward = chosen_logp.detach()\n"
                      "            rejected_reward = rejected_logp.detach()\n\n") + after
-    page = page.replace("class Config(RunConfig):\n", "class Config(RunConfig):\n    lam: float = 0.1\n")  # no comment
+    page = add_option(page, "lam: float = 0.1")
     (fork / "orpo.py").write_text(page)
 
     ppo = (fork / "ppo.py").read_text()
     lines = "".join(f"# {i}: a note of somebody who reads this page\n" for i in range(10))
-    ppo = ppo.replace("class Config(RunConfig):\n", "class Config(RunConfig):\n    entropy_bonus: float = 0.0\n")
+    ppo = add_option(ppo, "entropy_bonus: float = 0.0")
     (fork / "ppo.py").write_text(lines + ppo)
     return fork
 
