@@ -15,7 +15,7 @@ maximized in the policy itself, without a reward model and without sampling:
     python dpo.py hh                                        Anthropic's HH-RLHF, GPT-2
     python dpo.py tldr                                      summaries of Reddit posts
     python dpo.py imdb --beta=0.1                           the paper's Figure 2 (all commands: data/imdb.py)
-    python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons
+    python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons, with the settings of hh
 
 Left out: the SFT term that some add to the loss, iterated and online variants.
 """
@@ -37,7 +37,7 @@ from engine.packing import pack, per_sequence
 
 
 @dataclass
-class Config(RunConfig):  # the options of all stages (steps, batch size, lr, …): common/options.py
+class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options: common/options.py
     beta: PositiveFloat = 1.0       # β of eq. 7: the price of a nat of KL
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # see dpo_loss
     label_smoothing: float = 0.0    # ε: the share of labels assumed to be flipped, for sigmoid and robust
@@ -63,7 +63,7 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
 
     With h = log π/π_ref (y_w|x) − log π/π_ref (y_l|x), and ε the label smoothing:
         sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0, otherwise cDPO (Mitchell 2023,
-                                                                ericmitchell.ai/cdpo.pdf eq. 3); ε may be (B,)
+                                                                ericmitchell.ai/cdpo.pdf eq. 3). May be (B,)
         ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17
         hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409
@@ -94,7 +94,8 @@ def pair_logp(policy, pairs):
     which is computed once; neither sees the other.
     """
     batch = pack(pairs).to(policy.device)
-    logp = per_sequence(policy.logprobs(batch), batch)  # (2B,): chosen, rejected, chosen, …
+    logprobs = policy.logprobs(batch)       # (N,): of all response tokens
+    logp = per_sequence(logprobs, batch)    # (2B,): chosen, rejected, chosen, …
     return logp[0::2], logp[1::2]
 
 
@@ -109,19 +110,18 @@ def precompute_reference(ref_policy, pairs, batches, run):
     logp = torch.zeros(len(pairs), 2, device=run.device)
     visited = set()
     for batch in batches:
-        # The pairs that training meets here for the first time. There can be some in later epochs too,
-        # because each epoch leaves out the last few pairs, which do not fill a batch.
-        new = set(batch) - visited
-        visited |= new
-        if not new:
+        # A batch of a later epoch can hold new pairs, because each epoch leaves out those that fill no batch.
+        if visited.issuperset(batch):
             continue
-        # With several processes, each computes its share of the batch and leaves the other pairs at 0.
+        # The whole batch, though some pairs may be known: these are the micro-batches of training. With
+        # several processes, each computes its share of the batch and leaves the other pairs at 0.
         for rows in run.micro_batches(batch, pairs):
             chosen_logp, rejected_logp = pair_logp(ref_policy, [pairs[i] for i in rows])
             for i, chosen, rejected in zip(rows, chosen_logp, rejected_logp):
-                if i in new:  # the others keep the value of their first visit
+                if i not in visited:
                     logp[i, 0] = chosen
                     logp[i, 1] = rejected
+        visited.update(batch)
     return all_reduce(logp)  # the sum over the processes collects all shares
 
 
@@ -145,7 +145,7 @@ def train(cfg):
         ref_policy = run.prepare(copy.deepcopy(policy).requires_grad_(False))
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
-    checkpoint = run.start_or_resume(policy, optimizer)  # with --resume, continues from the last checkpoint
+    checkpoint = run.start_or_resume(policy, optimizer)  # with --resume, the last checkpoint; otherwise {}
 
     # reference(rows) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs, (b,) each.
     ref_logp = None

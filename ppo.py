@@ -58,7 +58,7 @@ class Config(RunConfig):
     reward_model: str | None = None     # a run of reward.py; None: out/reward-…, trained first if missing
     normalize_reward: bool = False      # divide scores by their standard deviation on demonstrations
     reward_clip: float | None = None    # the largest absolute reward of a token, before the KL penalty
-    missing_eos_penalty: float = 1.0    # off the last token's reward if a response did not end by itself
+    missing_eos_penalty: float = 1.0    # subtracted from the last token's reward if a response did not end
     value_init: Literal["reward", "sft"] = "reward"  # the value model's start; without a reward model, SFT
     share_value: bool = False           # a new value head on the policy instead of a value model
     kl_coef: float = 0.05               # β: the price of a nat of KL; with kl_target, its first value
@@ -131,8 +131,8 @@ class Episodes:
     kl: torch.Tensor | None = None             # 2. KL(π(·|s_t) ‖ π_ref(·|s_t)), exact over the vocabulary
     entropy: torch.Tensor | None = None        # 2. of π(·|s_t)
     dense_rewards: torch.Tensor | None = None  # 3. rewards minus the KL penalty
-    advantages: torch.Tensor | None = None     # 4. Â_t
-    returns: torch.Tensor | None = None        # 4. Â_t + V(s_t)
+    advantages: torch.Tensor | None = None     # 4. Â_t, at last whitened
+    returns: torch.Tensor | None = None        # 4. Â_t + V(s_t), before whitening
 
     @property
     def groups(self):
@@ -214,7 +214,8 @@ def evaluate_tokens(episodes, models, micro_batches, cfg):
 
     log π is computed anew, since on CUDA the sampler has less precision. micro_batches: this process's
     lists of rows in the first epoch of `update`, so that the same numbers are computed there in the same
-    way, and the ratio π/π_old is exactly 1 until the first optimizer step.
+    way, and the ratio π/π_old is exactly 1 until the first optimizer step (compiled CUDA code may round
+    differently).
     """
     names = ["logprobs", "ref_logprobs", "values", "kl", "entropy"]
     filled = {name: torch.zeros(episodes.mask.shape) for name in names}
@@ -410,7 +411,8 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                 metrics.add(policy_loss=pg_loss * weight, value_loss=vf_loss * weight,
                             clip_frac=clip_frac * weight, approx_kl=approx_kl * weight)
 
-            # InstructGPT's eq. 2, second term: γ E[log π] on demonstrations; its gradient is added to PPO's.
+            # InstructGPT's eq. 2, second term: ptx_coef · E[log π] on demonstrations; its gradient is added
+            # to PPO's.
             metrics.add(ptx_loss=torch.zeros((), device=run.device))
             if ptx_batches is not None:
                 demonstrations = next(ptx_batches)
@@ -435,7 +437,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                 stop_early = True
                 break
 
-            # One optimizer step for each model.
+            # One optimizer step for each model: clip, step, clear the gradient.
             step_metrics["grad_norm"] = optimizer_step(
                 models.policy, optimizers["policy"], lrs["policy"], cfg.grad_clip)
             if "value" in optimizers:
@@ -445,7 +447,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
         if stop_early:
             break
 
-    if not history:  # compiled code on CUDA rounds a little differently, which can exceed a tiny target_kl
+    if not history:  # at first approx_kl is 0 but for rounding, which can exceed a tiny target_kl
         return {"optimizer_steps": 0}
     means = {}
     for key in history[0]:
@@ -489,11 +491,11 @@ def statistics(episodes, kl_coef, data, tokenizer):
     kl_k1, kl_k3 = k1_k3(episodes.logprobs, episodes.ref_logprobs, mask)
     unexplained = masked_var(episodes.returns - episodes.values, mask) / masked_var(episodes.returns, mask)
     values = {
-        "score": episodes.rewards.sum(1).mean(),
+        "score": episodes.rewards.sum(1).mean(),  # what reward_fn returned
         "gold": gold,
         "kl": episodes.kl.sum(1).mean(),
         "kl_coef": kl_coef,
-        "reward": episodes.dense_rewards.sum(1).mean(),
+        "reward": episodes.dense_rewards.sum(1).mean(),  # less penalties and KL
         "entropy": masked_mean(episodes.entropy, mask),
         "explained_variance": 1 - unexplained,
         "response_len": mask.sum() / len(mask),
@@ -528,7 +530,7 @@ def load_models(run, init, has_reward_fn):
         value_model = policy
     for model in (policy, ref_policy, value_model, reward_model):
         if model is not None:
-            run.prepare(model)  # in place; for a shared value model, which it meets twice, only once
+            run.prepare(model)  # to the device; sharded or compiled if asked for. A second call does nothing
     return Models(policy, ref_policy, value_model, reward_model), tokenizer
 
 

@@ -7,10 +7,10 @@ the prompt once for all of them:
 
     L(θ) = −1/(K choose 2) E log σ( r_θ(x, y_w) − r_θ(x, y_l) )                                     (eq. 1)
 
-Eq. 1 sees differences only: a constant added to all scores of a prompt changes nothing. Two things that
-InstructGPT does not have pin the scores down. A small term center_coef · (r_w + r_l)² holds those of every
-prompt near 0. And at the end, the bias is set to where demonstrations score 0 on average, and the spread of
-their scores is saved with the weights, for PPO to normalize by.
+Eq. 1 sees differences only: a constant added to all scores of a prompt changes nothing. So at the end, as
+in InstructGPT, the bias is set to where demonstrations score 0 on average. Two things are added here: a
+small term center_coef · (r_w + r_l)², which holds the scores of every prompt near 0, and the spread of the
+demonstrations' scores, which is saved with the weights for PPO to normalize by.
 
     python reward.py                                the animals world, from nothing: SFT first
     python reward.py hh --init=out/sft-hh           Anthropic's HH-RLHF, GPT-2
@@ -197,17 +197,19 @@ def train(cfg):
     # Comparisons: a prompt and its K ranked responses, as token ids.
     data = run.data
     reward_model, tokenizer = run.load_model(init)
-    reward_model.set_scalar_heads(1)
+    reward_model.set_scalar_heads(1)  # a new head with random weights, bias 0
     reward_model = run.prepare(reward_model)  # moved to the device; sharded or compiled if asked for
     comparisons = data.comparisons("train", cfg.k)
+    comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # not where all tie
     groups = encode_comparisons(tokenizer, comparisons, cfg.max_len)
+    # Exits if all pairs are identical, prints how many are.
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
     validation = data.comparisons("validation", cfg.k)[:cfg.eval_n]
     validation_groups = encode_comparisons(tokenizer, validation, cfg.max_len)
     batches = run.shuffled_batches(groups)  # for each step a list of indices into groups
     run.print0(f"reward: {len(groups)} comparisons of {cfg.data}, {init} -> {run.out} on {run.device}")
 
-    scores_before = run.score_groups(reward_model, validation_groups)  # before a checkpoint is loaded
+    scores_before = run.score_groups(reward_model, validation_groups)  # of the new head: chance
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
     checkpoint = run.start_or_resume(reward_model, optimizer)  # with --resume, from the last checkpoint
 

@@ -7,19 +7,18 @@ reward, it samples by its own log-probs. SimPO's reward is the mean log-prob of 
     r(x, y) = β/|y| log π_θ(y|x)
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
 
-Only one model is in memory. So nothing but a small learning rate holds the policy near to where it started.
-The length |y| counts the EOS, where the response has one.
+Only one model is in memory. So in the paper nothing but a small learning rate holds the policy near to
+where it started. The length |y| counts the EOS, where the response has one.
 
-What goes wrong in our runs is that responses become too short (docs/results.md). With its mean over |y|
-tokens, the loss gives the EOS of a short response more weight than the next word of a long one. So the
-length is sampled and logged during training. The SFT term (App. H, weight 0 in the paper's own settings)
-holds it: sft_weight times −log π of the chosen responses, a mean over all of their tokens, which gives each
-token the same weight.
+What goes wrong in our runs is that responses become too short (docs/results.md). We sample and log the
+length during training. And the SFT term (App. H) holds it: sft_weight times −log π of the chosen responses,
+a mean over all tokens of the batch, which gives every token the same weight, where eq. 6 gives those of a
+long response less. The paper's own settings have sft_weight 0, and so have the recipes for real data.
 
     python simpo.py                                the animals world, from nothing: SFT first, then SimPO
     python simpo.py hh                             Anthropic's HH-RLHF, GPT-2
     python simpo.py tldr                           summaries of Reddit posts; imdb: see data/imdb.py
-    python simpo.py --data=mine.jsonl --init=gpt2  your own comparisons
+    python simpo.py --data=mine.jsonl --init=gpt2  your own comparisons, with the settings of hh
     python simpo.py --beta=10 --gamma_beta_ratio=0.3    γ = 3, as the authors' scripts give it
 
 Left out: the hinge loss of the authors' code.
@@ -140,7 +139,7 @@ def train(cfg):
             losses, chosen_reward, rejected_reward = simpo_loss(
                 chosen_logp, rejected_logp, chosen_len, rejected_len, cfg.beta, gamma, cfg.label_smoothing)
 
-            # App. H: the SFT term. Its mean over the batch's pairs is −log π, a mean over all chosen tokens.
+            # App. H, the SFT term: over the batch, these add up to Σ −log π(y_w|x) / Σ |y_w|.
             sft_losses = -chosen_logp / mean_chosen_len
             losses = losses + cfg.sft_weight * sft_losses
             (losses.sum() / cfg.batch_size).backward()
@@ -157,7 +156,7 @@ def train(cfg):
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Now and then, sample: has the length begun to collapse? Every process samples all prompts, at
-        # temperature 1 and each time with the same random numbers.
+        # temperature 1, up to 128 tokens, each time with the same random numbers.
         lengths = {"response_len": None, "empty": None, "unfinished": None}
         if sample_prompts and ((step + 1) % cfg.sample_every == 0 or step + 1 == cfg.steps):
             responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token)

@@ -275,7 +275,7 @@ def refused(path, run, *args):
 
 @pytest.mark.parametrize("name, module, call, n, room, step", [
     ("ckpt.pt", Run, "save_if_due", 10, 20_000, 5), ("ckpt.pt", Run, "save_if_due", 15, 100, 10),
-    ("log.jsonl", dpo, "lr_schedule", 13, None, 10), ("eval.json", evaluate, "compare", 1, 64, 20),
+    ("log.jsonl", common.run, "lr_schedule", 13, None, 10), ("eval.json", evaluate, "compare", 1, 64, 20),
     ("samples.txt", SampleFile, "show", 3, None, 15)])
 def test_a_full_disk_leaves_what_was_whole_and_the_run_goes_on_from_there(name, module, call, n, room, step, start, disk, monkeypatch):
     """The disk is full from the n-th call of module.call on: `room` is the most a file can have; None: half a line more."""
