@@ -44,9 +44,9 @@ import reward
 import simpo
 from common import grids
 from common.batches import micro_batches
+from common.device import choose_device
 from common.files import write_atomically
 from common.optim import make_optimizer, optimizer_step
-from common.run import choose_device
 from engine.packing import group_length, pack
 from engine.weights import PRETRAINED
 from model import GPT, GPTConfig

@@ -44,7 +44,7 @@ from common.dist import is_main, log_to_console, print0
 from common.files import write_atomically
 from common.log import printable
 from common.scoring import score_groups
-from common.sharding import sampling_copy, unshard_model
+from common.sharding import unshard_model
 from data import dataset, encode_prompts
 from engine.packing import pack, per_sequence
 from engine.weights import PRETRAINED

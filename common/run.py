@@ -1,25 +1,21 @@
 """What a page has while it trains: a device, a folder, a log, checkpoints and micro-batches."""
-import ctypes
 import importlib
 import os
-import re
-import signal
-import sys
-import threading
 
 import torch
-import torch.distributed as dist
 
 from common.batches import local_micro_batches, micro_batches, shuffled_batches
 from common.checkpoints import (checkpoint_files, is_finished, load_model, load_optimizer, load_reward_model,
                                 load_weights, resume, save_checkpoint)
-from common.dist import all_reduce, join_processes, log_to_console, n_processes, print0
+from common.device import choose_device
+from common.dist import join_processes, log_to_console, n_processes, print0
 from common.files import append_to
 from common.log import Log
 from common.optim import lr_schedule
 from common.options import check_config
 from common.scoring import score_groups
 from common.sharding import compile_blocks, is_sharded, shard_model
+from common.stop import StopSignal, resume_command
 from data import dataset
 from engine.packing import group_length
 
@@ -197,94 +193,3 @@ def run_dir(stage, cfg):
     if os.path.isfile(cfg.data):
         name = os.path.basename(cfg.data).split(".")[0]
     return f"out/{stage}-{name}"
-
-
-# ------------------------------------------------------------------------------------------------- the device
-
-def choose_device(device):
-    """Picks the device to run on ("cpu", "cuda", "cuda:1") and sets torch up for it.
-
-    Exits with one line if there is no such device.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise SystemExit(f"--device={device}: expected cpu, cuda, or one of several as cuda:1")
-    if device == "cuda" and n_processes() > 1:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if device.startswith("cuda"):
-        index = torch.device(device).index or 0
-        count = torch.cuda.device_count()
-        if index >= count:
-            raise SystemExit(f"--device={device}: torch sees {count or 'no'} CUDA devices here")
-        torch.cuda.set_device(index)  # CUDA graphs are recorded on the current device
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-        # cuDNN's attention makes a new plan for each shape, and each batch of prompts has another shape.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    elif sys.platform == "linux":
-        keep_freed_memory()
-    return device
-
-
-def keep_freed_memory():
-    """Tells glibc's malloc to keep freed memory instead of returning it to the kernel.
-
-    Tensors of 100 MB come and go, and the kernel would zero the memory of each one again.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)          # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-2, 2**28)      # M_TOP_PAD
-
-
-# ----------------------------------------------------------------------------------------------------- Ctrl-C
-
-class StopSignal:
-    """Ends training after the current step, with a checkpoint, on Ctrl-C (SIGINT) or SIGTERM.
-
-    A second signal ends the process at once.
-    """
-
-    def __init__(self):
-        self.received = None  # the signal that this process got
-        self.agreed = None    # the signal that all processes stop for, after `agree`
-
-    def listen(self):
-        """Handles signals from now on: called after a step, since only then is there anything to lose."""
-        self.set_handlers(self.on_signal, self.on_signal)
-
-    def ignore(self):
-        """Gives signals their usual meaning again: called after the last step."""
-        self.set_handlers(signal.default_int_handler, signal.SIG_DFL)
-
-    def set_handlers(self, on_int, on_term):
-        if threading.current_thread() is threading.main_thread():  # Python allows this in no other thread
-            signal.signal(signal.SIGINT, on_int)
-            signal.signal(signal.SIGTERM, on_term)
-
-    def on_signal(self, number, frame):
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
-        print0("\nstopping after this step (once more: at once)")
-
-    def agree(self):
-        """Finds out whether any process got a signal; one that comes meanwhile counts the next time."""
-        self.agreed = self.received
-        if n_processes() > 1:
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            total = all_reduce(torch.tensor(self.agreed or 0, device=device))
-            self.agreed = signal.SIGTERM if total.item() else None
-
-
-def resume_command(cfg):
-    """The command line that continues this run."""
-    python = "python"
-    if n_processes() > 1:
-        python = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', n_processes())}"
-    command = f"{python} {' '.join(sys.argv)}"
-    # A stage that another page trains first needs no --resume: that page continues it by itself.
-    is_called_page = type(cfg).__module__ == "__main__"
-    if is_called_page and "--resume" not in sys.argv:
-        command += " --resume"
-    return command

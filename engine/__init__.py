@@ -4,6 +4,7 @@
     attention.py   who may look at whom in a packed batch, and how that is computed
     logprobs.py    log π(y_t | x, y_<t) without the (tokens, vocabulary) matrix of logits
     decode.py      sampling with a key-value cache
+    kvcache.py     that cache, and CUDA graphs
     onednn.py      faster matrix products for sampling on a CPU
     weights.py     GPT-2's published weights and the Hugging Face format
     files.py       downloads

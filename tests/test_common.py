@@ -29,11 +29,12 @@ import sft
 import simpo
 from common.batches import micro_batches
 from common.checkpoints import load_checkpoint, load_model, resume, save_checkpoint
+from common.device import choose_device
 from common.dist import sync_gradients
 from common.log import Log
 from common.optim import lr_schedule, make_optimizer
 from common.options import check_config, check_value, parse, split_type
-from common.run import Run, choose_device, run_dir
+from common.run import Run, run_dir
 from common.sharding import unshard_model
 from data import get_tokenizer
 from engine.packing import group_length

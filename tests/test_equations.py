@@ -1,4 +1,4 @@
-"""docs/equations.md: every quoted line stands in the function that the row names, and every stage has a row."""
+"""docs/equations.md: every quoted line stands in the function that its row names; every stage has a row."""
 import ast
 import re
 from pathlib import Path
@@ -23,13 +23,16 @@ def functions(file, name):
             if isinstance(node, ast.FunctionDef) and node.name == name]
 
 
-@pytest.mark.parametrize("file, link, function, line", ROWS, ids=[f"{row[0]}:{row[2]}:{i}" for i, row in enumerate(ROWS)])
+IDS = [f"{row[0]}:{row[2]}:{i}" for i, row in enumerate(ROWS)]
+
+
+@pytest.mark.parametrize("file, link, function, line", ROWS, ids=IDS)
 def test_the_quoted_line_stands_in_its_function(file, link, function, line):
     assert link == file, f"docs/equations.md links {file} to {link}"
     sources = functions(file, function)
     assert sources, f"{file} has no function {function}: docs/equations.md names it"
     assert any(normalized(line) in normalized(source) for source in sources), \
-        f"`{line}` is no longer in {function} of {file}: docs/equations.md has to quote the line that replaced it"
+        f"`{line}` is no longer in {function} of {file}: let docs/equations.md quote what replaced it"
 
 
 def test_every_row_quotes_a_line_and_every_stage_has_a_row():

@@ -144,3 +144,23 @@ def test_prompts_that_lose_their_beginning_are_counted_once(start, capsys):
 def test_numbers_that_nothing_can_be_made_with(argument):
     with pytest.raises(SystemExit, match=f"^{argument}: expected at least 1$"):
         evaluate.main(["gpt2", argument])
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+def test_responses_and_kl_do_not_depend_on_how_much_memory_they_may_take(monkeypatch):
+    """In slices that fit into the limits, each prompt has the same random numbers and gets the same response."""
+    policy, ref_policy = make_model(0), make_model(1)
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8], [9, 10], [11], [12, 13]]
+    responses = evaluate.respond(policy, prompts, eos=3)
+    kl = evaluate.exact_kl(policy, ref_policy, prompts, responses)
+    rows = []
+    real = policy.generate
+    monkeypatch.setattr(policy, "generate", lambda part, *a, **k: rows.append(len(part)) or real(part, *a, **k))
+    one_row = 2 * policy.config.n_layer * policy.config.n_embd * 4 * policy.config.block_size
+    for name, value in (("CACHE_BYTES", 2 * one_row), ("KL_TOKENS", 70), ("KL_LOGITS", 128 * 10)):
+        monkeypatch.setattr(evaluate, name, value)
+    assert evaluate.respond(policy, prompts, eos=3) == responses and rows == [2, 2, 2]
+    torch.testing.assert_close(evaluate.exact_kl(policy, ref_policy, prompts, responses), kl, atol=1e-5, rtol=1e-5)
+    slices = list(evaluate.slices_of_groups(prompts, responses))
+    assert len(slices) > 1 and sum(map(len, slices)) == len(prompts)

@@ -17,6 +17,7 @@ from conftest import feedback
 from test_stages import TINY, command, here, log_of, two_processes
 
 import common.run
+import common.stop
 import dpo
 import evaluate
 import finegrained
@@ -156,17 +157,17 @@ def test_a_signal_that_comes_while_the_processes_ask_each_other_counts_at_the_ne
     saved = []
     monkeypatch.setattr(common.run, "save_checkpoint", lambda out, step, *args: saved.append(step))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(common.run.dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(common.stop.dist, "get_backend", lambda: "gloo")
 
     def signal_meanwhile(tensor):
         run.stop_signal.received = signal.SIGTERM
         return tensor
-    monkeypatch.setattr(common.run, "all_reduce", signal_meanwhile)
+    monkeypatch.setattr(common.stop, "all_reduce", signal_meanwhile)
     run.save_if_due(1, None, None)
     assert saved == [] and run.stop_signal.agreed is None
     listens = run.stop_signal.on_signal
     assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == listens
-    monkeypatch.setattr(common.run, "all_reduce", lambda tensor: tensor)
+    monkeypatch.setattr(common.stop, "all_reduce", lambda tensor: tensor)
     with pytest.raises(SystemExit) as error:
         run.save_if_due(2, None, None)
     assert saved == [2] and error.value.code == 128 + signal.SIGTERM

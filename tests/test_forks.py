@@ -12,7 +12,7 @@ from test_stages import TINY
 
 ROOT = Path(__file__).parents[1]
 
-# What somebody adds to dpo.py's copy for ORPO (arXiv:2403.07691 eq. 6 and 7): no reference, an SFT term and an odds ratio.
+# What somebody adds for ORPO (arXiv:2403.07691 eq. 6 and 7): no reference, an SFT term and an odds ratio.
 ORPO_LOSS = '''
 def orpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, lam):
     """−log π(y_w)/|y_w| − λ log σ(log odds(y_w) − log odds(y_l)), with odds = p/(1 − p) of the mean log-prob."""
@@ -33,18 +33,22 @@ def add_option(page, option):
 
 @pytest.fixture(scope="module")
 def fork(tmp_path_factory):
-    """A copy of the repository with an ORPO page made from simpo.py, and with changes at the top of ppo.py."""
+    """A copy of the repository with an ORPO page made from simpo.py, and changes at the top of ppo.py."""
     fork = tmp_path_factory.mktemp("fork") / "repository"
-    shutil.copytree(ROOT, fork, ignore=shutil.ignore_patterns(".git", "out", "__pycache__", ".pytest_cache", "files"))
+    ignored = shutil.ignore_patterns(".git", "out", "__pycache__", ".pytest_cache", "files")
+    shutil.copytree(ROOT, fork, ignore=ignored)
 
     page = (fork / "simpo.py").read_text()
     page = page.replace('Run("simpo", cfg)', 'Run("orpo", cfg)')
     page = page.replace("def simpo_loss(", ORPO_LOSS.lstrip("\n") + "def simpo_loss(", 1)
     before, after = page.split("            losses, chosen_reward, rejected_reward = simpo_loss(\n", 1)
     _, after = after.split("\n\n", 1)
-    page = before + ("            losses = orpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, cfg.lam)\n"
-                     "            chosen_reward = chosen_logp.detach()\n"
-                     "            rejected_reward = rejected_logp.detach()\n\n") + after
+    call = """            losses = orpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, cfg.lam)
+            chosen_reward = chosen_logp.detach()
+            rejected_reward = rejected_logp.detach()
+
+"""
+    page = before + call + after
     page = add_option(page, "lam: float = 0.1")
     (fork / "orpo.py").write_text(page)
 
@@ -71,7 +75,8 @@ def test_help_shows_options_without_a_comment(fork, tmp_path):
 def test_a_page_of_ones_own_runs(fork, start, tmp_path):
     options = [*(f"--{name}={value}" for name, value in TINY.items()), "--max_len=64", "--warmup=0"]
     data = [f"--data={start}/mine.jsonl", f"--init={start}/start"]
-    run(fork, tmp_path, fork / "orpo.py", *options, *data, "--steps=3", "--eval_n=0", "--sample_n=0", "--lam=0.2")
+    orpo = ["--steps=3", "--eval_n=0", "--sample_n=0", "--lam=0.2"]
+    run(fork, tmp_path, fork / "orpo.py", *options, *data, *orpo)
     log = [json.loads(line) for line in open(tmp_path / "out/orpo-mine/log.jsonl")]
     assert [record["step"] for record in log] == [1, 2, 3] and all(record["loss"] > 0 for record in log)
     run(fork, tmp_path, fork / "ppo.py", *options, *data, f"--reward_model={start}/reward", "--steps=1",

@@ -26,6 +26,7 @@ import sft
 from common.checkpoints import load_checkpoint, load_model, save_checkpoint
 from common.optim import make_optimizer
 from common.options import parse
+from common.sharding import unshard_model
 from data import get_tokenizer
 from engine.packing import pack, per_sequence
 
@@ -123,6 +124,17 @@ def test_any_callable_is_a_reward(start, small_world):
     assert log[0]["reward"] == log[0]["score"]  # no KL yet
     with pytest.raises(ValueError, match="reward_fn returned the shape"):
         ppo.train(ppo_settings(start), lambda prompts, responses: [0.0] * len(responses))
+
+
+def test_how_far_a_sampler_of_lower_precision_is_from_the_policy_is_logged(start, small_world, monkeypatch):
+    """As on CUDA, where a bfloat16 copy samples. A CPU samples from the policy itself, and logs nothing of it."""
+    ppo.train(ppo_settings(start, reward="gold"))
+    assert not any(key.startswith("sampler_diff") for record in log_of(start / "a") for key in record)
+    monkeypatch.setattr(ppo.sharding, "sampling_copy", lambda model: unshard_model(model, torch.bfloat16))
+    ppo.train(ppo_settings(start, reward="gold", out=str(start / "b")))
+    for record in log_of(start / "b"):
+        assert 0 < record["sampler_diff_mean"] < record["sampler_diff_max"] < 1
+        assert record["sampler_diff_mean"] < 0.1
 
 
 def test_a_kl_that_runs_away_is_said_once(start, small_world, capsys):
