@@ -39,7 +39,7 @@ from engine.packing import pack, per_sequence
 @dataclass
 class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options: common/options.py
     beta: PositiveFloat = 1.0       # β of eq. 7: the price of a nat of KL
-    loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # see dpo_loss
+    loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # eq. 7 or a variant, see dpo_loss
     label_smoothing: float = 0.0    # ε: the share of labels assumed to be flipped, for sigmoid and robust
     precompute_ref: bool = True     # ask the reference once, before training; False keeps it in memory
     lr: NonNegativeFloat = 1e-3     # peak learning rate, after a linear warm-up and before a cosine to 0

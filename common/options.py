@@ -188,6 +188,7 @@ def usage(Config, RECIPES):
     comments = {}  # of each option; a page's own comment replaces that of RunConfig
     for base in reversed(Config.__mro__[:-1]):
         comments |= re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(base), re.M)
+    types = typing.get_type_hints(Config, include_extras=True)
     own = [f for f in fields(Config) if f.name not in RunConfig.__dataclass_fields__]
     shared = [f for f in fields(Config) if f.name in RunConfig.__dataclass_fields__]
 
@@ -198,7 +199,11 @@ def usage(Config, RECIPES):
         for name, settings in recipes.items():
             default = name if field.name == "recipe" else settings.get(field.name, field.default)
             row.append(str(default))
-        rows.append([*row, comments.get(field.name, "")])
+        comment = comments.get(field.name, "")
+        choices = split_type(types[field.name])[1]
+        if isinstance(choices, tuple):
+            comment += f" ({', '.join(choices)})"
+        rows.append([*row, comment])
     width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     width.append(0)  # the comment needs no padding
 

@@ -26,13 +26,13 @@ class Run:
     The loop, the loss and the optimizer step are the page's. Delete every line with `run.` from a page,
     and what is left still shows what the method does.
 
-        run = Run("dpo", cfg)                        # makes out/dpo-animals, picks the device, sets the seed
-        policy, tokenizer = run.load_model(init)     # a model to train, and its tokenizer
-        policy = run.prepare(policy)                 # on the device, sharded or compiled if asked for
-        checkpoint = run.start_or_resume(policy, optimizer)   # with --resume; sets run.start, and opens the log
-        run.micro_batches(batch, groups)             # this process's share of a batch, in pieces that fit
-        run.log(step, loss=…)                        # log.jsonl and the console
-        run.save_if_due(step, policy, optimizer)     # ckpt.pt; ends the process if Ctrl-C asked for it
+        run = Run("dpo", cfg)                      # makes out/dpo-animals, picks the device, sets the seed
+        policy, tokenizer = run.load_model(init)   # a model to train, and its tokenizer
+        policy = run.prepare(policy)               # on the device, sharded or compiled if asked for
+        run.start_or_resume(policy, optimizer)     # opens the log; with --resume, loads the last checkpoint
+        run.micro_batches(batch, groups)           # this process's share of a batch, in pieces that fit
+        run.log(step, loss=…)                      # log.jsonl and the console
+        run.save_if_due(step, policy, optimizer)   # ckpt.pt; ends the process if Ctrl-C asked for it
     """
 
     def __init__(self, stage, cfg):
