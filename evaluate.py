@@ -293,6 +293,59 @@ def samples(models, prompts, texts, k=3):
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------------------------------- a reward model's table
+
+def accuracy_row(name, scores, comparisons, data):
+    """A row of the reward model's table: the accuracy of its scores (S,), one per response.
+
+    Where the true reward is known, also the accuracy that the true reward itself has on these noisy labels,
+    which no model can beat in expectation, and the correlation of the scores with it.
+    """
+    row = {"checkpoint": name}
+    row["accuracy"], row["accuracy_se"] = ranking_accuracy(scores, comparisons)
+    if hasattr(data, "gold"):
+        gold = []
+        for comparison in comparisons:
+            gold += [data.gold(comparison.prompt, response) for response in comparison.responses]
+        gold = torch.tensor(gold)
+        row["ceiling"], row["ceiling_se"] = ranking_accuracy(gold, comparisons)
+        row["correlation"] = torch.corrcoef(torch.stack([scores, gold]))[0, 1].item()
+        row["correlation_se"] = None  # `table` shows the keys that have an error, be it None
+    return row
+
+
+def ranking_accuracy(scores, comparisons):
+    """The share of pairs that scores (S,) order right, equal scores counting one half: mean, error.
+
+    A mean over comparisons of the mean over their pairs; ties in rank are no pairs.
+    """
+    accuracies = []
+    sizes = [len(comparison.responses) for comparison in comparisons]
+    for comparison, its_scores in zip(comparisons, scores.split(sizes)):
+        rank = torch.tensor(comparison.ranks)
+        winner, loser = (rank[:, None] < rank[None, :]).nonzero(as_tuple=True)
+        r_w = its_scores[winner]
+        r_l = its_scores[loser]
+        if len(r_w):
+            right = (r_w > r_l).float() + 0.5 * (r_w == r_l).float()
+            accuracies.append(right.mean().item())
+    return mean_se(accuracies)
+
+
+def comparison_samples(scores, comparisons, data, n=3):
+    """The first n comparisons as text, a line per response: score, true reward, response."""
+    lines = []
+    scores = iter(scores.tolist())
+    for comparison in comparisons[:n]:
+        lines.append("\n" + printable(comparison.prompt))
+        for response in comparison.responses:
+            gold = ""
+            if hasattr(data, "gold"):
+                gold = f"   gold {data.gold(comparison.prompt, response):5.2f}"
+            lines.append(f"  score {next(scores):6.3f}{gold} | {printable(response)}")
+    return "\n".join(lines)
+
+
 # ----------------------------------------------------------------------------------------------- the frontier
 
 def tilt(rewards, beta):

@@ -125,63 +125,13 @@ def group_and_rank(comparisons, device="cpu"):
     return torch.tensor(group, device=device), torch.tensor(rank, device=device)
 
 
-# ------------------------------------------------------------------------------------------- after training
-
 def center_scores(reward_model, scores):
     """Moves the bias so that the mean of these scores (S,) becomes 0. Returns their standard deviation."""
-    # The state dict holds the parameter itself. (In a sharded model, scalar_head.bias may be a gathered
-    # copy.)
+    # The state dict holds the parameter itself; in a sharded model, scalar_head.bias may be a gathered copy.
     bias = reward_model.state_dict()["scalar_head.bias"]
     with torch.no_grad():
         bias -= scores.mean().item()
     return scores.std().item()
-
-
-def accuracy_row(name, scores, comparisons, data):
-    """A row of the closing table: accuracy on the comparisons.
-
-    Where the true reward is known, also the accuracy that the true reward itself has on these noisy labels,
-    which no model can beat in expectation, and the correlation of the scores with it.
-    """
-    row = {"checkpoint": name}
-    row["accuracy"], row["accuracy_se"] = mean_accuracy(scores, comparisons)
-    if hasattr(data, "gold"):
-        gold = []
-        for comparison in comparisons:
-            gold += [data.gold(comparison.prompt, response) for response in comparison.responses]
-        gold = torch.tensor(gold)
-        row["ceiling"], row["ceiling_se"] = mean_accuracy(gold, comparisons)
-        row["correlation"] = torch.corrcoef(torch.stack([scores, gold]))[0, 1].item()
-        row["correlation_se"] = None  # the table shows the keys that have an error, be it None
-    return row
-
-
-def mean_accuracy(scores, comparisons):
-    """The accuracy's mean over comparisons, and its standard error. scores (S,), in the order of the
-    responses.
-    """
-    sizes = [len(comparison.responses) for comparison in comparisons]
-    accuracies = []
-    for comparison, its_scores in zip(comparisons, scores.split(sizes)):
-        _, accuracy = ranking_loss(its_scores, *group_and_rank([comparison]))
-        accuracies.append(accuracy.item())
-    return evaluate.mean_se(accuracies)
-
-
-def show_samples(scores, comparisons, data, n=3):
-    """The first n comparisons as text, a line per response in the order of their ranks: score, true reward,
-    response.
-    """
-    lines = []
-    scores = iter(scores.tolist())
-    for comparison in comparisons[:n]:
-        lines.append("\n" + evaluate.printable(comparison.prompt))
-        for response in comparison.responses:
-            gold = ""
-            if hasattr(data, "gold"):
-                gold = f"   gold {data.gold(comparison.prompt, response):5.2f}"
-            lines.append(f"  score {next(scores):6.3f}{gold} | {evaluate.printable(response)}")
-    return "\n".join(lines)
 
 
 def encode_comparisons(tokenizer, comparisons, max_len):
@@ -202,7 +152,7 @@ def train(cfg):
     comparisons = data.comparisons("train", cfg.k)
     comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # not where all tie
     groups = encode_comparisons(tokenizer, comparisons, cfg.max_len)
-    # Exits if all pairs are identical, prints how many are.
+    # Identical responses cannot be told apart: prints how many pairs are, and exits if all of them are.
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
     validation = data.comparisons("validation", cfg.k)[:cfg.eval_n]
     validation_groups = encode_comparisons(tokenizer, validation, cfg.max_len)
@@ -262,11 +212,12 @@ def train(cfg):
     # The accuracy on held-out comparisons, before and after.
     if validation:
         scores = run.score_groups(reward_model, validation_groups)
-        before = accuracy_row(init, scores_before, validation, data)
-        after = accuracy_row(run.out, scores, validation, data)
+        before = evaluate.accuracy_row(init, scores_before, validation, data)
+        after = evaluate.accuracy_row(run.out, scores, validation, data)
         evaluate.save_rows(run, [before, after])
         run.print0(f"\n{len(validation)} held-out comparisons; demonstrations score 0 ± {score_std:.3f}\n\n"
-                   f"{evaluate.table([before, after])}\n{show_samples(scores, validation, data)}")
+                   f"{evaluate.table([before, after])}\n"
+                   f"{evaluate.comparison_samples(scores, validation, data)}")
     return reward_model
 
 
