@@ -100,7 +100,7 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
         losses.append(pair_losses.mean())  # 1/(K choose 2)
         right = (r_w > r_l).float() + 0.5 * (r_w == r_l).float()
         accuracies.append(right.mean())
-    if not losses:  # a zero that backward() can start from, as every process has to
+    if not losses:  # no pair at all: a zero that backward() can start from (finegrained.py needs it)
         return 0 * scores.sum(), 0 * scores.detach().sum()
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
@@ -150,7 +150,7 @@ def train(cfg):
     reward_model.set_scalar_heads(1)  # a new head with random weights, bias 0
     reward_model = run.prepare(reward_model)  # moved to the device; sharded or compiled if asked for
     comparisons = data.comparisons("train", cfg.k)
-    comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # not where all tie
+    comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # each has a pair that does not tie
     groups = encode_comparisons(tokenizer, comparisons, cfg.max_len)
     # Identical responses cannot be told apart: prints how many pairs are, and exits if all of them are.
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
@@ -177,7 +177,8 @@ def train(cfg):
             # eq. 1: −log σ(r(x, y_w) − r(x, y_l)), a mean over each prompt's pairs, then over prompts
             loss, accuracy = ranking_loss(scores, group, rank, cfg.margin, cfg.center_coef)
 
-            # These are means over the prompts of these rows: weigh them to get the mean over the batch.
+            # These are means over the prompts of these rows, each of which has a pair: weigh them to get the
+            # mean over the batch.
             (loss * len(rows) / cfg.batch_size).backward()
             metrics.add(loss=loss * len(rows), accuracy=accuracy * len(rows),
                         margin=score_margin(scores, group, rank))
