@@ -61,9 +61,9 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
              loss_type="sigmoid"):
     """DPO, arXiv:2305.18290 eq. 7, and its variants. All log-probs are (B,), summed over response tokens.
 
-    With h = log π/π_ref (y_w|x) − log π/π_ref (y_l|x), and ε the label smoothing:
+    With h = log π/π_ref (y_w|x) − log π/π_ref (y_l|x), and ε the label smoothing, a number or (B,):
         sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0, otherwise cDPO (Mitchell 2023,
-                                                                ericmitchell.ai/cdpo.pdf eq. 3). May be (B,)
+                                                                ericmitchell.ai/cdpo.pdf eq. 3)
         ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17
         hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409
