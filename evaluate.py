@@ -485,6 +485,12 @@ def load_models(names, data=None):
     return models, tokenizers[0], configs
 
 
+def load_data(args, configs):
+    """The data that --data names, or else the data that the first run was trained on."""
+    config = configs[0] if configs else {"data": "animals", "data_dir": "data/files"}
+    return dataset(args.data or config["data"], args.data_dir or config["data_dir"])
+
+
 def arguments(argv):
     """The command line, as at the top of this page."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -535,8 +541,7 @@ def main(argv=None):
 
     # The models, the data that they are compared on, and a reward model if one is named here or by a PPO run.
     models, tokenizer, configs = load_models(args.checkpoints, args.data)
-    config = configs[0] if configs else {"data": "animals", "data_dir": "data/files"}
-    data = dataset(args.data or config["data"], args.data_dir or config["data_dir"])
+    data = load_data(args, configs)
     named = [c["reward_model"] for c in configs if c.get("reward_model")]
     path = args.reward_model or (named[0] if named else None)
     reward_model = load_reward_model(path, tokenizer).to(models[0][1].device) if path else None

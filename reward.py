@@ -161,7 +161,7 @@ def train(cfg):
 
     scores_before = run.score_groups(reward_model, validation_groups)  # of the new head: chance
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
-    checkpoint = run.start_or_resume(reward_model, optimizer)  # with --resume, from the last checkpoint
+    checkpoint = run.start_or_resume(reward_model, optimizer)  # the last checkpoint, or {}
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()

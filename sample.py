@@ -22,7 +22,7 @@ from common.dist import log_to_console
 from common.files import write_atomically
 from common.scoring import score_groups
 from common.sharding import sampling_copy
-from data import dataset, encode_groups, encode_prompts
+from data import encode_groups, encode_prompts
 
 SPARE = 8  # tokens sampled beyond max_len, because a text that is encoded again may take a few tokens fewer
 
@@ -154,9 +154,7 @@ def main(argv=None):
     models, tokenizer, configs = evaluate.load_models(args.checkpoints, data="any")
     if args.prompt is not None:
         return answer(models, args.prompt, tokenizer)
-    config = configs[0] if configs else {"data": "animals", "data_dir": "data/files"}
-    data = dataset(args.data or config["data"], args.data_dir or config["data_dir"])
-    write_pairs(args, models[0][1], tokenizer, data)
+    write_pairs(args, models[0][1], tokenizer, evaluate.load_data(args, configs))
 
 
 if __name__ == "__main__":
