@@ -67,8 +67,8 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
         ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17
         hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409
-    Returns the losses and the implicit rewards β · log-ratio of chosen and rejected, without gradient: (B,)
-    each.
+    Returns (B,) each: the losses, and the implicit rewards β · log-ratio of chosen and rejected, without
+    gradient.
     """
     chosen_logratio = chosen_logp - ref_chosen_logp        # log π/π_ref (y_w|x)
     rejected_logratio = rejected_logp - ref_rejected_logp  # log π/π_ref (y_l|x)

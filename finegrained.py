@@ -144,9 +144,7 @@ def load_feedback(data, split, axes, tokenizer, max_len, most=None):
 
 
 def span_marks(tokenizer, group, spans, axes):
-    """The marks of a group with one response: a label for each segment of the axes relevance and
-    factuality.
-    """
+    """The marks of a group with one response: a label for each segment of relevance and factuality."""
     _, (response,) = group
     marks = []
     for segment in cut_response(tokenizer, response.tolist()):
@@ -169,9 +167,7 @@ def rank_marks(group, ranks):
 
 
 def check_feedback(feedback, axes, run):
-    """Prints for which axis all labels are alike: its head can learn nothing more. Exits if no comparison
-    can be learned.
-    """
+    """Warns of an axis whose labels are all alike; exits if there is nothing to learn from comparisons."""
     for axis in axes:
         if axis == "completeness":
             continue
@@ -202,9 +198,7 @@ class Marks:
 
 
 def pack_marks(groups, marks, axes, device):
-    """The packed batch of some groups, and their marks -> Batch, Marks. marks: for each group a list of
-    Mark.
-    """
+    """The packed batch of some groups, and their marks (a list of Mark per group) -> Batch, Marks."""
     columns = {"axis": [], "place": [], "value": [], "group": []}
     first = 0  # response token of the group, in the batch
     for i, ((_, responses), group_marks) in enumerate(zip(groups, marks)):
@@ -220,8 +214,9 @@ def pack_marks(groups, marks, axes, device):
 
 
 def judge(models, batch, marks):
-    """The score of each mark by the head of its axis: (M,) float32. models: their heads together are the
-    axes, in order.
+    """The score of each mark by the head of its axis: (M,) float32.
+
+    The heads of `models`, taken together, are the axes in order.
     """
     # A judgement is read at the segment's last token itself, not at the state before it as V(s_t) is.
     positions = batch.token_index[marks.place]
@@ -255,8 +250,7 @@ def reward_losses(scores, marks, axes):
 
 @torch.no_grad()
 def judgements(models, feedback, axes, micro_tokens):
-    """Judges every mark: yields the rows of a micro-batch (short groups first), its Marks, and their scores
-    (M,).
+    """Judges every mark: yields the rows of a micro-batch (short groups first), its Marks, their scores (M,).
 
     Marks and scores come in the order of the rows, and for each row in the order of feedback.marks.
     """
@@ -268,9 +262,7 @@ def judgements(models, feedback, axes, micro_tokens):
 
 
 def count_per_axis(marks, axes):
-    """The number of segments, for completeness of comparisons, and at least 1. marks: of each group a
-    list.
-    """
+    """How many segments each axis has, and for completeness how many comparisons; at least 1."""
     n_of_axis = dict.fromkeys(axes, 0)
     for group_marks in marks:
         for axis in axes:
@@ -362,9 +354,7 @@ def completeness_normalizer(model, feedback, axes, cfg):
 
 
 def accuracy_rows(model, axes, feedback, cfg):
-    """A row per axis: its accuracy; the accuracy of always giving the more frequent answer; the F1 score of
-    finding errors.
-    """
+    """A row per axis: accuracy, that of always giving the commoner answer, and the F1 of finding errors."""
     comparisons_right = []
     labels = {axis: [] for axis in axes}   # is the segment good?
     guesses = {axis: [] for axis in axes}  # does the model think so?
@@ -412,9 +402,7 @@ class RewardModels:
 
 
 def load_rewards(cfg, init, tokenizer):
-    """Loads the reward models, after training them if they are missing -> RewardModels, frozen, on the
-    CPU.
-    """
+    """Loads the frozen reward models, on the CPU; those that are missing are trained first."""
     out = cfg.reward_models or run_dir("rewards", cfg)
     parts = {out: list(AXES)}
     if not cfg.share_trunk:
@@ -436,9 +424,7 @@ def load_rewards(cfg, init, tokenizer):
 
 
 def trained_checkpoint(folder, axes, init, cfg):
-    """The checkpoint of a finished reward model for these axes, which is trained (or finished) first if
-    need be.
-    """
+    """The checkpoint of a reward model for these axes; if there is none, or a part, it is trained first."""
     checkpoint = None
     if checkpoints.checkpoint_files(folder):
         checkpoint = checkpoints.load_checkpoint(folder)
@@ -495,9 +481,7 @@ def finegrained_reward(rewards, tokenizer, cfg):
 
 
 def train(cfg):
-    """Runs the stage, after training the SFT and reward models if they are missing. Returns the trained
-    policy.
-    """
+    """Runs the stage, after training the models it needs if they are missing. Returns the trained policy."""
     if cfg.reward != "finegrained":  # the baselines: PPO as it is
         stage = "holistic" if cfg.reward == "rm" else cfg.reward
         return ppo.train(replace(cfg, out=cfg.out or run_dir(stage, cfg)))

@@ -49,9 +49,7 @@ class SelfAttention(nn.Module):
         return self.c_proj(self.heads(x, attend))
 
     def heads(self, x, attend):
-        """The heads' outputs side by side, (B, T, C) -> (B, T, C). attend(q, k, v) = softmax(q kᵀ/√d) v,
-        masked.
-        """
+        """The heads' outputs side by side: (B, T, C) -> (B, T, C). attend: masked softmax(q kᵀ/√D) v."""
         B, T, C = x.shape
         D = C // self.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)
@@ -112,9 +110,7 @@ class GPT(nn.Module):
         self.packed_forward = packed_forward
 
     def init_weights(self):
-        """Biases 0, matrices N(0, 0.02), and less for the 2·n_layer projections that add up in the residual
-        stream.
-        """
+        """Biases 0, matrices N(0, 0.02²), less for the 2·n_layer projections into the residual stream."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -124,9 +120,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def set_scalar_heads(self, n):
-        """Replaces the scalar heads by n fresh ones: weights N(0, 1/(C + 1)) as in arXiv:2009.01325 B.1,
-        biases 0.
-        """
+        """Replaces the scalar heads by n new ones: weights N(0, 1/(C+1)) as in arXiv:2009.01325 B.1."""
         self.config = replace(self.config, n_scalars=n)
         self.scalar_head = None
         if n:
@@ -151,8 +145,9 @@ class GPT(nn.Module):
     # --------------------------------------------------------------------------------------- textbook forms
 
     def naive_logprobs(self, tokens):
-        """log π(tokens[t+1] | tokens[:t+1]) of each token but the first: (B, T) -> (B, T-1). What
-        `logprobs` equals.
+        """log π(tokens[t+1] | tokens[:t+1]) of each token but the first: (B, T) -> (B, T-1).
+
+        It defines `logprobs`, which gives the same numbers.
         """
         logprobs = self(tokens[:, :-1]).log_softmax(-1)
         return logprobs.gather(2, tokens[:, 1:, None])[..., 0]
@@ -190,9 +185,7 @@ class GPT(nn.Module):
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
 
     def prepare(self, compile, checkpoint_blocks):
-        """How `states` runs: compiled (once), and with blocks recomputed in the backward pass to save
-        memory.
-        """
+        """How `states` runs: compiled, and with blocks recomputed in the backward pass to save memory."""
         self.checkpoint_blocks = checkpoint_blocks
         if compile and not self.compiled:
             self.compiled = True
@@ -200,9 +193,7 @@ class GPT(nn.Module):
             self.packed_forward = compiled(packed_forward)
 
     def states(self, batch, positions=None):
-        """(N, C): the hidden state s_t = (x, y_<t) that predicts each response token; or those at
-        `positions`.
-        """
+        """(N, C): the hidden state that predicts each response token; or the states at `positions`."""
         if positions is None:
             positions = batch.state_index
         mask = packed_mask(batch, self.mask_kind)
@@ -220,9 +211,7 @@ class GPT(nn.Module):
             return log_softmax(self, states, temperature)
 
     def logprobs(self, batch, temperature=1.0):
-        """log π(y_t | x, y_<t) at temperature τ of the N response tokens of a packed batch: (N,) float32,
-        in nats.
-        """
+        """log π(y_t | x, y_<t) at temperature τ of a packed batch's N response tokens: (N,), in nats."""
         return self.token_logprobs(self.states(batch), batch.target, temperature)
 
     def scalars(self, states):
@@ -254,8 +243,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_dir):
-        """GPT-2's published weights by name ("gpt2" … "gpt2-xl", fetched once), or a folder in the Hugging
-        Face format.
+        """Loads "gpt2" … "gpt2-xl" (fetched once), or a folder in the Hugging Face format.
 
         Exits with a one-line message if a file is missing, cannot be fetched, or is not a GPT-2.
         """
@@ -270,7 +258,5 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, dir):
-        """Writes a folder in the Hugging Face format. Scalar heads are not part of that format and are left
-        out.
-        """
+        """Writes a folder in the Hugging Face format, which has no place for scalar heads."""
         write_pretrained(dir, self.config, self.state_dict())

@@ -116,9 +116,7 @@ class Models:
 
 @dataclass
 class Episodes:
-    """One iteration's rollout: B prompts, a response to each, and (B, R) grids that the steps fill in one
-    by one.
-    """
+    """An iteration's rollout: B prompts, their responses, and (B, R) grids that the steps fill in."""
     prompts: list                              # of token ids
     responses: list                            # of token ids, the EOS included
     ended: torch.Tensor                        # (B,): did the response end by itself?
@@ -293,9 +291,7 @@ def masked_var(x, mask):
 
 
 def whiten(x, mask, shift_mean=True):
-    """Scales to unit variance over the mask, and to mean 0 unless shift_mean is False. (B, R) -> (B, R), 0
-    off the mask.
-    """
+    """Scales x (B, R) to unit variance over the mask, and to mean 0 if shift_mean; 0 off the mask."""
     mean = masked_mean(x, mask)
     white = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
     if not shift_mean:
@@ -327,9 +323,8 @@ def compute_gae(rewards, values, mask, gamma, lam):
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     """The clipped surrogate, arXiv:1707.06347 eq. 7: −E min(ρ Â, clip(ρ, 1−ε, 1+ε) Â), with ρ = π/π_old.
-    All (B, R).
 
-    Returns three scalars, means over the mask: the loss; the share of tokens where the clip binds, that is
+    All arguments are (B, R). Returns three scalars, means over the mask: the loss; the share of tokens where the clip binds, that is
     where ρ has moved beyond it in the direction that Â asks for; and approx_kl, the k3 estimate of
     KL(π_old‖π) per token.
     """
@@ -354,9 +349,7 @@ def value_loss(values, old_values, returns, mask, clip):
 
 
 def ptx_loss(policy, demonstrations, n_tokens, temperature):
-    """The second term of arXiv:2203.02155 eq. 2 for some demonstrations: −Σ_t log π(y_t | x, y_<t) /
-    n_tokens.
-    """
+    """arXiv:2203.02155 eq. 2's second term for some demonstrations: −Σ_t log π(y_t | x, y_<t) / n_tokens."""
     batch = pack(demonstrations).to(policy.device)
     return -policy.logprobs(batch, temperature).sum() / n_tokens
 
@@ -462,8 +455,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
 # ------------------------------------------------------------------------------------- 6. the KL controller
 
 class AdaptiveKL:
-    """Ziegler's controller, arXiv:1909.08593 §2.2: β follows the KL, in nats per response, towards its
-    target.
+    """Ziegler's controller, arXiv:1909.08593 §2.2, which moves β until the KL per response is the target.
 
     e = clip(KL/target − 1, ±0.2);  β ← β (1 + K e), with K = n/horizon for n episodes (0.1 in the paper).
     With target None, β is fixed.
@@ -550,9 +542,7 @@ def check_settings(cfg, data, has_reward_fn):
 
 
 def encode_rollout_prompts(run, data, tokenizer):
-    """The training prompts as lists of ids. They lose their beginning where that is needed for
-    max_new_tokens to fit.
-    """
+    """The training prompts as lists of ids, their beginning cut off so that max_new_tokens fit."""
     cfg = run.cfg
     room = cfg.max_len - cfg.max_new_tokens
     prompts = [ids.tolist() for ids in encode_prompts(tokenizer, data.prompts("train"))]
@@ -563,9 +553,7 @@ def encode_rollout_prompts(run, data, tokenizer):
 
 
 class Demonstrations:
-    """The demonstrations of eq. 2's second term, as many for each optimizer step as a minibatch has
-    episodes.
-    """
+    """The demonstrations of eq. 2's second term: for each optimizer step as many as it has episodes."""
 
     def __init__(self, run, tokenizer):
         cfg = run.cfg
@@ -584,8 +572,7 @@ class Demonstrations:
 
 
 def train(cfg, reward_fn=None):
-    """Runs the stage, after training the SFT and reward models if they are missing. Returns the trained
-    policy.
+    """Runs the stage, after training the models it needs if they are missing. Returns the trained policy.
 
     reward_fn(prompts, responses) -> (B, R) replaces cfg.reward, if given; the top of this page describes it.
     """

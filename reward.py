@@ -69,9 +69,7 @@ RECIPES = {
 # ------------------------------------------------------------------------------------------------- the loss
 
 def ranked_pairs(scores, rank):
-    """r_w and r_l of every pair of one prompt's responses that is not a tie: (P,) each. scores, rank:
-    (K,).
-    """
+    """r_w and r_l of every pair of one prompt's K responses that is not a tie: (P,) each."""
     better = rank[:, None] < rank[None, :]  # (K, K): does i rank above j?
     winner, loser = better.nonzero(as_tuple=True)
     return scores[winner], scores[loser]
@@ -84,8 +82,7 @@ def split_by_prompt(scores, group, rank):
 
 
 def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
-    """The reward model's loss, arXiv:2203.02155 eq. 1: the mean over prompts of the mean over that prompt's
-    pairs.
+    """The reward model's loss, arXiv:2203.02155 eq. 1: a mean over each prompt's pairs, then over prompts.
 
     scores (S,); group (S,): the prompt of each response; rank (S,): 0 is best, equal ranks are a tie and no
     pair. A pair's loss is −log σ(r_w − r_l − margin) + center_coef · (r_w + r_l)². Returns the loss in
@@ -106,9 +103,7 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
 
 
 def score_margin(scores, group, rank):
-    """The mean of r_w − r_l over each prompt's pairs, without gradient: a number per prompt, 0 where all
-    responses tie.
-    """
+    """The mean of r_w − r_l over each prompt's pairs (0 if all tie), one per prompt, without gradient."""
     margins = []
     for prompt_scores, prompt_rank in split_by_prompt(scores.detach(), group, rank):
         r_w, r_l = ranked_pairs(prompt_scores, prompt_rank)

@@ -60,9 +60,7 @@ MAX_DEMONSTRATIONS = 4  # to one prompt in one group
 
 
 def group_by_prompt(demonstrations):
-    """[(prompt, response), …] -> [(prompt, [response, …]), …]: a prompt is computed once for up to four of
-    its responses.
-    """
+    """[(prompt, response), …] -> [(prompt, [response, …]), …], so that a prompt is computed once."""
     responses_to = {}
     for prompt, response in demonstrations:
         responses_to.setdefault(prompt, []).append(response)
@@ -74,9 +72,7 @@ def group_by_prompt(demonstrations):
 
 
 def sft_loss(logprobs, n_tokens):
-    """−Σ log π(y_t | x, y_<t) / n_tokens. logprobs (N,): of a part of the batch; n_tokens: response tokens
-    of all of it.
-    """
+    """−Σ log π(y_t | x, y_<t) / n_tokens. logprobs (N,): of a micro-batch; n_tokens: of the whole batch."""
     return -logprobs.sum() / n_tokens
 
 
@@ -90,9 +86,7 @@ def count_response_tokens(groups):
 
 @torch.no_grad()
 def validation_loss(policy, groups, run):
-    """The mean over response tokens, in nats; None if there are no validation data. Every process computes
-    all of it.
-    """
+    """The loss on held-out demonstrations, computed by every process; None if there are none."""
     if not groups:
         return None
     total = 0.0

@@ -62,12 +62,12 @@ RECIPES = {
 
 
 def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma, label_smoothing=0.0):
-    """SimPO, arXiv:2405.14734 eq. 6. Log-probs (B,), summed over response tokens, in nats; lengths (B,),
-    EOS included.
+    """SimPO, arXiv:2405.14734 eq. 6: −(1−ε) log σ(h) − ε log σ(−h), with ε the label smoothing and
 
-    With h = β/|y_w| log π(y_w|x) − β/|y_l| log π(y_l|x) − γ and ε the label smoothing: −(1−ε) log σ(h) − ε
-    log σ(−h). Returns the losses and the rewards β/|y| log π(y|x) of chosen and rejected, without gradient:
-    (B,) each.
+        h = β/|y_w| log π(y_w|x) − β/|y_l| log π(y_l|x) − γ
+
+    Log-probs (B,), summed over response tokens, in nats; lengths (B,) in tokens, EOS included. Returns (B,)
+    each: the losses, and the rewards β/|y| log π(y|x) of chosen and rejected, without gradient.
     """
     chosen_reward = beta / chosen_len * chosen_logp        # β/|y_w| log π(y_w|x)
     rejected_reward = beta / rejected_len * rejected_logp  # β/|y_l| log π(y_l|x)
