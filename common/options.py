@@ -37,7 +37,7 @@ NonNegativeFloat = Annotated[float, AtLeast(0)]
 class RunConfig:
     """The options that all stages share; a page's Config inherits them and may change their defaults."""
     recipe: str = "animals"             # the positional argument: a set of defaults
-    data: str = "animals"               # animals, hh[/SUBSET], qa_feedback, tldr, imdb, a .jsonl[.gz] or _feedback.json
+    data: str = "animals"               # animals, hh[/SUBSET], qa_feedback, tldr, imdb, or your own file (docs/data.md)
     data_dir: str = "data/files"        # where published data files are looked for before they are fetched
     init: str | None = None  # a run's or Hugging Face folder, gpt2 … gpt2-xl, scratch; None: SFT, trained if missing
     out: str | None = None              # the run's folder; None: out/STAGE-RECIPE, or out/STAGE-FILE for your own data

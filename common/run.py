@@ -39,6 +39,8 @@ class Run:
         check_config(cfg)
         self.cfg = cfg
         self.data = dataset(cfg.data, cfg.data_dir)
+        if hasattr(self.data, "check"):
+            self.data.check()  # a bad record is an error now, not after training
         self.out = cfg.out or run_dir(stage, cfg)
         self.start = 0   # steps done before this run, if it resumes another
         self.tokens = 0  # handed out by micro_batches since the last log line

@@ -7,6 +7,7 @@
     completeness(split)     -> [Comparison, …] that rank responses by how complete they are
     gold(prompt, response)  -> the true reward, where it can be computed
     tokenizer()             -> a tiktoken.Encoding
+    check()                 exits with one line if a record of any split cannot be used
 
 `split` is "train", "validation" or "test". Prompts and responses are text.
 """

@@ -1,17 +1,84 @@
-"""Reads files with one JSON object per line, and exits with a one-line message if a line cannot be used."""
+"""Reads files of JSON objects, and exits with a one-line message if one cannot be used."""
 import gzip
 import json
+import re
 import zlib
 
+from engine.files import short_repr
+
 LONGEST = 2**24  # bytes per line: more than any context needs, and a .gz bomb cannot fill memory
+LARGEST = 2**30  # bytes of a file that is one JSON value
+ONE_VALUE = re.compile(rb'\[|\{$|\{\s*"data"\s*:\s*(\[|$)')  # how the first line of such a file begins
+
+
+def open_file(path):
+    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+
+
+def read_records(path):
+    """Yields ("path:line", object) of a file of one object per line, a JSON list, or {"data": [ … ]}.
+
+    In the latter two, the place of an object is "path:record N".
+    """
+    if not is_one_value(path):
+        yield from read_lines(path)
+        return
+    try:
+        with open_file(path) as f:
+            content = f.read(LARGEST)
+    except (OSError, EOFError, zlib.error) as error:
+        raise SystemExit(f"{path}:1: cannot be read ({error})")
+    if len(content) == LARGEST:
+        raise SystemExit(f"{path}:1: a JSON value of {LARGEST >> 30} GiB or more; write one object per line")
+    records = parse_json(content, f"{path}:1")
+    if isinstance(records, dict) and isinstance(records.get("data"), list):
+        records = records["data"]
+    if isinstance(records, dict):
+        records = [records]
+    for i, record in enumerate(records, 1):
+        where = f"{path}:record {i}"
+        yield where, as_object(record, where)
+
+
+def is_one_value(path):
+    """Whether the file is one JSON value, by how its first line begins."""
+    try:
+        with open_file(path) as f:
+            content = f.readline(LONGEST)
+            while content.isspace():
+                content = f.readline(LONGEST)
+    except (OSError, EOFError, zlib.error) as error:
+        raise SystemExit(f"{path}:1: cannot be read ({error})")
+    return ONE_VALUE.match(content.strip()) is not None
+
+
+def parse_json(content, where):
+    """Parses JSON bytes; exits with one line if they are none, or if an object has a key twice."""
+    def without_duplicates(pairs):
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(key for key in names if names.count(key) > 1)
+            raise ValueError(f"the key {short_repr(twice)} stands there twice")
+        return record
+
+    try:
+        return json.loads(content, object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise SystemExit(f"{where}: not JSON ({error})")
+
+
+def as_object(record, where):
+    if not isinstance(record, dict):
+        raise SystemExit(f"{where}: expected an object, found {type(record).__name__}")
+    return record
 
 
 def read_lines(path):
     """Yields ("path:line", object) for every non-blank line of a .jsonl or .jsonl.gz file."""
-    open_file = gzip.open if path.endswith(".gz") else open
     line = 0
     try:
-        with open_file(path, "rb") as f:
+        with open_file(path) as f:
             while content := f.readline(LONGEST):
                 line += 1
                 where = f"{path}:{line}"
@@ -19,13 +86,7 @@ def read_lines(path):
                     raise SystemExit(f"{where}: a line of {LONGEST >> 20} MiB or more")
                 if not content.strip():
                     continue
-                try:
-                    record = json.loads(content)
-                except (ValueError, RecursionError) as error:
-                    raise SystemExit(f"{where}: not JSON ({error})")
-                if not isinstance(record, dict):
-                    raise SystemExit(f"{where}: expected an object, found {type(record).__name__}")
-                yield where, record
+                yield where, as_object(parse_json(content, where), where)
     except (OSError, EOFError, zlib.error) as error:
         raise SystemExit(f"{path}:{line + 1}: cannot be read ({error})")
 

@@ -1,26 +1,46 @@
-"""Your own file: one JSON object per line, plain or gzipped, in formats that are already in common use.
+"""Your own file, in the shapes that preference and instruction data commonly have.
 
-    {"prompt": …, "completion": …}                    a demonstration
+    {"prompt": …, "completion": …}                    a demonstration (with "label": false, its prompt only)
+    {"instruction": …, "input": …, "output": …}       a demonstration, as in Alpaca; input may be missing
+    {"messages": [{"role": …, "content": …}, …]}      a demonstration: the last message, if the assistant's
     {"prompt": …, "chosen": …, "rejected": …}         a comparison
-    {"chosen": …, "rejected": …}                      a comparison; the prompt is what the two share
-    {"messages": [{"role": …, "content": …}, …]}      a demonstration: the last message is the response
+    {"messages": […], "chosen": …, "rejected": …}     a comparison: messages is the prompt
+    {"chosen": …, "rejected": …}                      a comparison: the prompt is what both begin with
+    {"prompt": …}                                     a prompt, which is all that PPO needs
+
+The file holds one object per line, or is a JSON list of them, or {"data": [ … ]}; it may be gzipped.
 
 Text is used as it is. Prompt and response are joined without a space, so a response should start with its own
-(" Yes."). prompt, completion, chosen and rejected may also be lists of messages, which are then written in
-the format of Anthropic's HH-RLHF, "\\n\\nHuman: …\\n\\nAssistant: …". Of every twenty records, the first goes
-to the validation split and the second to the test split.
+(" Yes."). In place of text there may be a list of messages, which is written in the turns of Anthropic's
+HH-RLHF, "\\n\\nHuman: …\\n\\nAssistant: …"; so is the shape of Alpaca, whose user says the instruction, a
+blank line, and the input. A field "system" is put before the prompt. A record that holds text in any other
+field is refused, so that no part of a prompt is lost. docs/data.md has an example of each shape.
+
+Of every twenty prompts, the first goes to the validation split and the second to the test split. Records
+with the same prompt stay together; in a file with a single prompt, the lines are counted instead.
 """
+import logging
 import os
+import re
 from functools import cache
 
-from data.files import check_text, read_lines
+from data.files import check_text, read_records
 from data.schema import Comparison
 from data.tokenizers import get_tokenizer
 from engine.files import short_repr
 
+log = logging.getLogger(__name__)
 ROLES = {"system": "", "user": "\n\nHuman: ", "human": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
+HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
+SENTENCE_END = re.compile(r"[.!?:]\s|\n|[。！？]")
+# Fields that are not part of a conversation, whatever they hold; and names under which others keep prompts.
+METADATA = {"meta", "metadata", "info", "tags", "source"}
+PROMPT_NAMES = {"question", "query", "context", "history", "input", "instruction", "conversation",
+                "conversations", "document", "post", "passage", "system_prompt"}
 
+
+# -------------------------------------------------------------------------------------------- text of a field
 
 def text(record, key, where):
     """Returns a field as text. A list of messages is rendered."""
@@ -33,11 +53,38 @@ def text(record, key, where):
 
 
 def render(messages, where):
-    """Writes messages as one text, in the format of HH-RLHF."""
-    try:
-        return "".join(ROLES[message["role"]] + message["content"] for message in messages)
-    except (KeyError, TypeError):
-        raise SystemExit(f'{where}: a message must be {{"role": {" | ".join(ROLES)}, "content": text}}')
+    """Writes messages as one text, in the format of HH-RLHF. Every way into a conversation goes through here."""
+    turns = []
+    for message in messages:
+        try:
+            turn = ROLES[message["role"]] + message["content"]
+        except (KeyError, TypeError):
+            raise SystemExit(f'{where}: a message must be {{"role": {" | ".join(ROLES)}, "content": text}}')
+        for key, value in message.items():
+            if key not in ("role", "content") and holds_text(key, value):
+                raise SystemExit(f"{where}: a message holds text in {short_repr(key)}, which would be lost")
+        if turns and message["role"] == "system":
+            turn = "\n\n" + turn
+        turns.append(turn)
+    return "".join(turns)
+
+
+def user_turn(content):
+    """The prompt of a conversation in which the user has said `content`."""
+    return render([{"role": "user", "content": content}], where="") + ASSISTANT
+
+
+def holds_text(key, value):
+    """Whether a field that no shape uses holds words that could belong to a prompt or a response."""
+    if key in METADATA:
+        return False
+    if isinstance(value, str):
+        return bool(value.strip()) and (key in PROMPT_NAMES or len(value.split()) > 1 or not value.isascii())
+    if isinstance(value, list):
+        return any(holds_text(key, item) for item in value)
+    if isinstance(value, dict):
+        return any(holds_text(key, item) for item in value.values())
+    return False
 
 
 def keys(record):
@@ -59,63 +106,196 @@ def common_prompt(chosen, rejected):
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-def parse(record, where):
-    """Converts a record to (prompt, [response]) or (prompt, [chosen, rejected]).
+# ------------------------------------------------------------------------------------------------- one record
 
-    Raises SystemExit with one line that starts with `where` ("path:line") for any other record.
+def parse(record, where):
+    """Converts a record to (prompt, responses): [response], [chosen, rejected], or [] for a prompt alone.
+
+    Raises SystemExit with one line that starts with `where` ("path:line") for a record of any other shape.
     """
-    if "messages" in record:
-        messages = record["messages"]
-        if not isinstance(messages, list) or not messages:
-            raise SystemExit(f"{where}: 'messages' must be a list of messages")
-        prompt = render(messages[:-1], where)
-        responses = [render(messages[-1:], where)]
-    elif "chosen" in record and "rejected" in record:
-        responses = [text(record, "chosen", where), text(record, "rejected", where)]
-        if "prompt" in record:
-            prompt = text(record, "prompt", where)
-        else:
-            prompt, *responses = common_prompt(*responses)
-    elif "prompt" in record and "completion" in record:
-        prompt = text(record, "prompt", where)
-        responses = [text(record, "completion", where)]
+    record = {key: value for key, value in record.items() if value is not None}
+    answer_keys = response_keys(record)
+    prompt_key = next((key for key in ("prompt", "messages", "instruction") if key in record), None)
+
+    if not answer_keys and "messages" in record:
+        prompt_key = "messages"
+        prompt, responses = demonstration(record["messages"], where)
+    elif not answer_keys and prompt_key != "prompt":
+        raise SystemExit(f"{where}: needs prompt and completion, instruction and output, messages, "
+                         f"[prompt,] chosen and rejected, or a prompt; found {keys(record)}")
+    elif prompt_key is None:
+        prompt, responses = shared_prompt(record, where)
     else:
-        raise SystemExit(f"{where}: needs prompt and completion, [prompt,] chosen and rejected, or messages; "
-                         f"found {keys(record)}")
-    # In rendered messages, the "Assistant:" before the response belongs to the prompt.
-    if all(response.startswith(ASSISTANT) for response in responses):
-        prompt += ASSISTANT
-        responses = [response.removeprefix(ASSISTANT) for response in responses]
+        prompt, responses = prompt_and_responses(record, prompt_key, answer_keys, where)
+
+    if "system" in record:
+        system = text(record, "system", where)
+        if system and not prompt.startswith(HUMAN):
+            system += "\n\n"
+        prompt = system + prompt
     if "" in responses:
         raise SystemExit(f"{where}: an empty response")
+    if record.get("label") is False:
+        responses = []  # an answer that was judged bad is nothing to imitate
     check_text(where, prompt, *responses)
+    check_unused(record, {prompt_key, *answer_keys, "input", "system", "label"}, prompt, responses, where)
     return prompt, responses
 
 
+def response_keys(record):
+    """The keys of a record's responses, the chosen one first; [] if it has none."""
+    if "chosen" in record and "rejected" in record:
+        return ["chosen", "rejected"]
+    for key in ("completion", "output"):
+        if key in record:
+            return [key]
+    return []
+
+
+def demonstration(messages, where):
+    """`messages` -> (prompt, [response]); the response is the last message, if that is the assistant's."""
+    if not isinstance(messages, list) or not messages:
+        raise SystemExit(f"{where}: 'messages' must be a list of messages")
+    last = render(messages[-1:], where)
+    if not last.startswith(ASSISTANT):
+        return render(messages, where) + ASSISTANT, []
+    return render(messages[:-1], where) + ASSISTANT, [last.removeprefix(ASSISTANT)]
+
+
+def shared_prompt(record, where):
+    """`chosen` and `rejected` without a prompt -> (what both begin with, the rests)."""
+    if "chosen" not in record:
+        raise SystemExit(f"{where}: a completion without its prompt; found {keys(record)}")
+    chosen = text(record, "chosen", where)
+    rejected = text(record, "rejected", where)
+    prompt, *responses = common_prompt(chosen, rejected)
+    if prompt.endswith(ASSISTANT):
+        return prompt, responses
+    if not SENTENCE_END.search(prompt + " "):
+        hint = ""
+        for key in record:
+            if key not in ("chosen", "rejected") and holds_text(key, record[key]):
+                hint = f"; if {short_repr(key)} is the prompt, name it 'prompt'"
+        raise SystemExit(f"{where}: no 'prompt', and chosen and rejected do not begin with the same "
+                         f"turn, line or sentence{hint}")
+    return prompt, responses
+
+
+def prompt_and_responses(record, prompt_key, answer_keys, where):
+    """A record that names its prompt -> (prompt, responses)."""
+    prompt_text = text(record, prompt_key, where)
+    if prompt_key == "instruction" and record.get("input"):
+        prompt_text += "\n\n" + text(record, "input", where)
+    prompt_is_list = isinstance(record[prompt_key], list)
+
+    # Each answer is text, or messages of which the last is the response; others before it repeat the prompt.
+    responses, contexts = [], []
+    for key in answer_keys:
+        if not isinstance(record[key], list):
+            responses.append(text(record, key, where))
+            continue
+        context, answer = demonstration(record[key], where)
+        if not answer:
+            raise SystemExit(f"{where}: the last message of {key!r} is not the assistant's")
+        responses += answer
+        contexts.append((context, record[key][:-1]))
+
+    # Prompt and responses are plain text, or all of them are turns of a conversation.
+    if not (prompt_is_list or contexts or prompt_key == "instruction"):
+        return prompt_text, responses
+    for i, key in enumerate(answer_keys):
+        if not isinstance(record[key], list) and not responses[i][:1].isspace():
+            responses[i] = " " * bool(responses[i]) + responses[i]
+    if prompt_is_list:
+        prompt = prompt_text.removesuffix(ASSISTANT) + ASSISTANT
+    elif HUMAN in prompt_text:
+        prompt = prompt_text.removesuffix(ASSISTANT) + ASSISTANT
+    else:
+        prompt = user_turn(prompt_text)
+
+    for context, messages in contexts:
+        if not messages or context == prompt:
+            continue
+        repeats = any(message["content"] == prompt_text for message in messages)
+        if prompt_is_list or not repeats or context != contexts[0][0] or len(contexts) != len(answer_keys):
+            raise SystemExit(f"{where}: the messages before the response are not those of {prompt_key!r}")
+    if contexts and contexts[0][1]:
+        prompt = contexts[0][0]  # it holds the prompt, and perhaps a system message and earlier turns
+    return prompt, responses
+
+
+def check_unused(record, used, prompt, responses, where):
+    """Exits if a field that was not used holds text, unless that repeats what was."""
+    conversations = [prompt, *(prompt + response for response in responses)]
+    for key, value in record.items():
+        if key in used or not holds_text(key, value):
+            continue
+        if isinstance(value, str) and any(value in conversation for conversation in conversations):
+            continue  # as in UltraChat, where prompt is the first of the messages once more
+        if key == "messages" and render(value, where) in conversations:
+            continue  # as in UltraFeedback, where messages is the prompt and the chosen response once more
+        if key == "text" and responses and all(response.strip() in value for response in responses):
+            continue  # as in Alpaca, where text is all of the record once more
+        raise SystemExit(f"{where}: {short_repr(key)} holds text that would be lost: name it prompt or system "
+                         "if it is one, or remove it")
+
+
+# --------------------------------------------------------------------------------------------------- the file
+
 class Jsonl:
-    """A dataset that is read from one file."""
+    """A dataset that is read from one file, as a whole: a bad record is an error before any work is done."""
 
     def __init__(self, path):
         self.path = path
         self.records = cache(self.records)
+        self.read = cache(self.read)
 
     def tokenizer(self):
         return get_tokenizer("gpt2")
 
-    def records(self, split):
-        """Returns [(prompt, [response]) or (prompt, [chosen, rejected]), …]."""
-        keep = {"train": range(2, 20), "validation": [0], "test": [1]}[split]
+    def check(self):
+        """Reads all splits; exits with one line at a bad record."""
+        for split in ("train", "validation", "test"):
+            self.records(split)
+
+    def read(self):
+        """Returns [(prompt, responses), …] of the whole file."""
         examples = []
-        for i, (where, record) in enumerate(read_lines(self.path)):
-            if i % 20 in keep:
-                examples.append(parse(record, where))
+        unused = set()
+        n_bad = 0
+        for where, record in read_records(self.path):
+            prompt, responses = parse(record, where)
+            examples.append((prompt, responses))
+            n_bad += record.get("label") is False
+            unused |= record.keys() - {"prompt", "messages", "instruction", "input", "system", "label",
+                                       "chosen", "rejected", "completion", "output"}
+        if unused:
+            log.info(f"{self.path}: fields that are not used: {keys(unused)}")
+        if n_bad:
+            log.info(f"{self.path}: {n_bad} responses with \"label\": false are no demonstrations")
+        return examples
+
+    def records(self, split):
+        """Returns [(prompt, [response]) or (prompt, [chosen, rejected]) or (prompt, []), …]."""
+        keep = {"train": range(2, 20), "validation": [0], "test": [1]}[split]
+        prompts = {}  # each prompt's number, in the order in which they first appear
+        for prompt, _ in self.read():
+            prompts.setdefault(prompt, len(prompts))
+        examples = []
+        for i, (prompt, responses) in enumerate(self.read()):
+            number = prompts[prompt] if len(prompts) > 1 else i
+            if number % 20 in keep:
+                examples.append((prompt, responses))
         if split == "train" and not examples:
             raise SystemExit(f"{self.path}: no example to train on "
-                             "(the first two of every 20 are kept for validation and test)")
+                             "(the first two of every 20 prompts are kept for validation and test)")
         return examples
 
     def demonstrations(self, split):
-        return [(prompt, responses[0]) for prompt, responses in self.records(split)]
+        examples = [(prompt, responses[0]) for prompt, responses in self.records(split) if responses]
+        if split == "train" and not examples:
+            raise SystemExit(f"{self.path}: holds no demonstrations, prompts only")
+        return examples
 
     def comparisons(self, split, k=2):
         if k != 2:

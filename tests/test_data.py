@@ -14,6 +14,8 @@ import engine.files
 import evaluate
 import ppo
 import sample
+from common.options import RunConfig
+from common.run import Run
 from data import animals, dataset, encode_groups, encode_prompts, files, get_tokenizer, tokenizers
 from data.files import read_lines
 from data.hh import HH
@@ -201,6 +203,97 @@ def test_every_schema():
         ("\n\nHuman: Hi\n\nAssistant:", [" Hello", " He"])
 
 
+USER = {"role": "user", "content": "Name a small bird."}
+GOOD, BAD = {"role": "assistant", "content": "A wren."}, {"role": "assistant", "content": "A cod."}
+TURN = "\n\nHuman: Name a small bird.\n\nAssistant:"
+
+
+@pytest.mark.parametrize("record, expected", [
+    ({"instruction": "Name a bird.", "input": "It is small.", "output": "A wren."},
+     ("\n\nHuman: Name a bird.\n\nIt is small.\n\nAssistant:", [" A wren."])),
+    ({"instruction": "Name a small bird.", "input": "", "output": "A wren."}, (TURN, [" A wren."])),
+    ({"instruction": "Name a small bird.", "output": "A wren.", "text": "Do it. Name a small bird. A wren."}, (TURN, [" A wren."])),
+    ({"instruction": "Name a small bird.", "chosen": "A wren.", "rejected": "A cod."}, (TURN, [" A wren.", " A cod."])),
+    ({"system": "Be brief.", "prompt": "Name a bird.", "completion": " A wren."}, ("Be brief.\n\nName a bird.", [" A wren."])),
+    ({"system": "Be brief.", "messages": [USER, GOOD]}, ("Be brief." + TURN, [" A wren."])),
+    # UltraFeedback as published, with its metadata
+    ({"prompt": "Name a small bird.", "prompt_id": "f0e3", "chosen": [USER, GOOD], "rejected": [USER, BAD], "messages": [USER, GOOD],
+      "score_chosen": 8.5, "score_rejected": 3.0, "source": "a web forum"}, (TURN, [" A wren.", " A cod."])),
+    ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, (TURN, [" A wren.", " A cod."])),
+    ({"messages": [USER], "chosen": [GOOD], "rejected": [BAD]}, (TURN, [" A wren.", " A cod."])),
+    ({"prompt": "Name a small bird.", "chosen": [GOOD], "rejected": [BAD]}, (TURN, [" A wren.", " A cod."])),
+    ({"prompt": [USER], "completion": "A wren."}, (TURN, [" A wren."])),
+    ({"messages": [USER]}, (TURN, [])),
+    ({"prompt": "Name a small bird.", "prompt_id": "f0", "messages": [USER, GOOD]}, (TURN, [" A wren."])),  # UltraChat as published
+    ({"messages": [{"role": "system", "content": "Be brief."}, USER, GOOD]}, ("Be brief." + TURN, [" A wren."])),
+    ({"prompt": "Q", "completion": " bad", "label": False}, ("Q", [])),
+    ({"prompt": "Q", "completion": " good", "label": True}, ("Q", [" good"])),
+    ({"prompt": "Q"}, ("Q", [])),
+    ({"chosen": "Name a bird. A wren.", "rejected": "Name a bird. A cod."}, ("Name a bird. A", [" wren.", " cod."])),
+])
+def test_shapes_of_the_field(record, expected):
+    assert parse(record, "f:1") == expected
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"question": "Name a small bird.", "chosen": "A wren.", "rejected": "A cod."}, "f:1: no 'prompt'.*if 'question' is the prompt, name it 'prompt'"),
+    ({"chosen": "A wren.", "rejected": "A cod."}, "f:1: no 'prompt', and chosen and rejected do not begin with the same turn, line or sentence"),
+    ({"question": "Why is it so?", "prompt": "Q", "chosen": " a", "rejected": " b"}, "f:1: 'question' holds text that would be lost"),
+    ({"prompt": "Q", "completion": " the answer", "chosen": " a", "rejected": " d"}, "'completion' holds text"),
+    ({"prompt": "Another one", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "the messages before the response are not those of 'prompt'"),
+    ({"prompt": "Q", "chosen": [USER], "rejected": [USER, BAD]}, "the last message of 'chosen' is not the assistant's"),
+    ({"messages": [USER | {"name": "Ann of the farm"}, GOOD]}, "a message holds text in 'name'"),
+    ({"completion": " c"}, "a completion without its prompt"),
+    ({"prompt": "Q", "completion": " c", "history": [["one question", "one answer"]]}, "'history' holds text"),
+])
+def test_no_text_of_a_record_is_lost(record, message):
+    with pytest.raises(SystemExit, match=message):
+        parse(record, "f:1")
+
+
+def test_a_file_that_is_one_json_value(tmp_path):
+    records = [{"prompt": f"{i}:", "completion": " a"} for i in range(40)]
+    for i, content in enumerate((json.dumps(records, indent=2), json.dumps(records), json.dumps({"data": records}), json.dumps({"data": records}, indent=1))):
+        (tmp_path / f"{i}.json").write_text(content)
+        assert len(dataset(str(tmp_path / f"{i}.json")).demonstrations("train")) == 36
+    (tmp_path / "bad.json").write_text(json.dumps([*records[:3], {"prompt": 1, "completion": " a"}], indent=2))
+    with pytest.raises(SystemExit, match="bad.json:record 4: 'prompt' is int"):
+        dataset(str(tmp_path / "bad.json")).check()
+
+
+def test_a_key_that_stands_there_twice_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="mine.jsonl:1: not JSON .*'prompt' stands there twice"):
+        dataset(write(tmp_path / "mine.jsonl", ['{"prompt": "a", "prompt": "b", "completion": " c"}'])).check()
+
+
+def test_pairs_of_one_prompt_stay_in_one_split(tmp_path):
+    data = dataset(write(tmp_path / "mine.jsonl", [{"prompt": f"{i // 6}:", "chosen": f" {i}", "rejected": " b"} for i in range(600)]))
+    prompts = {split: set(data.prompts(split)) for split in ("train", "validation", "test")}
+    assert {split: len(p) for split, p in prompts.items()} == {"train": 90, "validation": 5, "test": 5}
+    assert len(data.comparisons("train")) == 540 and not prompts["train"] & (prompts["validation"] | prompts["test"])
+
+
+def test_prompts_alone_and_bad_answers(tmp_path, caplog):
+    caplog.set_level("INFO")
+    data = dataset(write(tmp_path / "a.jsonl", [{"prompt": f"{i}:"} for i in range(40)]))
+    assert len(data.prompts("train")) == 36
+    with pytest.raises(SystemExit, match="holds no demonstrations, prompts only"):
+        data.demonstrations("train")
+    records = [{"prompt": f"{i}:", "completion": " c", "label": i % 2 == 0, "id": f"x{i}"} for i in range(40)]
+    data = dataset(write(tmp_path / "b.jsonl", records))
+    assert len(data.demonstrations("train")) == 18 and len(data.prompts("train")) == 36
+    assert "20 responses with" in caplog.text and caplog.text.count("fields that are not used: 'id'") == 1
+
+
+def test_a_bad_record_of_any_split_stops_a_run_before_it_begins(tmp_path):
+    lines = [{"prompt": f"{i}:", "chosen": " a", "rejected": " b"} for i in range(40)]
+    lines[21]["rejected"] = ""  # of the test split
+    path = write(tmp_path / "mine.jsonl", lines)
+    with pytest.raises(SystemExit, match="mine.jsonl:22: an empty response"):
+        Run("dpo", RunConfig(data=path, out=str(tmp_path / "a"), device="cpu"))
+    assert not (tmp_path / "a").exists()
+
+
 def test_common_prompt():
     assert common_prompt("Q: x A: yes", "Q: x A: yes, no") == ("Q: x A:", " yes", " yes, no")
     a = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
@@ -221,7 +314,7 @@ OK = {"prompt": "p", "chosen": " a", "rejected": " b"}
 @pytest.mark.parametrize("line, message", [
     ('{"prompt": "p", "chosen": ', r"mine.jsonl:4: not JSON"),
     ("[1, 2]", "mine.jsonl:4: expected an object, found list"),
-    ({"prompt": "p"}, "mine.jsonl:4: needs prompt and completion.*found 'prompt'"),
+    ({"prompts": "p"}, "mine.jsonl:4: needs prompt and completion.*found 'prompts'"),
     ({}, "mine.jsonl:4: needs prompt and completion.*found nothing"),
     ({"prompt": "p", "chosen": "", "rejected": " b"}, "mine.jsonl:4: an empty response"),
     ({"prompt": 1, "chosen": " a", "rejected": " b"}, "mine.jsonl:4: 'prompt' is int"),
