@@ -30,7 +30,7 @@ import evaluate
 from common.dist import all_reduce, sync_gradients
 from common.log import Metrics
 from common.optim import make_optimizer, optimizer_step
-from common.options import NonNegativeFloat, PositiveFloat, RunConfig, parse
+from common.options import LabelNoise, NonNegativeFloat, PositiveFloat, RunConfig, parse
 from common.run import Run
 from data import encode_pairs
 from engine.packing import pack, per_sequence
@@ -40,7 +40,7 @@ from engine.packing import pack, per_sequence
 class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options: common/options.py
     beta: PositiveFloat = 1.0       # β of eq. 7: the price of a nat of KL
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # eq. 7 or a variant, see dpo_loss
-    label_smoothing: float = 0.0    # ε: the share of labels assumed to be flipped, for sigmoid and robust
+    label_smoothing: LabelNoise = 0.0  # ε: the share of labels assumed to be flipped, for sigmoid and robust
     precompute_ref: bool = True     # ask the reference once, before training; False keeps it in memory
     lr: NonNegativeFloat = 1e-3     # peak learning rate, after a linear warm-up and before a cosine to 0
 
@@ -64,7 +64,8 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
     With h = log π/π_ref (y_w|x) − log π/π_ref (y_l|x), and ε the label smoothing, a number or (B,):
         sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0, otherwise cDPO (Mitchell 2023,
                                                                 ericmitchell.ai/cdpo.pdf eq. 3)
-        ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17
+        ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17, with sums over tokens
+                                                                as there; TRL and torchtune take means
         hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409
     Returns (B,) each: the losses, and the implicit rewards β · log-ratio of chosen and rejected, without

@@ -54,7 +54,7 @@ class Config(ppo.Config):
     reward_models: str | None = None  # the three's folder; None: out/rewards-RECIPE, trained first if missing
     share_trunk: bool = True          # three heads on one trunk; False: three models
     value_init: Literal["reward", "sft"] = "sft"  # the value model's start; reward only with --reward=rm
-    kl_coef: float = 0.1              # β: the price of a nat of KL; with kl_target, its first value
+    kl_coef: NonNegativeFloat = 0.1   # β: the price of a nat of KL; with kl_target, its first value
     w1: float = 0.3                   # weight of relevance: ±w1 for each sub-sentence
     w2: float = 0.3                   # weight of factuality: ±w2 for each sentence
     w3: float = 0.3                   # weight of completeness: in standard deviations of its model's scores

@@ -34,6 +34,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     n_scalars: int = 0      # scalar heads: none for a language model, one for a reward or a value model
+    norm_eps: float = 1e-5  # added to the variance in LayerNorm
 
 
 # ------------------------------------------------------------------------------------------ the transformer
@@ -75,9 +76,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.norm_eps)
         self.attn = SelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, attend):
@@ -99,7 +100,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(padded_vocab_size, config.n_embd)  # also the head: the two are tied
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = nn.LayerNorm(config.n_embd, config.norm_eps)
         self.init_weights()
         self.set_scalar_heads(config.n_scalars)
 

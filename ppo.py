@@ -45,7 +45,8 @@ import evaluate
 from common import dist, grids, scoring, sharding
 from common.log import Metrics, SampleFile
 from common.optim import make_optimizer, optimizer_step
-from common.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig, parse
+from common.options import (NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig, UnitFloat,
+                            parse)
 from common.run import Run
 from data import encode_groups, encode_prompts
 from engine.logprobs import CHUNK
@@ -57,22 +58,22 @@ class Config(RunConfig):
     reward: Literal["rm", "gold"] = "rm"  # rm: a reward model; gold: the data's true reward, if known
     reward_model: str | None = None     # a run of reward.py; None: out/reward-…, trained first if missing
     normalize_reward: bool = False      # divide scores by their standard deviation on demonstrations
-    reward_clip: float | None = None    # the largest absolute reward of a token, before the KL penalty
-    missing_eos_penalty: float = 1.0    # subtracted from the last token's reward if a response did not end
+    reward_clip: PositiveFloat | None = None  # the largest absolute reward of a token, before the KL penalty
+    missing_eos_penalty: NonNegativeFloat = 1.0  # subtracted from the last token's reward if a response did not end
     value_init: Literal["reward", "sft"] = "reward"  # the value model's start; without a reward model, SFT
     share_value: bool = False           # a new value head on the policy instead of a value model
-    kl_coef: float = 0.05               # β: the price of a nat of KL; with kl_target, its first value
+    kl_coef: NonNegativeFloat = 0.05    # β: the price of a nat of KL; with kl_target, its first value
     kl_target: PositiveFloat | None = None  # KL(π‖π_ref) per response for β to reach; None: β is fixed
     kl_horizon: PositiveFloat = 10000.0  # episodes over which β is adapted (arXiv:1909.08593 §2.2)
-    target_kl: float | None = None      # KL(π_old‖π) per token at which an iteration's epochs end
+    stop_kl: NonNegativeFloat | None = None  # KL(π_old‖π) per token at which an iteration's epochs end
     temperature: PositiveFloat = 1.0    # τ, of sampling and of all log-probs
     max_new_tokens: PositiveInt = 40    # the longest response
-    gamma: float = 1.0                  # γ, the discount (arXiv:1506.02438)
-    lam: float = 0.95                   # λ of GAE
-    clip: float = 0.2                   # ε: how far the ratio may move
-    value_clip: float = 0.2             # how far a value may move
-    vf_coef: float = 0.1                # weight of the value loss; for a model of its own, Adam undoes it
-    ptx_coef: float = 0.0               # eq. 2's γ: weight of the language-model loss on demonstrations
+    gamma: UnitFloat = 1.0              # γ, the discount (arXiv:1506.02438)
+    lam: UnitFloat = 0.95               # λ of GAE
+    clip: PositiveFloat = 0.2           # ε: how far the ratio may move
+    value_clip: PositiveFloat = 0.2     # how far a value may move
+    vf_coef: NonNegativeFloat = 0.1     # weight of the value loss; for a model of its own, Adam undoes it
+    ptx_coef: NonNegativeFloat = 0.0    # eq. 2's γ: weight of the language-model loss on demonstrations
     whiten_rewards: bool = False        # scale rewards to unit variance, keeping their mean
     whiten_advantages: bool = True      # scale advantages to mean 0 and unit variance
     steps: PositiveInt = 80             # iterations: a rollout and its epochs
@@ -424,7 +425,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
 
             # The policy has moved far enough from the one that sampled: throw this gradient away, and
             # sample anew.
-            if cfg.target_kl is not None and step_metrics["approx_kl"] > cfg.target_kl:
+            if cfg.stop_kl is not None and step_metrics["approx_kl"] > cfg.stop_kl:
                 for optimizer in optimizers.values():
                     optimizer.zero_grad(set_to_none=True)
                 stop_early = True
@@ -440,7 +441,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
         if stop_early:
             break
 
-    if not history:  # at first approx_kl is 0 but for rounding, which can exceed a tiny target_kl
+    if not history:  # at first approx_kl is 0 but for rounding, which can exceed a tiny stop_kl
         return {"optimizer_steps": 0}
     means = {}
     for key in history[0]:
@@ -537,6 +538,9 @@ def check_settings(cfg, data, has_reward_fn):
     if cfg.max_new_tokens >= cfg.max_len:
         raise SystemExit(f"--max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in "
                          f"--max_len={cfg.max_len}")
+    if cfg.kl_target is not None and cfg.kl_horizon < cfg.batch_size / 5:
+        raise SystemExit(f"--kl_horizon={cfg.kl_horizon:g}: below a fifth of --batch_size={cfg.batch_size}, "
+                         "one update of the KL controller could make β negative")
     if cfg.reward == "gold" and not has_reward_fn and not hasattr(data, "gold"):
         raise SystemExit(f"--reward=gold: the true reward of --data={cfg.data} is not known")
 

@@ -32,7 +32,8 @@ import evaluate
 from common.dist import sync_gradients
 from common.log import Metrics
 from common.optim import make_optimizer, optimizer_step
-from common.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig, parse
+from common.options import (LabelNoise, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig,
+                            parse)
 from common.run import Run
 from data import encode_pairs
 from engine.packing import pack, per_sequence
@@ -41,10 +42,10 @@ from engine.packing import pack, per_sequence
 @dataclass
 class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options: common/options.py
     beta: PositiveFloat = 2.0       # β of eq. 6: the scale of the mean log-prob
-    gamma: float = 1.0              # γ of eq. 6: the margin that the chosen response is to win by
-    gamma_beta_ratio: float | None = None  # γ/β, as the authors' scripts give it; overrides gamma
-    sft_weight: float = 0.5         # weight of the SFT term, −log π of the chosen responses
-    label_smoothing: float = 0.0    # ε: the share of labels assumed to be flipped
+    gamma: NonNegativeFloat = 1.0   # γ of eq. 6: the margin that the chosen response is to win by
+    gamma_beta_ratio: NonNegativeFloat | None = None  # γ/β, as the authors' scripts give it; overrides gamma
+    sft_weight: NonNegativeFloat = 0.5  # weight of the SFT term, −log π of the chosen responses
+    label_smoothing: LabelNoise = 0.0  # ε: the share of labels assumed to be flipped
     lr: NonNegativeFloat = 3e-4     # peak learning rate
     sample_every: PositiveInt = 25  # steps between samples of the length
     sample_n: NonNegativeInt = 64   # validation prompts that are sampled for it

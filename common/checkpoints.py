@@ -1,4 +1,5 @@
 """Saving and loading. A run's folder holds ckpt.pt and, in case that is damaged, the checkpoint before it."""
+import difflib
 import os
 from dataclasses import asdict
 
@@ -9,7 +10,7 @@ from common.dist import is_main, n_processes, print0
 from common.files import write_atomically
 from common.sharding import gather_state, shard_like
 from data import dataset, get_tokenizer
-from engine.weights import PRETRAINED
+from engine.weights import PRETRAINED, check_vocabulary
 from model import GPT, GPTConfig
 
 
@@ -34,6 +35,8 @@ def load_model_only(init, cfg=None):
         if model.config.vocab_size != GPTConfig.vocab_size:
             raise SystemExit(f"{init}: a vocabulary of {model.config.vocab_size} is not GPT-2's, "
                              "and no tokenizer comes with it")
+        if init not in PRETRAINED:
+            check_vocabulary(init)
     else:
         checkpoint = load_checkpoint(init)
         model = GPT(GPTConfig(**checkpoint["model_config"]))
@@ -86,10 +89,7 @@ def load_checkpoint(path):
     """Loads the newest readable checkpoint, current or previous; exits with one line if there is none."""
     files = checkpoint_files(path)
     if not files:
-        path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
-        names = ", ".join(PRETRAINED)
-        raise SystemExit(f"{path}: no checkpoint there "
-                         f"(expected a run's folder, a ckpt.pt, scratch, or one of {names})")
+        raise SystemExit(no_checkpoint(path))
     for file in files:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -103,6 +103,20 @@ def load_checkpoint(path):
             if file != files[-1]:
                 print0(f"{problem}; using the one before it, {files[-1]}")
     raise SystemExit(problem)
+
+
+def no_checkpoint(path):
+    """The error message for a path without a checkpoint."""
+    for file in ("pytorch_model.bin", "model.safetensors"):
+        if os.path.exists(os.path.join(path, file)):
+            return f"{path}: holds {file}, but its config.json is missing"
+    folder, name = os.path.split(os.path.normpath(path))
+    beside = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    nearest = difflib.get_close_matches(name, [n for n in [*beside, *PRETRAINED] if n != name], 1, 0.6)
+    suggestion = f"; did you mean {os.path.join(folder, nearest[0])!r}?" if nearest else ""
+    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    return (f"{path}: no checkpoint there (expected a run's folder, a ckpt.pt, a folder in the Hugging Face "
+            f"format, scratch, or one of {', '.join(PRETRAINED)}){suggestion}")
 
 
 def save_checkpoint(out, step, model, optimizer, cfg, tokenizer, **more):

@@ -8,6 +8,7 @@ import atexit
 import gc
 import logging
 import os
+import sys
 from functools import cache
 
 import torch
@@ -46,8 +47,16 @@ class Console(logging.Handler):
 
 
 @cache
+def print_utf8():
+    """Prints as UTF-8, whatever the platform's code page is: a model may write any character."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's or a test's stream may have no encoding
+            stream.reconfigure(encoding="utf-8")
+
+
 def log_to_console():
-    """Lets data/ and engine/, which know nothing about processes, print in the main process."""
+    """Lets data/ and engine/, which know nothing about processes, print in the main process, as UTF-8."""
+    print_utf8()
     for package in ("data", "engine"):
         logger = logging.getLogger(package)
         logger.setLevel(logging.INFO)

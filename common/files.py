@@ -13,7 +13,7 @@ def write_atomically(path, mode="w"):
     temporary = path + ".tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(temporary, mode) as f:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -34,7 +34,7 @@ def append_to(path):
     size = None
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "a") as f:
+        with open(path, "a", encoding="utf-8") as f:
             size = f.tell()
             yield f
     except (OSError, RuntimeError) as error:

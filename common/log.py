@@ -64,7 +64,7 @@ class Log:
         """Drops what was logged after the checkpoint that a resumed run starts from: it will happen again."""
         kept = []
         if start and os.path.exists(self.path):
-            with open(self.path) as f:
+            with open(self.path, encoding="utf-8") as f:
                 for line in f:
                     is_complete = line.endswith("\n")  # a killed run may have left half a line
                     if is_complete and json.loads(line)["step"] <= start:
@@ -137,7 +137,7 @@ class SampleFile:
         """start: the steps done before, if this run is resumed; later samples will be written again."""
         self.path = os.path.join(out, "samples.txt")
         if is_main() and os.path.exists(self.path):
-            with open(self.path) as f:
+            with open(self.path, encoding="utf-8") as f:
                 blocks = re.split(r"^(?=step \d)", f.read(), flags=re.M)
             with write_atomically(self.path) as f:
                 f.writelines(block for block in blocks if block and int(block.split()[1]) <= start)

@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
-from common.dist import print0
+from common.dist import print0, print_utf8
 from common.log import import_optional
 from engine.files import short_repr
 
@@ -27,10 +27,40 @@ class Above:
     limit: float
 
 
+@dataclass(frozen=True)
+class Between:
+    """From low to high; `below`: the upper end itself does not belong to the range."""
+    low: float
+    high: float
+    below: bool = False
+
+
 PositiveInt = Annotated[int, AtLeast(1)]
 NonNegativeInt = Annotated[int, AtLeast(0)]
 PositiveFloat = Annotated[float, Above(0)]
 NonNegativeFloat = Annotated[float, AtLeast(0)]
+UnitFloat = Annotated[float, Between(0, 1)]
+LabelNoise = Annotated[float, Between(0, 0.5, below=True)]  # from 0.5 on, the labels say the opposite
+
+RENAMED = {"target_kl": "stop_kl"}  # old names of options, which still work
+
+# What an option is called in TRL, transformers or nanoGPT -> its name here.
+OTHER_NAMES = {
+    "learning_rate": "lr", "per_device_train_batch_size": "batch_size", "batch": "batch_size",
+    "rollout_batch_size": "batch_size", "gradient_accumulation_steps": "micro_tokens",
+    "max_length": "max_len", "max_seq_length": "max_len", "max_prompt_length": "max_len",
+    "block_size": "max_len", "num_train_epochs": "steps", "epochs": "steps", "max_iters": "steps",
+    "max_steps": "steps", "warmup_steps": "warmup", "warmup_ratio": "warmup", "warmup_iters": "warmup",
+    "max_grad_norm": "grad_clip", "logging_steps": "log_every", "log_interval": "log_every",
+    "save_steps": "ckpt_every", "eval_interval": "val_every", "eval_steps": "val_every",
+    "output_dir": "out", "out_dir": "out", "model_name_or_path": "init", "model": "init",
+    "init_from": "init", "dataset": "data", "dataset_name": "data", "report_to": "wandb",
+    "wandb_project": "wandb", "gradient_checkpointing": "checkpoint_blocks", "torch_compile": "compile",
+    "resume_from_checkpoint": "resume", "response_length": "max_new_tokens", "max_tokens": "max_new_tokens",
+    "cliprange": "clip", "clip_range": "clip", "cliprange_value": "value_clip", "init_kl_coef": "kl_coef",
+    "num_ppo_epochs": "epochs", "ppo_epochs": "epochs", "num_mini_batches": "minibatches",
+    "reward_model_path": "reward_model", "simpo_gamma": "gamma", "lambda": "lam", "target": "kl_target",
+}
 
 
 @dataclass
@@ -68,24 +98,34 @@ class RunConfig:
 def parse(Config, RECIPES, argv=None):
     """Command line -> Config: the recipe overrides Config's defaults, and the options override both."""
     argv = sys.argv[1:] if argv is None else argv
+    print_utf8()
     if "-h" in argv or "--help" in argv:
         print(usage(Config, RECIPES))
         raise SystemExit(0)
     types = typing.get_type_hints(Config, include_extras=True)
     recipe = None
     given = {}
-    for arg in argv:
-        arg = arg.removeprefix("--recipe=")
+    argv = list(argv)
+    while argv:
+        arg = argv.pop(0).removeprefix("--recipe=")
+        if not arg.startswith("-") and os.path.isfile(arg):
+            raise SystemExit(f"{short_repr(arg)[1:-1]}: a file of your own is named with --data={arg}")
         if not arg.startswith("-") and recipe is None:
             recipe = check_choice("recipe", arg, ["animals", *RECIPES])
             continue
         if not arg.startswith("--"):
             raise SystemExit(f"{short_repr(arg)[1:-1]}: options are written --name=value (-h lists them)")
         name, equals, value = arg.removeprefix("--").partition("=")
-        check_choice("option", name, types)
-        if not equals and types[name] is not bool:
-            raise SystemExit(f"--{name} needs a value: --{name}=…")
-        given[name] = convert(name, value if equals else "True", types[name])
+        name = name.replace("-", "_")
+        name = RENAMED.get(name, name)
+        check_option(name, types)
+        if not equals and types[name] is bool:
+            value = "True"
+        elif not equals:  # "--name value", as argparse takes it
+            if not argv or argv[0].startswith("--"):
+                raise SystemExit(f"--{name} needs a value: --{name}=…")
+            value = argv.pop(0)
+        given[name] = convert(name, value, types[name])
 
     if recipe is None:
         recipe = default_recipe(given.get("data", ""), RECIPES)
@@ -103,6 +143,14 @@ def default_recipe(data, RECIPES):
     if not os.path.isfile(data):
         return "animals"
     return "hh" if "hh" in RECIPES else [*RECIPES][0]
+
+
+def check_option(name, types):
+    """Exits with one line if there is no such option; a name from elsewhere is answered with ours."""
+    ours = OTHER_NAMES.get(name)
+    if name not in types and ours in types:
+        raise SystemExit(f"unknown option {name!r}: here it is --{ours} (-h describes it)")
+    check_choice("option", name, types)
 
 
 def check_choice(kind, name, choices):
@@ -170,6 +218,11 @@ def check_value(name, value, limit):
         raise SystemExit(f"--{name}={value}: expected at least {limit.limit}")
     if isinstance(limit, Above) and value <= limit.limit:
         raise SystemExit(f"--{name}={value}: expected a number above {limit.limit}")
+    if isinstance(limit, Between):
+        too_high = value > limit.high or limit.below and value == limit.high
+        if value < limit.low or too_high:
+            end = f"below {limit.high}" if limit.below else f"up to {limit.high}"
+            raise SystemExit(f"--{name}={value}: expected a number from {limit.low} {end}")
     return value
 
 

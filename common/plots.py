@@ -77,7 +77,7 @@ def read_log(run):
     path = os.path.join(run, "log.jsonl")
     log = []
     try:
-        with open(path) as f:
+        with open(path, encoding="utf-8") as f:
             for line in f:
                 if line.endswith("\n"):  # a line without a newline is still being written
                     record = json.loads(line)

@@ -4,6 +4,7 @@ That format stores the four projections of a block as (in, out), where nn.Linear
 carry the prefix "transformer.", and it stores the tied head once more as lm_head.weight. Reading a file
 never executes anything in it.
 """
+import hashlib
 import json
 import os
 
@@ -25,6 +26,24 @@ CONFIG_KEYS = {  # what is read of a config.json: under which name here, and the
     "n_head": ("n_head", 2**10),
     "n_embd": ("n_embd", 2**20),
 }
+# Keys of transformers' GPT2Config that change what the model computes, with the values that model.py computes.
+FIXED_KEYS = {
+    "n_inner": (None,),  # or 4 * n_embd, which is the same
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+    "quantization_config": (None,),
+}
+# Its other keys: for training, generation and classification, or of the precision of a product.
+IGNORED_KEYS = {
+    "resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range", "use_cache", "reorder_and_upcast_attn",
+    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+    "summary_first_dropout", "bos_token_id", "eos_token_id", "pad_token_id",
+}
+# sha256 of GPT-2's tokens as its vocab.json spells them, a line each, in the order of their ids
+VOCABULARY_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -44,6 +63,10 @@ def read_pretrained(name_or_dir):
         path = os.path.join(name_or_dir, file)
         if os.path.exists(path):
             return config, read_weights(path)
+    for file in ("pytorch_model.bin.index.json", "model.safetensors.index.json"):
+        if os.path.exists(os.path.join(name_or_dir, file)):
+            raise SystemExit(f"{name_or_dir}: its weights are in several files ({file}), which are not read; "
+                             'save them as one with model.save_pretrained(dir, max_shard_size="100GB")')
     raise SystemExit(f"{name_or_dir}: neither pytorch_model.bin nor model.safetensors is there")
 
 
@@ -69,7 +92,36 @@ def read_config(path):
         config[field] = value
     if config["n_embd"] % config["n_head"]:
         raise SystemExit(f"{path}: n_embd {config['n_embd']} is not a multiple of n_head {config['n_head']}")
+    epsilon = content.get("layer_norm_epsilon", 1e-5)
+    if type(epsilon) is not float or not 0 < epsilon < 1:
+        raise SystemExit(f"{path}: layer_norm_epsilon is {short_repr(epsilon)}, "
+                         "expected a number between 0 and 1")
+    config["norm_eps"] = epsilon
+    for key, values in FIXED_KEYS.items():
+        value = content.get(key, values[0])
+        same_width = key == "n_inner" and value == 4 * config["n_embd"]
+        if value not in values and not same_width:
+            raise SystemExit(f"{path}: {key} is {short_repr(value)}, only {short_repr(values[0])} can be read")
     return config
+
+
+def check_vocabulary(dir):
+    """Exits with one line if the folder has a tokenizer of its own that is not GPT-2's."""
+    for file in ("vocab.json", "tokenizer.json"):
+        path = os.path.join(dir, file)
+        if not os.path.exists(path):
+            continue
+        try:
+            with open(path, "rb") as f:
+                vocabulary = json.load(f)
+            if file == "tokenizer.json":
+                vocabulary = vocabulary["model"]["vocab"]
+            tokens = sorted(vocabulary, key=vocabulary.get)
+            digest = hashlib.sha256("\n".join(tokens).encode()).hexdigest()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise SystemExit(f"{path}: not the vocabulary of a tokenizer ({type(error).__name__})")
+        if digest != VOCABULARY_SHA256:
+            raise SystemExit(f"{path}: not GPT-2's vocabulary, the only one that can be read")
 
 
 def read_weights(path):
@@ -139,7 +191,7 @@ def write_pretrained(dir, config, state_dict):
         model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=config.vocab_size,
         n_positions=config.block_size, n_ctx=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
         n_head=config.n_head, tie_word_embeddings=True, activation_function="gelu_new",
-        layer_norm_epsilon=1e-5, torch_dtype="float32",
+        layer_norm_epsilon=config.norm_eps, torch_dtype="float32",
         bos_token_id=config.vocab_size - 1, eos_token_id=config.vocab_size - 1)
-    with open(os.path.join(dir, "config.json"), "w") as f:
+    with open(os.path.join(dir, "config.json"), "w", encoding="utf-8") as f:
         json.dump(content, f, indent=2)

@@ -104,6 +104,9 @@ def test_conversions(text, value):
     ("--flag=maybe", "--flag=maybe: expected True or False"),
     ("--steps", "--steps needs a value: --steps=…"),
     ("-steps=3", "-steps=3: options are written --name=value"),
+    ("--learning_rate=1e-3", "unknown option 'learning_rate': here it is --lr"),
+    ("--num_train_epochs=1", "unknown option 'num_train_epochs': here it is --steps"),
+    (__file__, f"a file of your own is named with --data={__file__}"),
 ])
 def test_bad_arguments_get_one_line(argument, message):
     with pytest.raises(SystemExit) as error:
@@ -131,6 +134,12 @@ OUT_OF_RANGE = [
     (ppo, "--temperature=0", "--temperature=0.0: expected a number above 0"),
     (ppo, "--kl_target=0", "--kl_target=0.0: expected a number above 0"),
     (ppo, "--kl_horizon=0", "--kl_horizon=0.0: expected a number above 0"),
+    (dpo, "--label_smoothing=0.5", "--label_smoothing=0.5: expected a number from 0 below 0.5"),
+    (simpo, "--label_smoothing=0.7", "--label_smoothing=0.7: expected a number from 0 below 0.5"),
+    (ppo, "--clip=-0.2", "--clip=-0.2: expected a number above 0"),
+    (ppo, "--lam=2", "--lam=2.0: expected a number from 0 up to 1"),
+    (ppo, "--gamma=-1", "--gamma=-1.0: expected a number from 0 up to 1"),
+    (ppo, "--kl_coef=-1", "--kl_coef=-1.0: expected at least 0"),
     (finegrained, "--reward_batch_size=3", "--reward_batch_size=3: expected at least 4"),
     (finegrained, "--w1=nan", "--w1=nan: expected a finite number"),
 ]
@@ -166,7 +175,10 @@ def test_each_range_of_each_field_is_checked_at_its_limits(stage):
             good, bad = [limit.limit], [limit.limit - 1]  # each whole number has a smallest value
         elif kind is float:
             bad = [math.nan, math.inf, -math.inf]
-            if limit is not None:
+            if type(limit).__name__ == "Between":
+                good, bad = [limit.low], [*bad, limit.low - 1e-9, limit.high + 1e-9]
+                (bad if limit.below else good).append(limit.high)
+            elif limit is not None:
                 good, bad = [limit.limit + 1e-9], [*bad, limit.limit - 1e-9]
                 (bad if type(limit).__name__ == "Above" else good).append(float(limit.limit))
         good += [None] * optional
@@ -187,6 +199,43 @@ def test_every_default_and_every_recipe_is_in_range(stage):
             value = getattr(stage.Config(**settings), name)
             if type(value) in (int, float):
                 assert check_value(name, value, split_type(annotation)[1]) == value
+
+
+def test_options_as_argparse_takes_them():
+    assert parse(Config, RECIPES, ["--steps", "7", "big"]).steps == 7
+    assert parse(ppo.Config, {}, ["--kl-coef", "0.5", "--target_kl=0.1"]).stop_kl == 0.1  # its old name
+    assert parse(dpo.Config, {}, ["--resume", "--steps", "7"]).resume
+
+
+def test_a_horizon_with_which_beta_could_become_negative_is_refused():
+    with pytest.raises(SystemExit, match="--kl_horizon=20: below a fifth of --batch_size=128"):
+        ppo.check_settings(ppo.Config(kl_target=1.0, kl_horizon=20.0), None, has_reward_fn=True)
+    ppo.check_settings(ppo.Config(kl_target=1.0, kl_horizon=26.0), None, has_reward_fn=True)
+
+
+@pytest.mark.parametrize("command", [["dpo.py", "-h"], ["sample.py", "START", "--prompt=Été 🦉"]])
+def test_everything_printed_is_utf8_whatever_the_code_page(command, start):
+    command = [str(ROOT / command[0]), *(str(start / "start") if word == "START" else word for word in command[1:])]
+    done = subprocess.run([sys.executable, *command], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}, cwd=start)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode("utf-8")
+
+
+def test_files_are_utf8_whatever_the_code_page(tmp_path):
+    code = ("from common.files import append_to, write_atomically\n"
+            f"with write_atomically({str(tmp_path / 'a')!r}) as f: f.write('\\u03b2 \\U0001f989')\n"
+            f"with append_to({str(tmp_path / 'b')!r}) as f: f.write('\\u03b2 \\U0001f989')\n")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == "β 🦉".encode()
+
+
+def test_a_mistyped_model_is_answered_with_the_nearest(tmp_path):
+    (tmp_path / "tiny-gpt2").mkdir()
+    with pytest.raises(SystemExit, match="no checkpoint there .*did you mean '.*tiny-gpt2'"):
+        load_model(str(tmp_path / "tiny-gpt"))
+    (tmp_path / "tiny-gpt2" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(SystemExit, match="tiny-gpt2: holds pytorch_model.bin, but its config.json is missing"):
+        load_model(str(tmp_path / "tiny-gpt2"))
 
 
 def test_a_file_of_ones_own_takes_the_settings_for_real_text(tmp_path):

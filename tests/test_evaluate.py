@@ -134,7 +134,7 @@ def test_an_export_overwrites_nothing(start):
 
 
 def test_prompts_that_lose_their_beginning_are_counted_once(start, capsys):
-    (start / "mine.jsonl").write_text("".join(json.dumps({"prompt": "no " * (40 if i == 21 else 2), "completion": " yes"}) + "\n" for i in range(60)))
+    (start / "mine.jsonl").write_text("".join(json.dumps({"prompt": f"{i} no " * (40 if i == 21 else 2), "completion": " yes"}) + "\n" for i in range(60)))
     data, models = dataset(str(start / "mine.jsonl")), [(name, load_model(str(start / "start"))[0]) for name in "ab"]
     evaluate.compare(models, data, get_tokenizer("animals"), 10)
     assert capsys.readouterr().out == "1 of 3 prompts lost their beginning: they take more than half of the context\n"

@@ -11,10 +11,11 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from conftest import make_model, random_groups
+from conftest import SHARED, make_model, random_groups
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import model as model_module
+from data import get_tokenizer
 from engine import decode, files, logprobs, weights
 from engine.decode import next_logits, sample
 from engine.logprobs import CHUNK, TokenLogprobs
@@ -371,6 +372,63 @@ def test_transformers_reads_what_we_write(tmp_path):
     theirs, info = transformers.GPT2LMHeadModel.from_pretrained(str(tmp_path), output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert_same_logits(ours, theirs.eval())
+
+
+def test_the_epsilon_of_layernorm_is_honoured(theirs, tmp_path):
+    theirs.config.layer_norm_epsilon = 1e-3
+    torch.save(as_published(theirs), tmp_path / "pytorch_model.bin")
+    theirs.config.save_pretrained(tmp_path)
+    theirs = type(theirs).from_pretrained(tmp_path).eval()
+    ours = GPT.from_pretrained(str(tmp_path))
+    assert_same_logits(ours, theirs)
+    ours.save_pretrained(str(tmp_path / "again"))
+    assert GPT.from_pretrained(str(tmp_path / "again")).config == ours.config
+
+
+@pytest.mark.parametrize("key, value", [("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False), ("activation_function", "relu"),
+                                        ("n_inner", 100), ("add_cross_attention", True), ("tie_word_embeddings", False), ("layer_norm_epsilon", 0)])
+def test_a_config_that_describes_another_function_is_refused_by_name(key, value, theirs, tmp_path):
+    torch.save(as_published(theirs), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(theirs.config.to_dict() | {key: value}, default=str))
+    with pytest.raises(SystemExit, match=f"config.json: {key} is {value!r}, "):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_every_key_that_transformers_gpt2_reads_is_on_a_list():
+    transformers = pytest.importorskip("transformers")
+    known = {"model_type", "layer_norm_epsilon", "transformers_version", *weights.CONFIG_KEYS, *weights.FIXED_KEYS, *weights.IGNORED_KEYS}
+    of_gpt2 = set(transformers.GPT2Config().to_dict()) - set(transformers.PretrainedConfig().to_dict())
+    assert len(of_gpt2) > 15 and not of_gpt2 - known
+    assert not weights.FIXED_KEYS.keys() & weights.IGNORED_KEYS
+
+
+def test_a_folder_with_a_vocabulary_that_is_not_gpt2s_is_refused(tmp_path):
+    weights.check_vocabulary(str(tmp_path))
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": 1}))
+    with pytest.raises(SystemExit, match="vocab.json: not GPT-2's vocabulary"):
+        weights.check_vocabulary(str(tmp_path))
+    (tmp_path / "vocab.json").unlink()
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
+    with pytest.raises(SystemExit, match="tokenizer.json: not GPT-2's vocabulary"):
+        weights.check_vocabulary(str(tmp_path))
+
+
+@pytest.mark.skipif(not (SHARED / "tiktoken").is_dir(), reason="the GPT-2 encoding is not beside the checkout")
+def test_gpt2s_own_vocabulary_is_accepted(tmp_path):
+    """Its vocab.json, written as transformers does: printable bytes as themselves, the others from U+0100 on."""
+    encoding = get_tokenizer("gpt2")
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spelling = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in printable)}
+    tokens = ["".join(spelling[b] for b in encoding.decode_single_token_bytes(i)) for i in range(50256)] + ["<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    weights.check_vocabulary(str(tmp_path))
+
+
+def test_sharded_weights_are_named_as_such(theirs, tmp_path):
+    theirs.config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(SystemExit, match="its weights are in several files .model.safetensors.index.json., which are not read"):
+        GPT.from_pretrained(str(tmp_path))
 
 
 def test_our_own_folder_round_trips_to_the_bit(tmp_path):

@@ -275,8 +275,8 @@ def test_micro_batches_add_up_to_the_minibatch():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_target_kl_ends_the_epochs():
-    policy, cfg = make_model(0), ppo.Config(target_kl=1e-3)
+def test_stop_kl_ends_the_epochs():
+    policy, cfg = make_model(0), ppo.Config(stop_kl=1e-3)
     models, episodes = Models(policy, policy, value_head_on(make_model(2)), None), sampled(policy)
     rows = [list(range(12))]
     ppo.evaluate_tokens(episodes, models, rows, cfg)
