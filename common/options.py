@@ -107,7 +107,7 @@ def parse(Config, RECIPES, argv=None):
     given = {}
     argv = list(argv)
     while argv:
-        arg = argv.pop(0).removeprefix("--recipe=")
+        arg = argv.pop(0)
         if not arg.startswith("-") and os.path.isfile(arg):
             raise SystemExit(f"{short_repr(arg)[1:-1]}: a file of your own is named with --data={arg}")
         if not arg.startswith("-") and recipe is None:
@@ -125,7 +125,10 @@ def parse(Config, RECIPES, argv=None):
             if not argv or argv[0].startswith("--"):
                 raise SystemExit(f"--{name} needs a value: --{name}=…")
             value = argv.pop(0)
-        given[name] = convert(name, value, types[name])
+        if name == "recipe":
+            recipe = check_choice("recipe", value, ["animals", *RECIPES])
+        else:
+            given[name] = convert(name, value, types[name])
 
     if recipe is None:
         recipe = default_recipe(given.get("data", ""), RECIPES)
