@@ -85,6 +85,13 @@ def checkpoint_files(path):
     return [file for file in files if os.path.exists(file)]
 
 
+def remove_checkpoints(path):
+    """Removes the checkpoints in a run's folder, in the main process."""
+    if is_main():
+        for file in checkpoint_files(path):
+            os.remove(file)
+
+
 def load_checkpoint(path):
     """Loads the newest readable checkpoint, current or previous; exits with one line if there is none."""
     files = checkpoint_files(path)
@@ -161,19 +168,25 @@ def load_optimizer(optimizer, state):
 
 # The options that a resumed run may change.
 FREE_ON_RESUME = {"resume", "out", "device", "compile", "checkpoint_blocks", "fsdp",
-                  "log_every", "ckpt_every", "wandb", "tensorboard", "data_dir"}
+                  "log_every", "ckpt_every", "wandb", "tensorboard", "data_dir", "overwrite"}
 
 
-def resume(out, cfg, model, optimizer):
+def resume(out, cfg, model, optimizer, digests):
     """Restores model, optimizer and random state from the run's checkpoint, and returns the checkpoint.
 
-    Exits with a one-line message if the run was started with other settings.
+    Exits with a one-line message if the run was started with other settings, data or initial weights.
+    `digests` are those of this run (common/digests.py).
     """
     checkpoint = load_checkpoint(out)
     for name, value in asdict(cfg).items():
         before = checkpoint["config"].get(name)
         if name not in FREE_ON_RESUME and before != value:
             raise SystemExit(f"--resume: {out} was started with --{name}={before}, not {value}")
+    stored = checkpoint.get("digests", digests)
+    names = {"data": f"--data={cfg.data} holds other data", "init": "--init names other weights"}
+    for key, problem in names.items():
+        if stored.get(key) != digests.get(key):
+            raise SystemExit(f"--resume: {problem} than when {out} was started")
     load_weights(model, checkpoint["model"], out)
     load_optimizer(optimizer, checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["rng"])  # the CPU's: everything random is drawn there

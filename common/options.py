@@ -93,6 +93,7 @@ class RunConfig:
     tensorboard: bool = False           # log for TensorBoard too, in OUT/tensorboard
     eval_n: NonNegativeInt = 500        # held-out prompts in the closing table; 0: no table
     resume: bool = False                # continue from the run's last checkpoint
+    overwrite: bool = False             # start again in a folder that holds a run already
 
 
 def parse(Config, RECIPES, argv=None):

@@ -5,9 +5,10 @@ import os
 import torch
 
 from common.batches import local_micro_batches, micro_batches, shuffled_batches
-from common.checkpoints import (checkpoint_files, is_finished, load_model, load_optimizer, load_reward_model,
-                                load_weights, resume, save_checkpoint)
+from common.checkpoints import (checkpoint_files, is_finished, load_checkpoint, load_model, load_optimizer,
+                                load_reward_model, load_weights, remove_checkpoints, resume, save_checkpoint)
 from common.device import choose_device
+from common.digests import examples_digest, file_digest, weights_digest
 from common.dist import join_processes, log_to_console, n_processes, print0
 from common.files import append_to
 from common.log import Log
@@ -18,6 +19,9 @@ from common.sharding import compile_blocks, is_sharded, shard_model
 from common.stop import StopSignal, resume_command
 from data import dataset
 from engine.packing import group_length
+
+
+KINDS = {"sft": "SFT", "reward": "reward"}  # the models that other stages need
 
 
 class Run:
@@ -42,6 +46,11 @@ class Run:
         if hasattr(self.data, "check"):
             self.data.check()  # a bad record is an error now, not after training
         self.out = cfg.out or run_dir(stage, cfg)
+        if checkpoint_files(self.out) and not cfg.resume and not cfg.overwrite:
+            raise SystemExit(f"{self.out}: holds a run already; --resume continues it, --overwrite starts it "
+                             "again, --out=FOLDER starts another")
+        # What this run is made of (common/digests.py): kept in its checkpoints, compared by --resume.
+        self.digests = {"file": file_digest(cfg.data), "data": "", "init": ""}
         self.start = 0   # steps done before this run, if it resumes another
         self.tokens = 0  # handed out by micro_batches since the last log line
         self.stop_signal = StopSignal()
@@ -59,10 +68,13 @@ class Run:
         """Returns the folder of another stage's run on the same data, training it first if unfinished."""
         cfg = self.cfg
         out = run_dir(stage, cfg)
-        if not is_finished(out):
+        if is_finished(out):
+            check_prerequisite(out, stage, cfg)
+            trained_from = load_checkpoint(out)["config"]["init"]
+            print0(f"the {KINDS[stage]} model is that of {out}, trained from {trained_from}")
+        else:
             page = importlib.import_module(stage)
-            kind = {"sft": "SFT", "reward": "reward"}[stage]
-            print0(f"no {kind} model in {out}: training it first")
+            print0(f"no {KINDS[stage]} model in {out}: training it first")
             settings = {"recipe": cfg.recipe, **page.RECIPES.get(cfg.recipe, {})}
             for name in ("data", "data_dir", "device", "compile", "checkpoint_blocks", "fsdp", "max_len",
                          "n_layer", "n_head", "n_embd"):
@@ -75,6 +87,7 @@ class Run:
     def load_model(self, init):
         """Loads the model that this run trains -> a GPT on the CPU, its tokenizer (named in checkpoints)."""
         model, self.tokenizer = load_model(init, self.cfg)
+        self.digests["init"] = weights_digest(model)
         return model, self.tokenizer
 
     def load_reward_model(self, path, normalize=False):
@@ -112,8 +125,10 @@ class Run:
         """
         checkpoint = {}
         if self.cfg.resume:
-            checkpoint = resume(self.out, self.cfg, model, optimizer)
+            checkpoint = resume(self.out, self.cfg, model, optimizer, self.digests)
             self.start = checkpoint["step"]
+        else:
+            remove_checkpoints(self.out)  # with --overwrite; a later --resume must not find the old run
         self.logger = Log(self.out, self.cfg, self.start, console)
         return checkpoint
 
@@ -128,6 +143,7 @@ class Run:
         batch_size, steps and seed are those of cfg unless given.
         """
         cfg = self.cfg
+        self.digests["data"] = examples_digest(examples, self.digests["data"])
         return shuffled_batches(len(examples), batch_size or cfg.batch_size, steps or cfg.steps,
                                 cfg.seed if seed is None else seed)
 
@@ -179,7 +195,8 @@ class Run:
     def save(self, step, model, optimizer, **more):
         """Saves a checkpoint now, with `more` in it, and ends the process if a signal asked for that."""
         self.stop_signal.agree()
-        save_checkpoint(self.out, step, model, optimizer, self.cfg, self.tokenizer.name, **more)
+        save_checkpoint(self.out, step, model, optimizer, self.cfg, self.tokenizer.name,
+                        digests=self.digests, **more)
         if self.stop_signal.agreed:
             print0(f"stopped after step {step}; continue with: {resume_command(self.cfg)}")
             raise SystemExit(128 + self.stop_signal.agreed)
@@ -189,9 +206,31 @@ class Run:
             self.stop_signal.listen()
 
 
+def check_prerequisite(out, stage, cfg):
+    """Exits with one line if the finished run in `out` was made of other things than this run would make it."""
+    checkpoint = load_checkpoint(out)
+    theirs = checkpoint["config"]
+    problem = None
+    if theirs["data"] != cfg.data and not (os.path.isfile(theirs["data"]) and os.path.isfile(cfg.data)):
+        problem = f"--data={theirs['data']}, not {cfg.data}"
+    elif "digests" in checkpoint and checkpoint["digests"]["file"] != file_digest(cfg.data):
+        problem = f"another file than {cfg.data} is now"
+    elif theirs["max_len"] < cfg.max_len:
+        problem = f"--max_len={theirs['max_len']}, not {cfg.max_len}"
+    if problem:
+        option = {"sft": "--init", "reward": "--reward_model"}[stage]
+        raise SystemExit(f"{out}: this model was trained on {problem}; to use it all the same, name it with "
+                         f"{option}={out}; or train another: python {stage}.py --out=FOLDER …")
+
+
 def run_dir(stage, cfg):
-    """out/STAGE-RECIPE, or out/STAGE-FILE for your own data file."""
+    """out/STAGE-RECIPE; the name of the data instead, if the recipe does not say which data they are."""
     name = cfg.recipe
+    base, slash, subset = cfg.data.partition("/")
     if os.path.isfile(cfg.data):
         name = os.path.basename(cfg.data).split(".")[0]
+    elif slash:
+        name = f"{name}-{subset}"  # hh/SUBSET
+    elif name == "animals":
+        name = base
     return f"out/{stage}-{name}"

@@ -467,8 +467,8 @@ def test_resume_wants_the_options_of_the_run(saved):
     model = make_model(vocab_size=get_tokenizer("animals").n_vocab)
     optimizer = make_optimizer(model, 1e-3)
     cfg = sft.Config(resume=True, log_every=7, wandb="p", tensorboard=True)
-    assert resume(str(saved), cfg, model, optimizer)["step"] == 3
-    message = one_line(resume, str(saved), sft.Config(lr=1.0), model, optimizer)
+    assert resume(str(saved), cfg, model, optimizer, {})["step"] == 3
+    message = one_line(resume, str(saved), sft.Config(lr=1.0), model, optimizer, {})
     assert "was started with --lr=0.004, not 1.0" in message
 
 

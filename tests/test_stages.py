@@ -27,7 +27,8 @@ from common.checkpoints import load_checkpoint, load_model, save_checkpoint
 from common.optim import make_optimizer
 from common.options import parse
 from common.sharding import unshard_model
-from data import get_tokenizer
+from common.run import run_dir
+from data import animals, get_tokenizer
 from engine.packing import pack, per_sequence
 
 ROOT = Path(__file__).parents[1]
@@ -57,8 +58,12 @@ def test_from_nothing_to_a_table(tmp_path, monkeypatch, small_world, capsys):
     assert set(log_of("out/dpo-animals", ())[0]) == {
         "step", "loss", "lr", "grad_norm", "tokens_per_s", "time_s",
         "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp"}
-    dpo.train(dpo.Config(**TINY, steps=2, eval_n=0))
-    assert "training it first" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="^out/dpo-animals: holds a run already; --resume continues it, --overwrite starts it again, --out="):
+        dpo.train(dpo.Config(**TINY, steps=2, eval_n=0))
+    dpo.train(dpo.Config(**TINY, steps=2, eval_n=0, overwrite=True))
+    out = capsys.readouterr().out
+    assert "training it first" not in out and "the SFT model is that of out/sft-animals, trained from scratch" in out
+    assert [r["step"] for r in log_of("out/dpo-animals")] == [1, 2] and load_checkpoint("out/dpo-animals")["step"] == 2
 
 
 def test_ppo_from_nothing_to_a_table(tmp_path, monkeypatch, small_world, capsys):
@@ -123,7 +128,7 @@ def test_any_callable_is_a_reward(start, small_world):
     assert all(record["score"] == pytest.approx(0.5 * record["response_len"]) for record in log)
     assert log[0]["reward"] == log[0]["score"]  # no KL yet
     with pytest.raises(ValueError, match="reward_fn returned the shape"):
-        ppo.train(ppo_settings(start), lambda prompts, responses: [0.0] * len(responses))
+        ppo.train(ppo_settings(start, overwrite=True), lambda prompts, responses: [0.0] * len(responses))
 
 
 def test_how_far_a_sampler_of_lower_precision_is_from_the_policy_is_logged(start, small_world, monkeypatch):
@@ -208,6 +213,45 @@ def test_micro_batches_do_not_change_the_run(start):
         dpo.train(dpo.Config(**settings, out=str(start / name), micro_tokens=micro_tokens))
     for x, y in zip(log_of(start / "a"), log_of(start / "b")):
         assert all(abs(x[k] - y[k]) < 1e-4 * max(1, abs(x[k])) for k in x)
+
+
+@pytest.mark.parametrize("change", ["append", "exchange", "weights"])
+def test_a_run_is_not_resumed_on_other_data_or_from_other_weights(change, start):
+    """Whatever the names say: more lines, the same lines in another order, other weights in the folder of --init."""
+    settings = dict(**TINY, data=str(start / "mine.jsonl"), init=str(start / "start"), out=str(start / "a"), eval_n=0, steps=4)
+    dpo.train(dpo.Config(**settings))
+    lines = (start / "mine.jsonl").read_text().splitlines(keepends=True)
+    message = f"--resume: --data={start}/mine.jsonl holds other data than when {start}/a was started"
+    if change == "append":
+        (start / "mine.jsonl").write_text("".join(lines + [line.replace("{", '{"id": 1, ', 1) for line in lines[:40]]))
+    elif change == "exchange":
+        (start / "mine.jsonl").write_text("".join(lines[::-1]))
+    else:
+        model, message = make_model(1, get_tokenizer("animals").n_vocab), f"--resume: --init names other weights than when {start}/a was started"
+        save_checkpoint(str(start / "start"), 0, model, make_optimizer(model, 1e-3), sft.Config(), "animals")
+    with pytest.raises(SystemExit) as error:
+        dpo.train(dpo.Config(**settings, resume=True))
+    assert str(error.value) == message
+
+
+def test_an_sft_model_of_other_data_is_not_taken(start, monkeypatch):
+    """Two files of one name; a file whose content changed; two subsets of one recipe."""
+    monkeypatch.chdir(start)
+    text = (start / "mine.jsonl").read_text()
+    for folder, content in (("fish", text), ("birds", text.replace("0", "1"))):
+        (start / folder).mkdir()
+        (start / folder / "train.jsonl").write_text(content)
+    shape = dict(n_layer=1, n_head=2, n_embd=16, device="cpu")
+    monkeypatch.setattr(common.checkpoints, "dataset", lambda *args: animals)  # whose tokenizer need not be fetched
+    sft.train(sft.Config(**shape, data="birds/train.jsonl", steps=1, batch_size=4, eval_n=0))
+    with pytest.raises(SystemExit, match="^out/sft-train: this model was trained on another file than fish/train.jsonl is now; to use it all the same, "
+                                         "name it with --init=out/sft-train; or train another: python sft.py --out=FOLDER …$"):
+        dpo.train(dpo.Config(**shape, data="fish/train.jsonl", steps=1, batch_size=4, eval_n=0))
+    dpo.train(dpo.Config(**shape, data="fish/train.jsonl", init="out/sft-train", steps=1, batch_size=4, eval_n=0))
+    dpo.train(dpo.Config(**shape, data="birds/train.jsonl", out="out/b", steps=1, batch_size=4, eval_n=0))  # its own
+    assert [run_dir("sft", sft.Config(recipe=recipe, data=data)) for recipe, data in
+            (("hh", "hh"), ("hh", "hh/helpful-base"), ("animals", "animals"), ("animals", "tldr"))] == [
+        "out/sft-hh", "out/sft-hh-helpful-base", "out/sft-animals", "out/sft-tldr"]
 
 
 OPTIONS = {"finegrained": ["--data={start}/small_feedback.json", "--minibatches=2", "--max_new_tokens=8", "--soft"], "reward": ["--eval_n=20", "--k=2"], "simpo": ["--sft_weight=0.5", "--gamma_beta_ratio=0.3", "--sample_every=10", "--sample_n=2"], "ppo": ["--epochs=2", "--minibatches=2", "--max_new_tokens=8", "--kl_target=1", "--ptx_coef=0.1",
