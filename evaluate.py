@@ -39,13 +39,14 @@ import os
 import torch
 
 from common import plots
-from common.checkpoints import load_checkpoint, load_model, load_reward_model
+from common.checkpoints import load_checkpoint, load_model, load_reward_model, template_of_checkpoint
 from common.dist import is_main, log_to_console, print0
 from common.files import write_atomically
 from common.log import printable
 from common.scoring import score_groups
 from common.sharding import unshard_model
 from data import dataset, encode_prompts
+from data.turns import apply_template
 from engine.packing import pack, per_sequence
 from engine.weights import PRETRAINED
 
@@ -183,12 +184,14 @@ def mean_se(x):
     return x.mean().item(), se
 
 
-def compare(models, data, tokenizer, n, reward_model=None):
+def compare(models, data, tokenizer, n, reward_model=None, template="plain"):
     """Evaluates models, [(name, GPT), …], the first of which is the reference, on n held-out prompts.
+
+    template "turns": plain prompts become a user's turn first, as models trained on turns expect.
 
     Returns the rows of the table, the prompts, and the texts and columns of each model (see evaluate_model).
     """
-    prompts = data.prompts("test")[:n]
+    prompts = apply_template(template, data.prompts("test")[:n])
     most = models[0][1].config.block_size // 2
     n_cut = sum(len(ids) > most for ids in encode_prompts(tokenizer, prompts))
     if n_cut:
@@ -233,7 +236,8 @@ def report(run, policy, init, ref_policy=None, reward_model=None):
     if not is_main():
         return
     models = [(init, ref_policy.to(policy.device)), (run.out, policy)]
-    rows, prompts, texts, _ = compare(models, run.data, run.tokenizer, cfg.eval_n, reward_model)
+    rows, prompts, texts, _ = compare(
+        models, run.data, run.tokenizer, cfg.eval_n, reward_model, run.template)
     if not prompts:
         print("no held-out prompts: nothing to evaluate")
         return
@@ -553,7 +557,9 @@ def main(argv=None):
     if args.frontier and not hasattr(data, "gold") and not reward_model:
         raise SystemExit("--frontier: the true reward of this data is not known; name a --reward_model")
 
-    rows, prompts, texts, columns = compare(models, data, tokenizer, args.n, reward_model)
+    templates = [template_of_checkpoint(name) for name in args.checkpoints]
+    template = "turns" if "turns" in templates else "plain"
+    rows, prompts, texts, columns = compare(models, data, tokenizer, args.n, reward_model, template)
     more = [mean_row(rows[1:])] if args.mean else []
     print_table(rows + more, models, prompts, texts)
     if args.frontier:

@@ -43,12 +43,14 @@ import torch
 
 import evaluate
 from common import dist, grids, scoring, sharding
+from common.checkpoints import template_of_checkpoint
 from common.log import Metrics, SampleFile
 from common.optim import make_optimizer, optimizer_step
 from common.options import (NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig, UnitFloat,
                             parse)
 from common.run import Run
 from data import encode_groups, encode_prompts
+from data.turns import apply_template
 from engine.logprobs import CHUNK
 from engine.packing import pack
 
@@ -509,6 +511,8 @@ def load_models(run, init, has_reward_fn):
     """Loads and prepares all models -> Models, tokenizer."""
     cfg = run.cfg
     policy, tokenizer = run.load_model(init)
+    if template_of_checkpoint(init) == "turns":
+        run.template = "turns"
     policy.set_scalar_heads(0)
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
     value_model = copy.deepcopy(policy)
@@ -549,7 +553,8 @@ def encode_rollout_prompts(run, data, tokenizer):
     """The training prompts as lists of ids, their beginning cut off so that max_new_tokens fit."""
     cfg = run.cfg
     room = cfg.max_len - cfg.max_new_tokens
-    prompts = [ids.tolist() for ids in encode_prompts(tokenizer, data.prompts("train"))]
+    texts = apply_template(run.template, data.prompts("train"))  # in turns, if the policy was trained on turns
+    prompts = [ids.tolist() for ids in encode_prompts(tokenizer, texts)]
     n_cut = sum(len(ids) > room for ids in prompts)
     if n_cut:
         run.print0(f"{n_cut} prompts lost their beginning, to leave room for {cfg.max_new_tokens} new tokens")

@@ -17,20 +17,25 @@ from itertools import combinations
 import torch
 
 import evaluate
-from common.checkpoints import load_model_only, load_reward_model
+from common.checkpoints import load_model_only, load_reward_model, template_of_checkpoint
 from common.dist import log_to_console
 from common.files import write_atomically
 from common.scoring import score_groups
 from common.sharding import sampling_copy
 from data import encode_groups, encode_prompts
+from data.turns import apply_template, user_turn
 
 SPARE = 8  # tokens sampled beyond max_len, because a text that is encoded again may take a few tokens fewer
 
 
-def answer(models, prompt, tokenizer):
-    """Prints each model's answer to a prompt, a line per model."""
+def answer(models, prompt, tokenizer, raw):
+    """Prints each model's answer to a prompt, a line per model.
+
+    A model that was trained on conversations gets the prompt as the user's turn, unless `raw`.
+    """
     for name, model in models:
-        ids = evaluate.encode_cut([prompt], model, tokenizer)
+        template = "plain" if raw else template_of_checkpoint(name)
+        ids = evaluate.encode_cut(apply_template(template, [prompt]), model, tokenizer)
         seed = torch.seed() % 2**32  # another answer each time
         responses = evaluate.respond(model, ids, tokenizer.eot_token, seed=seed)
         print(f"{name}: {evaluate.decode(responses[0], tokenizer).strip()}")
@@ -69,7 +74,8 @@ def write_pairs(args, policy, tokenizer, data):
     """Writes the preference pairs of --pairs."""
     reward_model = load_reward_model(args.reward_model, tokenizer).to(policy.device)
     new_tokens = args.max_len + SPARE
-    prompts = data.prompts("train")[:args.n]
+    template = template_of_checkpoint(args.checkpoints[0])
+    prompts = apply_template(template, data.prompts("train")[:args.n])
     longest = max(len(ids) for ids in encode_prompts(tokenizer, prompts))
     if policy.config.block_size < longest + new_tokens:
         raise SystemExit(f"{args.checkpoints[0]}: its context is {policy.config.block_size} tokens, "
@@ -105,6 +111,8 @@ def export(name, dir):
         print('its tokenizer: AutoTokenizer.from_pretrained("gpt2")')
     else:
         print("its tokenizer: that of data/animals.py, which transformers cannot open")
+    if template_of_checkpoint(name) == "turns":
+        print(f"its prompts are turns, such as {user_turn('Hi')!r}")
     if model.config.n_scalars:
         print("its scalar head is left out: the format has no place for one")
 
@@ -119,6 +127,7 @@ def arguments(argv):
     add("checkpoints", nargs="+", metavar="CKPT",
         help="a run's folder, a ckpt.pt, a Hugging Face folder, or gpt2 …")
     add("--prompt", metavar="TEXT", help="print each model's answer to TEXT")
+    add("--raw", action="store_true", help="for --prompt: TEXT as it is, not as a turn of a conversation")
     add("--pairs", metavar="FILE", help="write preference pairs there, made of samples of the checkpoint")
     add("--reward_model", metavar="RUN", help="for --pairs: the reward model that ranks the responses")
     add("--k", type=int, default=4, help="for --pairs: responses per prompt (default 4)")
@@ -153,7 +162,7 @@ def main(argv=None):
     # data="any": the models need not have been trained on the same data.
     models, tokenizer, configs = evaluate.load_models(args.checkpoints, data="any")
     if args.prompt is not None:
-        return answer(models, args.prompt, tokenizer)
+        return answer(models, args.prompt, tokenizer, args.raw)
     write_pairs(args, models[0][1], tokenizer, evaluate.load_data(args, configs))
 
 

@@ -85,6 +85,13 @@ def checkpoint_files(path):
     return [file for file in files if os.path.exists(file)]
 
 
+def template_of_checkpoint(init):
+    """"turns" if the model was trained on conversations (data/turns.py), else "plain"."""
+    if init == "scratch" or init in PRETRAINED or os.path.exists(os.path.join(init, "config.json")):
+        return "plain"
+    return load_checkpoint(init).get("template", "plain")
+
+
 def remove_checkpoints(path):
     """Removes the checkpoints in a run's folder, in the main process."""
     if is_main():

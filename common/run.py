@@ -18,6 +18,7 @@ from common.scoring import score_groups
 from common.sharding import compile_blocks, is_sharded, shard_model
 from common.stop import StopSignal, resume_command
 from data import dataset
+from data.turns import template_of
 from engine.packing import group_length
 
 
@@ -55,6 +56,7 @@ class Run:
         self.tokens = 0  # handed out by micro_batches since the last log line
         self.stop_signal = StopSignal()
         self.tokenizer = None
+        self.template = template_of(self.data.prompts("train"))  # of its prompts: "plain" or "turns"
         log_to_console()
         with append_to(os.path.join(self.out, "log.jsonl")):
             pass  # a folder that cannot be written is an error now, not after the first hundred steps
@@ -196,7 +198,7 @@ class Run:
         """Saves a checkpoint now, with `more` in it, and ends the process if a signal asked for that."""
         self.stop_signal.agree()
         save_checkpoint(self.out, step, model, optimizer, self.cfg, self.tokenizer.name,
-                        digests=self.digests, **more)
+                        template=self.template, digests=self.digests, **more)
         if self.stop_signal.agreed:
             print0(f"stopped after step {step}; continue with: {resume_command(self.cfg)}")
             raise SystemExit(128 + self.stop_signal.agreed)

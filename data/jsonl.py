@@ -27,17 +27,11 @@ from functools import cache
 from data.files import check_text, read_records
 from data.schema import Comparison
 from data.tokenizers import get_tokenizer
+from data.turns import ASSISTANT, HUMAN, holds_text, render, user_turn
 from engine.files import short_repr
 
 log = logging.getLogger(__name__)
-ROLES = {"system": "", "user": "\n\nHuman: ", "human": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
-HUMAN = "\n\nHuman:"
-ASSISTANT = "\n\nAssistant:"
 SENTENCE_END = re.compile(r"[.!?:]\s|\n|[。！？]")
-# Fields that are not part of a conversation, whatever they hold; and names under which others keep prompts.
-METADATA = {"meta", "metadata", "info", "tags", "source"}
-PROMPT_NAMES = {"question", "query", "context", "history", "input", "instruction", "conversation",
-                "conversations", "document", "post", "passage", "system_prompt"}
 
 
 # -------------------------------------------------------------------------------------------- text of a field
@@ -50,41 +44,6 @@ def text(record, key, where):
     if not isinstance(value, str):
         raise SystemExit(f"{where}: {key!r} is {type(value).__name__}, expected text or a list of messages")
     return value
-
-
-def render(messages, where):
-    """Writes messages as one text, in the format of HH-RLHF. Every way into a conversation goes through here."""
-    turns = []
-    for message in messages:
-        try:
-            turn = ROLES[message["role"]] + message["content"]
-        except (KeyError, TypeError):
-            raise SystemExit(f'{where}: a message must be {{"role": {" | ".join(ROLES)}, "content": text}}')
-        for key, value in message.items():
-            if key not in ("role", "content") and holds_text(key, value):
-                raise SystemExit(f"{where}: a message holds text in {short_repr(key)}, which would be lost")
-        if turns and message["role"] == "system":
-            turn = "\n\n" + turn
-        turns.append(turn)
-    return "".join(turns)
-
-
-def user_turn(content):
-    """The prompt of a conversation in which the user has said `content`."""
-    return render([{"role": "user", "content": content}], where="") + ASSISTANT
-
-
-def holds_text(key, value):
-    """Whether a field that no shape uses holds words that could belong to a prompt or a response."""
-    if key in METADATA:
-        return False
-    if isinstance(value, str):
-        return bool(value.strip()) and (key in PROMPT_NAMES or len(value.split()) > 1 or not value.isascii())
-    if isinstance(value, list):
-        return any(holds_text(key, item) for item in value)
-    if isinstance(value, dict):
-        return any(holds_text(key, item) for item in value.values())
-    return False
 
 
 def keys(record):

@@ -234,6 +234,32 @@ def test_a_run_is_not_resumed_on_other_data_or_from_other_weights(change, start)
     assert str(error.value) == message
 
 
+def test_a_model_trained_on_turns_is_asked_in_turns(start, monkeypatch, capsys):
+    """By sample.py, by PPO on a file of plain prompts, and in the closing table; --raw turns it off."""
+    monkeypatch.chdir(start)
+    shape = dict(n_layer=1, n_head=2, n_embd=16, device="cpu", steps=1, batch_size=4, init=str(start / "start"))
+    records = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}]} for i in range(40)]
+    (start / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (start / "plain.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(40)))
+    sft.train(sft.Config(**shape, data="chat.jsonl", eval_n=0))
+    assert load_checkpoint("out/sft-chat")["template"] == "turns"
+
+    seen, t = [], get_tokenizer("animals")
+    respond = evaluate.respond
+    monkeypatch.setattr(evaluate, "respond", lambda model, ids, *rest, **more: seen.extend(map(t.decode, ids)) or respond(model, ids, *rest, **more))
+    sample.main(["out/sft-chat", "--prompt=Hi"])
+    sample.main(["out/sft-chat", "--prompt=Hi", "--raw"])
+    sample.main([str(start / "start"), "--prompt=Hi"])
+    assert seen == ["\n\nHuman: Hi\n\nAssistant:", "Hi", "Hi"]
+    seen.clear()
+    ppo.train(ppo.Config(**shape | dict(init="out/sft-chat"), data="plain.jsonl", eval_n=2, minibatches=1, max_new_tokens=4, ckpt_every=1),
+              lambda prompts, responses: seen.extend(map(t.decode, prompts)) or [[0.0] * max(map(len, responses))] * len(responses))
+    assert len(seen) == 8 and all(prompt.startswith("\n\nHuman: ") and prompt.endswith("?\n\nAssistant:") for prompt in seen)
+    assert load_checkpoint("out/ppo-plain")["template"] == "turns"
+    sample.main(["out/sft-chat", "--export=exported"])
+    assert "its prompts are turns, such as '\\n\\nHuman: Hi\\n\\nAssistant:'" in capsys.readouterr().out
+
+
 def test_an_sft_model_of_other_data_is_not_taken(start, monkeypatch):
     """Two files of one name; a file whose content changed; two subsets of one recipe."""
     monkeypatch.chdir(start)
