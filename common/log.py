@@ -123,7 +123,7 @@ def format_value(value):
     return f"{value:.1e}"
 
 
-def printable(text, most=400):
+def printable(text, most=160):
     """The text on one line, without control characters; a long text loses its beginning."""
     text = " ".join(text.split())
     text = "".join(c if c.isprintable() else "\ufffd" for c in text)
@@ -147,16 +147,18 @@ class SampleFile:
 
         values: named tensors (B,), a number per response, shown beside it.
         """
-        lines = [f"step {step}"]
-        for i in range(min(n, len(prompts))):
-            numbers = "  ".join(f"{name} {value[i].item():7.3f}" for name, value in values.items())
-            lines.append(f"  {printable(tokenizer.decode(prompts[i]))}")
-            lines.append(f"    {numbers} | {printable(tokenizer.decode(responses[i]))}")
-        text = "\n".join(lines) + "\n"
-        print0("\n" + text)
+        def block(most):
+            lines = [f"step {step}"]
+            for i in range(min(n, len(prompts))):
+                numbers = "  ".join(f"{name} {value[i].item():7.3f}" for name, value in values.items())
+                lines.append(f"  {printable(tokenizer.decode(prompts[i]), most)}")
+                lines.append(f"    {numbers} | {printable(tokenizer.decode(responses[i]), most)}")
+            return "\n".join(lines) + "\n"
+
+        print0("\n" + block(160))  # about two lines of the console
         if is_main():
             with append_to(self.path) as f:
-                f.write(text)
+                f.write(block(4000))
 
 
 # ------------------------------------------------------------------------------------------------- other logs

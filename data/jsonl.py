@@ -31,6 +31,8 @@ from data.turns import ASSISTANT, HUMAN, holds_text, render, user_turn
 from engine.files import short_repr
 
 log = logging.getLogger(__name__)
+CONVERSATION = {"prompt", "messages", "instruction", "input", "system",
+                "chosen", "rejected", "completion", "output"}
 SENTENCE_END = re.compile(r"[.!?:]\s|\n|[。！？]")
 
 
@@ -97,7 +99,10 @@ def parse(record, where):
     if record.get("label") is False:
         responses = []  # an answer that was judged bad is nothing to imitate
     check_text(where, prompt, *responses)
-    check_unused(record, {prompt_key, *answer_keys, "input", "system", "label"}, prompt, responses, where)
+    used = {prompt_key, *answer_keys, "system", "label"}
+    if prompt_key == "instruction":
+        used.add("input")
+    check_unused(record, used, prompt, responses, where)
     return prompt, responses
 
 
@@ -123,7 +128,7 @@ def demonstration(messages, where):
 
 def shared_prompt(record, where):
     """`chosen` and `rejected` without a prompt -> (what both begin with, the rests)."""
-    if "chosen" not in record:
+    if "chosen" not in record or "rejected" not in record:
         raise SystemExit(f"{where}: a completion without its prompt; found {keys(record)}")
     chosen = text(record, "chosen", where)
     rejected = text(record, "rejected", where)
@@ -187,11 +192,12 @@ def check_unused(record, used, prompt, responses, where):
     """Exits if a field that was not used holds text, unless that repeats what was."""
     conversations = [prompt, *(prompt + response for response in responses)]
     for key, value in record.items():
-        if key in used or not holds_text(key, value):
+        is_text = value not in ("", []) if key in CONVERSATION else holds_text(key, value)
+        if key in used or not is_text:
             continue
         if isinstance(value, str) and any(value in conversation for conversation in conversations):
             continue  # as in UltraChat, where prompt is the first of the messages once more
-        if key == "messages" and render(value, where) in conversations:
+        if key == "messages" and isinstance(value, list) and render(value, where) in conversations:
             continue  # as in UltraFeedback, where messages is the prompt and the chosen response once more
         if key == "text" and responses and all(response.strip() in value for response in responses):
             continue  # as in Alpaca, where text is all of the record once more
@@ -226,8 +232,7 @@ class Jsonl:
             prompt, responses = parse(record, where)
             examples.append((prompt, responses))
             n_bad += record.get("label") is False
-            unused |= record.keys() - {"prompt", "messages", "instruction", "input", "system", "label",
-                                       "chosen", "rejected", "completion", "output"}
+            unused |= record.keys() - CONVERSATION - {"label"}
         if unused:
             log.info(f"{self.path}: fields that are not used: {keys(unused)}")
         if n_bad:

@@ -21,8 +21,10 @@ import sft
 from common.options import parse, split_type
 from data import encode_groups, encode_prompts, get_tokenizer, tldr
 from data.hh import HH
-from data.jsonl import Jsonl
+from data.jsonl import CONVERSATION, Jsonl
+from data.jsonl import parse as parse_record
 from data.qa_feedback import QAFeedback
+from data.turns import holds_text
 from engine.packing import pack
 
 TOKENIZER = "gpt2" if (SHARED / "tiktoken").is_dir() else "animals"  # GPT-2's where it need not be fetched
@@ -137,6 +139,66 @@ def run(inputs, take, capsys):
     capsys.readouterr()
     assert not found, f"{len(found)} of the inputs:\n" + "\n".join(f"input {i}: {what}\n    {content[:200]!r}" for i, content, what in found[:20])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # kB: 1 GiB
+
+
+WORDS = ["wren", "cod", "a small bird", "name one", "it is blue", "why so"]
+
+
+def spoken(rng):
+    """A text that no other text of the record contains."""
+    return f"{rng.choice(WORDS)} {rng.randrange(10**9)}" if rng.random() < 0.8 else f"w{rng.randrange(10**9)}"
+
+
+def some_messages(rng):
+    roles = rng.choice([["user"], ["user", "assistant"], ["assistant"], ["system", "user", "assistant"], ["user", "assistant"] * 2, []])
+    return [{"role": role, "content": spoken(rng)} for role in roles]
+
+
+def some_record(rng):
+    """Fields of the shapes and of none, in any mixture, with repetitions as published files have them."""
+    record, earlier = {}, []
+    names = ["prompt", "completion", "chosen", "rejected", "messages", "instruction", "input", "output", "system", "question", "text", "id", "note"]
+    shapes = [["prompt", "chosen", "rejected"], ["chosen", "rejected"], ["messages"], ["instruction", "input", "output"], ["prompt", "completion"], ["prompt"]]
+    for name in rng.choice(shapes) + rng.sample(names, rng.choice([0, 0, 1, 2])):
+        record[name] = some_messages(rng) if name == "messages" or rng.random() < 0.2 else spoken(rng)
+        if earlier and rng.random() < 0.3:
+            again = rng.choice(earlier)
+            record[name] = again + record[name] if type(again) is type(record[name]) else again
+        if rng.random() < 0.05:
+            record[name] = rng.choice([None, "", [], {}, 3, True, {"a": spoken(rng)}])
+        if record[name] is not None:
+            earlier.append(record[name])
+    if rng.random() < 0.1:
+        record["label"] = rng.random() < 0.5
+    return record
+
+
+def texts_of(value):
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        return [text for item in value for text in texts_of(item)]
+    return texts_of(value.get("content", "")) if isinstance(value, dict) else []
+
+
+def test_no_text_of_any_mixture_of_shapes_is_lost():
+    """Each text of a record that is read is in its prompt or responses, or its field is one that is named as not used."""
+    taken = 0
+    for i in range(10_000):
+        record = some_record(random.Random(f"shapes {i}"))
+        try:
+            prompt, responses = parse_record(record, "f:1")
+        except SystemExit as error:
+            assert str(error).startswith("f:1: ") and "\n" not in str(error)
+            continue
+        taken += 1
+        found = [prompt, *(prompt + response for response in responses)]
+        for key, value in record.items():
+            is_named = key not in CONVERSATION and (not holds_text(key, value) or key == "text" and all(r.strip() in value for r in responses))
+            is_bad = record.get("label") is False and key != "prompt"
+            for text in texts_of(value):
+                assert is_named or is_bad or any(text.strip() in conversation for conversation in found), (i, record, prompt, responses)
+    assert taken > 2000
 
 
 def test_lines_of_ones_own(tmp_path, capsys):
