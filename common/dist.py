@@ -46,7 +46,6 @@ class Console(logging.Handler):
         print0(record.getMessage())
 
 
-@cache
 def print_utf8():
     """Prints as UTF-8, whatever the platform's code page is: a model may write any character."""
     for stream in (sys.stdout, sys.stderr):
@@ -54,6 +53,7 @@ def print_utf8():
             stream.reconfigure(encoding="utf-8")
 
 
+@cache
 def log_to_console():
     """Lets data/ and engine/, which know nothing about processes, print in the main process, as UTF-8."""
     print_utf8()

@@ -47,7 +47,8 @@ class Run:
         if hasattr(self.data, "check"):
             self.data.check()  # a bad record is an error now, not after training
         self.out = cfg.out or run_dir(stage, cfg)
-        if checkpoint_files(self.out) and not cfg.resume and not cfg.overwrite:
+        used = os.path.isdir(self.out) and checkpoint_files(self.out)
+        if used and not cfg.resume and not cfg.overwrite:
             raise SystemExit(f"{self.out}: holds a run already; --resume continues it, --overwrite starts it "
                              "again, --out=FOLDER starts another")
         # What this run is made of (common/digests.py): kept in its checkpoints, compared by --resume.

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,7 @@ def test_a_signal_that_comes_while_the_processes_ask_each_other_counts_at_the_ne
     run = Run("dpo", settings(start, "a", steps=9, ckpt_every=100))
     run.tokenizer = get_tokenizer("animals")
     saved = []
-    monkeypatch.setattr(common.run, "save_checkpoint", lambda out, step, *args: saved.append(step))
+    monkeypatch.setattr(common.run, "save_checkpoint", lambda out, step, *args, **more: saved.append(step))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(common.stop.dist, "get_backend", lambda: "gloo")
 
@@ -340,7 +341,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_said(start, monkey
     calls.clear()
     bad = (12).__le__
     with pytest.raises(SystemExit, match=f"{PATIENCE} gradients in a row were not finite: lower --lr .now"):
-        dpo.train(settings(start, "a", steps=30))
+        dpo.train(settings(start, "a", steps=30, overwrite=True))
     assert len(calls) == 11 + PATIENCE
 
 
@@ -357,7 +358,7 @@ def test_identical_pairs_are_counted_and_said_once(stage, start, capsys):
     assert capsys.readouterr().out.count("12 of 54 pairs are identical, as cut to max_len=64: no loss can order them\n") == 1
     pairs(start / "mine.jsonl", range(60))
     with pytest.raises(SystemExit, match="mine.jsonl: all 54 pairs are identical, as cut to --max_len=64: there is nothing to learn"):
-        here(stage, start, "a", "--steps=1")
+        here(stage, start, "a", "--steps=1", "--overwrite")
 
 
 def test_pairs_that_are_cut_to_the_same_and_ranks_that_all_tie(start):
@@ -386,7 +387,7 @@ def test_feedback_without_a_mark_or_with_nothing_else_is_said(start, capsys):
     r["feedback"]["corrected-prediction"] = r["prediction 1"]
     path.write_text(json.dumps([r] * 40))
     with pytest.raises(SystemExit, match="all 32 pairs are identical"):
-        finegrained.train_rewards(cfg, str(start / "start"), list(finegrained.AXES))
+        finegrained.train_rewards(replace(cfg, overwrite=True), str(start / "start"), list(finegrained.AXES))
 
 
 def test_a_learning_rate_of_0_is_said_and_changes_nothing(start, capsys):

@@ -302,7 +302,7 @@ def test_from_nothing_to_a_policy(world, options, capsys):
     rows = [row for folder in folders for row in json.load(open(f"{folder}/eval.json"))]
     assert [row["checkpoint"] for row in rows] == list(AXES)
     assert all(0 <= row["accuracy"] <= 1 for row in rows)
-    finegrained.train(replace(world, **options))
+    finegrained.train(replace(world, **options, overwrite=True))
     assert "training it first" not in capsys.readouterr().out  # they stand
 
 
