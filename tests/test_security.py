@@ -111,7 +111,7 @@ def test_a_run_with_a_pickle_in_it(poison, start, small_world):
     run = Run("ppo", ppo.Config(reward_model=str(bad), out=str(start / "a"), device="cpu"))
     readers = [lambda: load_checkpoint(str(bad)), lambda: is_finished(str(bad)),
                lambda: load_model(str(bad)), lambda: load_model(str(bad / "ckpt.pt")),
-               lambda: resume(str(bad), dpo.Config(), model, make_optimizer(model, 1e-3)),
+               lambda: resume(str(bad), dpo.Config(), model, make_optimizer(model, 1e-3), {}),
                lambda: evaluate.main([str(bad)]), lambda: evaluate.main([good, f"--reward_model={bad}"]),
                lambda: sample.main([str(bad), "--prompt=x"]),
                lambda: sample.main([str(bad), f"--export={start}/x"]),
