@@ -94,7 +94,7 @@ def parse(record, where):
         if system and not prompt.startswith(HUMAN):
             system += "\n\n"
         prompt = system + prompt
-    if "" in responses:
+    if any(response in ("", " ") for response in responses):  # " ": an assistant's message without content
         raise SystemExit(f"{where}: an empty response")
     if record.get("label") is False:
         responses = []  # an answer that was judged bad is nothing to imitate
@@ -167,12 +167,10 @@ def prompt_and_responses(record, prompt_key, answer_keys, where):
     # Prompt and responses are plain text, or all of them are turns of a conversation.
     if not (prompt_is_list or contexts or prompt_key == "instruction"):
         return prompt_text, responses
-    for i, key in enumerate(answer_keys):
-        if not isinstance(record[key], list) and not responses[i][:1].isspace():
-            responses[i] = " " * bool(responses[i]) + responses[i]
-    if prompt_is_list:
-        prompt = prompt_text.removesuffix(ASSISTANT) + ASSISTANT
-    elif HUMAN in prompt_text:
+    for i, response in enumerate(responses):
+        if response and not response[0].isspace():
+            responses[i] = " " + response  # as after "Assistant:"
+    if prompt_is_list or HUMAN in prompt_text:
         prompt = prompt_text.removesuffix(ASSISTANT) + ASSISTANT
     else:
         prompt = user_turn(prompt_text)

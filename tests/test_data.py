@@ -243,6 +243,7 @@ def test_shapes_of_the_field(record, expected):
     ({"prompt": "Another one", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "the messages before the response are not those of 'prompt'"),
     ({"prompt": "Q", "chosen": [USER], "rejected": [USER, BAD]}, "the last message of 'chosen' is not the assistant's"),
     ({"messages": [USER | {"name": "Ann of the farm"}, GOOD]}, "a message holds text in 'name'"),
+    ({"messages": [USER, GOOD | {"content": ""}]}, "an empty response"),
     ({"completion": " c"}, "a completion without its prompt"),
     ({"prompt": "Q", "completion": " c", "history": [["one question", "one answer"]]}, "'history' holds text"),
 ])
