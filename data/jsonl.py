@@ -94,7 +94,7 @@ def parse(record, where):
         if system and not prompt.startswith(HUMAN):
             system += "\n\n"
         prompt = system + prompt
-    if any(response in ("", " ") for response in responses):  # " ": an assistant's message without content
+    if "" in responses:
         raise SystemExit(f"{where}: an empty response")
     if record.get("label") is False:
         responses = []  # an answer that was judged bad is nothing to imitate
@@ -123,6 +123,8 @@ def demonstration(messages, where):
     last = render(messages[-1:], where)
     if not last.startswith(ASSISTANT):
         return render(messages, where) + ASSISTANT, []
+    if not messages[-1]["content"]:
+        raise SystemExit(f"{where}: an empty response")
     return render(messages[:-1], where) + ASSISTANT, [last.removeprefix(ASSISTANT)]
 
 
