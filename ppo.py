@@ -43,14 +43,12 @@ import torch
 
 import evaluate
 from common import dist, grids, scoring, sharding
-from common.checkpoints import template_of_checkpoint
 from common.log import Metrics, SampleFile
 from common.optim import make_optimizer, optimizer_step
 from common.options import (NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig, UnitFloat,
                             parse)
 from common.run import Run
 from data import encode_groups, encode_prompts
-from data.turns import apply_template
 from engine.logprobs import CHUNK
 from engine.packing import pack
 
@@ -61,7 +59,7 @@ class Config(RunConfig):
     reward_model: str | None = None     # a run of reward.py; None: out/reward-…, trained first if missing
     normalize_reward: bool = False      # divide scores by their standard deviation on demonstrations
     reward_clip: PositiveFloat | None = None  # the largest absolute reward of a token, before the KL penalty
-    missing_eos_penalty: NonNegativeFloat = 1.0  # subtracted from the last token's reward if a response did not end
+    missing_eos_penalty: NonNegativeFloat = 1.0  # subtracted at the last token of a response that did not end
     value_init: Literal["reward", "sft"] = "reward"  # the value model's start; without a reward model, SFT
     share_value: bool = False           # a new value head on the policy instead of a value model
     kl_coef: NonNegativeFloat = 0.05    # β: the price of a nat of KL; with kl_target, its first value
@@ -327,9 +325,9 @@ def compute_gae(rewards, values, mask, gamma, lam):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     """The clipped surrogate, arXiv:1707.06347 eq. 7: −E min(ρ Â, clip(ρ, 1−ε, 1+ε) Â), with ρ = π/π_old.
 
-    All arguments are (B, R). Returns three scalars, means over the mask: the loss; the share of tokens where the clip binds, that is
-    where ρ has moved beyond it in the direction that Â asks for; and approx_kl, the k3 estimate of
-    KL(π_old‖π) per token.
+    All arguments are (B, R). Returns three scalars, means over the mask: the loss; the share of tokens
+    where the clip binds, that is where ρ has moved beyond it in the direction that Â asks for; and
+    approx_kl, the k3 estimate of KL(π_old‖π) per token.
     """
     logratio = (logprobs - old_logprobs) * mask
     ratio = logratio.exp()
@@ -511,8 +509,6 @@ def load_models(run, init, has_reward_fn):
     """Loads and prepares all models -> Models, tokenizer."""
     cfg = run.cfg
     policy, tokenizer = run.load_model(init)
-    if template_of_checkpoint(init) == "turns":
-        run.template = "turns"
     policy.set_scalar_heads(0)
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
     value_model = copy.deepcopy(policy)
@@ -553,7 +549,7 @@ def encode_rollout_prompts(run, data, tokenizer):
     """The training prompts as lists of ids, their beginning cut off so that max_new_tokens fit."""
     cfg = run.cfg
     room = cfg.max_len - cfg.max_new_tokens
-    texts = apply_template(run.template, data.prompts("train"))  # in turns, if the policy was trained on turns
+    texts = run.rollout_prompts()  # in turns, if the policy was trained on conversations
     prompts = [ids.tolist() for ids in encode_prompts(tokenizer, texts)]
     n_cut = sum(len(ids) > room for ids in prompts)
     if n_cut:

@@ -39,7 +39,7 @@ from engine.packing import pack
 class Config(RunConfig):
     k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9)
     margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m) (arXiv:2307.09288 eq. 2)
-    center_coef: NonNegativeFloat = 0.05  # weight of (r_w + r_l)², which keeps scores near 0 (arXiv:2312.09244)
+    center_coef: NonNegativeFloat = 0.05  # of (r_w + r_l)², which keeps scores near 0 (arXiv:2312.09244)
     steps: PositiveInt = 1600           # optimizer steps
     batch_size: PositiveInt = 16        # prompts per step, each with its K responses, over all processes
     micro_tokens: PositiveInt = 1024    # the most tokens in a forward pass; a larger batch is accumulated

@@ -1,4 +1,4 @@
-"""Digests of what a run is made of, which its checkpoint keeps: the data, as encoded, and the initial weights.
+"""Digests of what a run is made of, which its checkpoint keeps: the encoded data and the initial weights.
 
 A resumed run compares them, because a file or folder of the same name may hold something else by then.
 """
@@ -17,7 +17,7 @@ def file_digest(path):
 
 
 def examples_digest(examples, before=""):
-    """The digest of token ids: of prompts, or of groups (prompt_ids, [response_ids, …]). before: another's."""
+    """The digest of prompts (token ids) or of groups (prompt_ids, [response_ids, …]), after another's."""
     digest = hashlib.blake2b(before.encode())
     for example in examples:
         parts = [example]

@@ -6,7 +6,8 @@ import torch
 
 from common.batches import local_micro_batches, micro_batches, shuffled_batches
 from common.checkpoints import (checkpoint_files, is_finished, load_checkpoint, load_model, load_optimizer,
-                                load_reward_model, load_weights, remove_checkpoints, resume, save_checkpoint)
+                                load_reward_model, load_weights, remove_checkpoints, resume,
+                                save_checkpoint, template_of_checkpoint)
 from common.device import choose_device
 from common.digests import examples_digest, file_digest, weights_digest
 from common.dist import join_processes, log_to_console, n_processes, print0
@@ -18,7 +19,7 @@ from common.scoring import score_groups
 from common.sharding import compile_blocks, is_sharded, shard_model
 from common.stop import StopSignal, resume_command
 from data import dataset
-from data.turns import template_of
+from data.turns import apply_template, template_of
 from engine.packing import group_length
 
 
@@ -90,8 +91,15 @@ class Run:
     def load_model(self, init):
         """Loads the model that this run trains -> a GPT on the CPU, its tokenizer (named in checkpoints)."""
         model, self.tokenizer = load_model(init, self.cfg)
+        self.init = init
         self.digests["init"] = weights_digest(model)
         return model, self.tokenizer
+
+    def rollout_prompts(self):
+        """The training prompts as text; as turns, if the model that this run trains was trained on turns."""
+        if template_of_checkpoint(self.init) == "turns":
+            self.template = "turns"
+        return apply_template(self.template, self.data.prompts("train"))
 
     def load_reward_model(self, path, normalize=False):
         """Loads a frozen reward model of this run's tokenizer; normalize: its scores get variance 1."""
@@ -210,7 +218,7 @@ class Run:
 
 
 def check_prerequisite(out, stage, cfg):
-    """Exits with one line if the finished run in `out` was made of other things than this run would make it."""
+    """Exits with one line if the finished run in `out` had other data than this run would give it."""
     checkpoint = load_checkpoint(out)
     theirs = checkpoint["config"]
     problem = None

@@ -26,7 +26,7 @@ CONFIG_KEYS = {  # what is read of a config.json: under which name here, and the
     "n_head": ("n_head", 2**10),
     "n_embd": ("n_embd", 2**20),
 }
-# Keys of transformers' GPT2Config that change what the model computes, with the values that model.py computes.
+# Keys of transformers' GPT2Config that change what the model computes, with the values that model.py has.
 FIXED_KEYS = {
     "n_inner": (None,),  # or 4 * n_embd, which is the same
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
