@@ -45,8 +45,8 @@ import evaluate
 from common import dist, grids, scoring, sharding
 from common.log import Metrics, SampleFile
 from common.optim import make_optimizer, optimizer_step
-from common.options import (NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig, UnitFloat,
-                            parse)
+from common.options import (NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig,
+                            UnitFloat, parse)
 from common.run import Run
 from data import encode_groups, encode_prompts
 from engine.logprobs import CHUNK
@@ -509,6 +509,7 @@ def load_models(run, init, has_reward_fn):
     """Loads and prepares all models -> Models, tokenizer."""
     cfg = run.cfg
     policy, tokenizer = run.load_model(init)
+    run.adopt_template(init)  # a policy that was trained on conversations gets prompts as their turns
     policy.set_scalar_heads(0)
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
     value_model = copy.deepcopy(policy)
@@ -545,12 +546,11 @@ def check_settings(cfg, data, has_reward_fn):
         raise SystemExit(f"--reward=gold: the true reward of --data={cfg.data} is not known")
 
 
-def encode_rollout_prompts(run, data, tokenizer):
+def encode_rollout_prompts(run, tokenizer):
     """The training prompts as lists of ids, their beginning cut off so that max_new_tokens fit."""
     cfg = run.cfg
     room = cfg.max_len - cfg.max_new_tokens
-    texts = run.rollout_prompts()  # in turns, if the policy was trained on conversations
-    prompts = [ids.tolist() for ids in encode_prompts(tokenizer, texts)]
+    prompts = [ids.tolist() for ids in encode_prompts(tokenizer, run.rollout_prompts())]
     n_cut = sum(len(ids) > room for ids in prompts)
     if n_cut:
         run.print0(f"{n_cut} prompts lost their beginning, to leave room for {cfg.max_new_tokens} new tokens")
@@ -600,7 +600,7 @@ def train(cfg, reward_fn=None):
         optimizers["value"] = make_optimizer(models.value_model, cfg.value_lr, cfg.weight_decay)
     kl_controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
 
-    prompts = encode_rollout_prompts(run, data, tokenizer)
+    prompts = encode_rollout_prompts(run, tokenizer)
     prompt_batches = run.shuffled_batches(prompts)
     if cfg.ptx_coef:
         demonstrations = Demonstrations(run, tokenizer)

@@ -32,8 +32,8 @@ import evaluate
 from common.dist import sync_gradients
 from common.log import Metrics
 from common.optim import make_optimizer, optimizer_step
-from common.options import (LabelNoise, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig,
-                            parse)
+from common.options import (LabelNoise, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt,
+                            RunConfig, parse)
 from common.run import Run
 from data import encode_pairs
 from engine.packing import pack, per_sequence
@@ -63,7 +63,7 @@ RECIPES = {
 
 
 def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma, label_smoothing=0.0):
-    """SimPO, arXiv:2405.14734 eq. 6: −(1−ε) log σ(h) − ε log σ(−h), with ε the label smoothing and
+    """SimPO, arXiv:2405.14734 eq. 6: −(1−ε) log σ(h) − ε log σ(−h), where ε is 0 in the paper and
 
         h = β/|y_w| log π(y_w|x) − β/|y_l| log π(y_l|x) − γ
 

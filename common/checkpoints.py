@@ -86,7 +86,7 @@ def checkpoint_files(path):
 
 
 def template_of_checkpoint(init):
-    """"turns" if the model was trained on conversations (data/turns.py), else "plain"."""
+    """Returns "turns" if the model was trained on conversations (data/turns.py), else "plain"."""
     if init == "scratch" or init in PRETRAINED or os.path.exists(os.path.join(init, "config.json")):
         return "plain"
     return load_checkpoint(init).get("template", "plain")
@@ -125,10 +125,13 @@ def no_checkpoint(path):
         if os.path.exists(os.path.join(path, file)):
             return f"{path}: holds {file}, but its config.json is missing"
     folder, name = os.path.split(os.path.normpath(path))
-    beside = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-    nearest = difflib.get_close_matches(name, [n for n in [*beside, *PRETRAINED] if n != name], 1, 0.6)
+    candidates = [*PRETRAINED]
+    if os.path.isdir(folder or "."):
+        candidates += [other for other in os.listdir(folder or ".") if other != name]
+    nearest = difflib.get_close_matches(name, candidates, 1, 0.6)
     suggestion = f"; did you mean {os.path.join(folder, nearest[0])!r}?" if nearest else ""
-    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    if os.path.isdir(path):
+        path = os.path.join(path, "ckpt.pt")
     return (f"{path}: no checkpoint there (expected a run's folder, a ckpt.pt, a folder in the Hugging Face "
             f"format, scratch, or one of {', '.join(PRETRAINED)}){suggestion}")
 
@@ -190,8 +193,8 @@ def resume(out, cfg, model, optimizer, digests):
         if name not in FREE_ON_RESUME and before != value:
             raise SystemExit(f"--resume: {out} was started with --{name}={before}, not {value}")
     stored = checkpoint.get("digests", digests)
-    names = {"data": f"--data={cfg.data} holds other data", "init": "--init names other weights"}
-    for key, problem in names.items():
+    problems = {"data": f"--data={cfg.data} holds other data", "init": "--init names other weights"}
+    for key, problem in problems.items():
         if stored.get(key) != digests.get(key):
             raise SystemExit(f"--resume: {problem} than when {out} was started")
     load_weights(model, checkpoint["model"], out)

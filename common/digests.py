@@ -9,7 +9,7 @@ import numpy as np
 
 
 def file_digest(path):
-    """The digest of a file; of anything else, such as the name of a published dataset, the name itself."""
+    """The digest of a file. What is not a file is the name of a dataset, and is returned as it is."""
     if not os.path.isfile(path):
         return path
     with open(path, "rb") as f:
@@ -17,7 +17,10 @@ def file_digest(path):
 
 
 def examples_digest(examples, before=""):
-    """The digest of prompts (token ids) or of groups (prompt_ids, [response_ids, …]), after another's."""
+    """The digest of prompts (token ids) or of groups (prompt_ids, [response_ids, …]).
+
+    before: the digest of other examples, if they belong to the same data.
+    """
     digest = hashlib.blake2b(before.encode())
     for example in examples:
         parts = [example]

@@ -123,7 +123,11 @@ def format_value(value):
     return f"{value:.1e}"
 
 
-def printable(text, most=160):
+CONSOLE_CHARACTERS = 160  # of a text on the console: about two lines
+FILE_CHARACTERS = 4000    # of a text in samples.txt
+
+
+def printable(text, most=CONSOLE_CHARACTERS):
     """The text on one line, without control characters; a long text loses its beginning."""
     text = " ".join(text.split())
     text = "".join(c if c.isprintable() else "\ufffd" for c in text)
@@ -147,7 +151,7 @@ class SampleFile:
 
         values: named tensors (B,), a number per response, shown beside it.
         """
-        def block(most):
+        def text(most):
             lines = [f"step {step}"]
             for i in range(min(n, len(prompts))):
                 numbers = "  ".join(f"{name} {value[i].item():7.3f}" for name, value in values.items())
@@ -155,10 +159,10 @@ class SampleFile:
                 lines.append(f"    {numbers} | {printable(tokenizer.decode(responses[i]), most)}")
             return "\n".join(lines) + "\n"
 
-        print0("\n" + block(160))  # about two lines of the console
+        print0("\n" + text(CONSOLE_CHARACTERS))
         if is_main():
             with append_to(self.path) as f:
-                f.write(block(4000))
+                f.write(text(FILE_CHARACTERS))
 
 
 # ------------------------------------------------------------------------------------------------- other logs

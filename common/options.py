@@ -29,10 +29,10 @@ class Above:
 
 @dataclass(frozen=True)
 class Between:
-    """From low to high; `below`: the upper end itself does not belong to the range."""
+    """From low to high; exclude_high: high itself does not belong to the range."""
     low: float
     high: float
-    below: bool = False
+    exclude_high: bool = False
 
 
 PositiveInt = Annotated[int, AtLeast(1)]
@@ -40,7 +40,7 @@ NonNegativeInt = Annotated[int, AtLeast(0)]
 PositiveFloat = Annotated[float, Above(0)]
 NonNegativeFloat = Annotated[float, AtLeast(0)]
 UnitFloat = Annotated[float, Between(0, 1)]
-LabelNoise = Annotated[float, Between(0, 0.5, below=True)]  # from 0.5 on, the labels say the opposite
+LabelNoise = Annotated[float, Between(0, 0.5, exclude_high=True)]  # from 0.5 on, the labels say the opposite
 
 RENAMED = {"target_kl": "stop_kl"}  # old names of options, which still work
 
@@ -223,9 +223,12 @@ def check_value(name, value, limit):
     if isinstance(limit, Above) and value <= limit.limit:
         raise SystemExit(f"--{name}={value}: expected a number above {limit.limit}")
     if isinstance(limit, Between):
-        too_high = value > limit.high or limit.below and value == limit.high
-        if value < limit.low or too_high:
-            end = f"below {limit.high}" if limit.below else f"up to {limit.high}"
+        is_too_high = value > limit.high
+        end = f"up to {limit.high}"
+        if limit.exclude_high:
+            is_too_high = value >= limit.high
+            end = f"below {limit.high}"
+        if value < limit.low or is_too_high:
             raise SystemExit(f"--{name}={value}: expected a number from {limit.low} {end}")
     return value
 

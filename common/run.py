@@ -43,13 +43,14 @@ class Run:
 
     def __init__(self, stage, cfg):
         check_config(cfg)
+        log_to_console()
         self.cfg = cfg
         self.data = dataset(cfg.data, cfg.data_dir)
         if hasattr(self.data, "check"):
             self.data.check()  # a bad record is an error now, not after training
         self.out = cfg.out or run_dir(stage, cfg)
-        used = os.path.isdir(self.out) and checkpoint_files(self.out)
-        if used and not cfg.resume and not cfg.overwrite:
+        is_used = os.path.isdir(self.out) and checkpoint_files(self.out)
+        if is_used and not cfg.resume and not cfg.overwrite:
             raise SystemExit(f"{self.out}: holds a run already; --resume continues it, --overwrite starts it "
                              "again, --out=FOLDER starts another")
         # What this run is made of (common/digests.py): kept in its checkpoints, compared by --resume.
@@ -59,7 +60,6 @@ class Run:
         self.stop_signal = StopSignal()
         self.tokenizer = None
         self.template = template_of(self.data.prompts("train"))  # of its prompts: "plain" or "turns"
-        log_to_console()
         with append_to(os.path.join(self.out, "log.jsonl")):
             pass  # a folder that cannot be written is an error now, not after the first hundred steps
         self.device = choose_device(cfg.device)
@@ -73,8 +73,9 @@ class Run:
         cfg = self.cfg
         out = run_dir(stage, cfg)
         if is_finished(out):
-            check_prerequisite(out, stage, cfg)
-            trained_from = load_checkpoint(out)["config"]["init"]
+            checkpoint = load_checkpoint(out)
+            check_prerequisite(checkpoint, out, stage, cfg)
+            trained_from = checkpoint["config"]["init"]
             print0(f"the {KINDS[stage]} model is that of {out}, trained from {trained_from}")
         else:
             page = importlib.import_module(stage)
@@ -89,16 +90,21 @@ class Run:
         return out
 
     def load_model(self, init):
-        """Loads the model that this run trains -> a GPT on the CPU, its tokenizer (named in checkpoints)."""
+        """Loads the model that this run trains -> a GPT on the CPU, its tokenizer.
+
+        The run's checkpoints keep the tokenizer's name and a digest of the model's weights.
+        """
         model, self.tokenizer = load_model(init, self.cfg)
-        self.init = init
         self.digests["init"] = weights_digest(model)
         return model, self.tokenizer
 
-    def rollout_prompts(self):
-        """The training prompts as text; as turns, if the model that this run trains was trained on turns."""
-        if template_of_checkpoint(self.init) == "turns":
+    def adopt_template(self, init):
+        """If the model `init` was trained on turns, this run's prompts are written as turns too."""
+        if template_of_checkpoint(init) == "turns":
             self.template = "turns"
+
+    def rollout_prompts(self):
+        """The training prompts as text, in this run's template."""
         return apply_template(self.template, self.data.prompts("train"))
 
     def load_reward_model(self, path, normalize=False):
@@ -129,7 +135,8 @@ class Run:
     # -------------------------------------------------------------------------------- the loop
 
     def start_or_resume(self, model, optimizer, console=None):
-        """Opens the log, and with --resume restores model, optimizer and random state first.
+        """Opens the log. With --resume, restores model, optimizer and random state first; without it, removes
+        the checkpoints of an earlier run (--overwrite).
 
         Sets run.start, the number of steps done, and returns the last checkpoint; without --resume, 0 and
         an empty dict. console: the keys of the log that the console shows; None: all.
@@ -151,7 +158,8 @@ class Run:
     def shuffled_batches(self, examples, batch_size=None, steps=None, seed=None):
         """Which examples each step trains on: cfg.steps lists of indices, shuffled anew each epoch.
 
-        batch_size, steps and seed are those of cfg unless given.
+        batch_size, steps and seed are those of cfg unless given. The run's checkpoints keep a digest of the
+        examples.
         """
         cfg = self.cfg
         self.digests["data"] = examples_digest(examples, self.digests["data"])
@@ -217,12 +225,12 @@ class Run:
             self.stop_signal.listen()
 
 
-def check_prerequisite(out, stage, cfg):
+def check_prerequisite(checkpoint, out, stage, cfg):
     """Exits with one line if the finished run in `out` had other data than this run would give it."""
-    checkpoint = load_checkpoint(out)
     theirs = checkpoint["config"]
+    both_are_files = os.path.isfile(theirs["data"]) and os.path.isfile(cfg.data)
     problem = None
-    if theirs["data"] != cfg.data and not (os.path.isfile(theirs["data"]) and os.path.isfile(cfg.data)):
+    if theirs["data"] != cfg.data and not both_are_files:  # what files hold is compared below
         problem = f"--data={theirs['data']}, not {cfg.data}"
     elif "digests" in checkpoint and checkpoint["digests"]["file"] != file_digest(cfg.data):
         problem = f"another file than {cfg.data} is now"

@@ -3,6 +3,7 @@ import gzip
 import json
 import re
 import zlib
+from contextlib import contextmanager
 
 from engine.files import short_repr
 
@@ -15,6 +16,16 @@ def open_file(path):
     return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
 
 
+@contextmanager
+def readable(path):
+    """Opens a file; exits with one line if it cannot be opened or read."""
+    try:
+        with open_file(path) as f:
+            yield f
+    except (OSError, EOFError, zlib.error) as error:
+        raise SystemExit(f"{path}:1: cannot be read ({error})")
+
+
 def read_records(path):
     """Yields ("path:line", object) of a file of one object per line, a JSON list, or {"data": [ … ]}.
 
@@ -23,18 +34,15 @@ def read_records(path):
     if not is_one_value(path):
         yield from read_lines(path)
         return
-    try:
-        with open_file(path) as f:
-            content = f.read(LARGEST)
-    except (OSError, EOFError, zlib.error) as error:
-        raise SystemExit(f"{path}:1: cannot be read ({error})")
+    with readable(path) as f:
+        content = f.read(LARGEST)
     if len(content) == LARGEST:
         raise SystemExit(f"{path}:1: a JSON value of {LARGEST >> 30} GiB or more; write one object per line")
     records = parse_json(content, f"{path}:1")
     if isinstance(records, dict) and isinstance(records.get("data"), list):
         records = records["data"]
     if isinstance(records, dict):
-        records = [records]
+        records = [records]  # a single object, written over several lines
     for i, record in enumerate(records, 1):
         where = f"{path}:record {i}"
         yield where, as_object(record, where)
@@ -42,13 +50,10 @@ def read_records(path):
 
 def is_one_value(path):
     """Whether the file is one JSON value, by how its first line begins."""
-    try:
-        with open_file(path) as f:
+    with readable(path) as f:
+        content = f.readline(LONGEST)
+        while content.isspace():
             content = f.readline(LONGEST)
-            while content.isspace():
-                content = f.readline(LONGEST)
-    except (OSError, EOFError, zlib.error) as error:
-        raise SystemExit(f"{path}:1: cannot be read ({error})")
     return ONE_VALUE.match(content.strip()) is not None
 
 
@@ -59,7 +64,7 @@ def parse_json(content, where):
         if len(record) < len(pairs):
             names = [key for key, _ in pairs]
             twice = next(key for key in names if names.count(key) > 1)
-            raise ValueError(f"the key {short_repr(twice)} stands there twice")
+            raise ValueError(f"the key {short_repr(twice)} appears twice")
         return record
 
     try:

@@ -11,10 +11,10 @@
 The file holds one object per line, or is a JSON list of them, or {"data": [ … ]}; it may be gzipped.
 
 Text is used as it is. Prompt and response are joined without a space, so a response should start with its own
-(" Yes."). In place of text there may be a list of messages, which is written in the turns of Anthropic's
-HH-RLHF, "\\n\\nHuman: …\\n\\nAssistant: …"; so is the shape of Alpaca, whose user says the instruction, a
-blank line, and the input. A field "system" is put before the prompt. A record that holds text in any other
-field is refused, so that no part of a prompt is lost. docs/data.md has an example of each shape.
+(" Yes."). A list of messages can stand in place of text. It is written as turns in the format of Anthropic's
+HH-RLHF, "\\n\\nHuman: …\\n\\nAssistant: …". An Alpaca record becomes such a conversation too: the user's turn
+is the instruction, a blank line and the input. A "system" text is put before the prompt. A record with text
+in any other field is refused, so that no part of a prompt is lost. docs/data.md has an example of each shape.
 
 Of every twenty prompts, the first goes to the validation split and the second to the test split. Records
 with the same prompt stay together; in a file with a single prompt, the lines are counted instead.
@@ -76,11 +76,14 @@ def parse(record, where):
     """
     record = {key: value for key, value in record.items() if value is not None}
     answer_keys = response_keys(record)
-    prompt_key = next((key for key in ("prompt", "messages", "instruction") if key in record), None)
+    prompt_key = None
+    for key in ("instruction", "messages", "prompt"):  # the last that is there
+        if key in record:
+            prompt_key = key
 
     if not answer_keys and "messages" in record:
-        prompt_key = "messages"
-        prompt, responses = demonstration(record["messages"], where)
+        prompt_key = "messages"  # it holds the response too
+        prompt, responses = demonstration(record, "messages", where)
     elif not answer_keys and prompt_key != "prompt":
         raise SystemExit(f"{where}: needs prompt and completion, instruction and output, messages, "
                          f"[prompt,] chosen and rejected, or a prompt; found {keys(record)}")
@@ -97,7 +100,7 @@ def parse(record, where):
     if "" in responses:
         raise SystemExit(f"{where}: an empty response")
     if record.get("label") is False:
-        responses = []  # an answer that was judged bad is nothing to imitate
+        responses = []  # a bad answer must not be imitated
     check_text(where, prompt, *responses)
     used = {prompt_key, *answer_keys, "system", "label"}
     if prompt_key == "instruction":
@@ -116,10 +119,11 @@ def response_keys(record):
     return []
 
 
-def demonstration(messages, where):
-    """`messages` -> (prompt, [response]); the response is the last message, if that is the assistant's."""
+def demonstration(record, key, where):
+    """A list of messages -> (prompt, [response]); [] if the last message is not the assistant's."""
+    messages = record[key]
     if not isinstance(messages, list) or not messages:
-        raise SystemExit(f"{where}: 'messages' must be a list of messages")
+        raise SystemExit(f"{where}: {key!r} must be a list of messages")
     last = render(messages[-1:], where)
     if not last.startswith(ASSISTANT):
         return render(messages, where) + ASSISTANT, []
@@ -154,21 +158,24 @@ def prompt_and_responses(record, prompt_key, answer_keys, where):
         prompt_text += "\n\n" + text(record, "input", where)
     prompt_is_list = isinstance(record[prompt_key], list)
 
-    # Each answer is text, or messages of which the last is the response; others before it repeat the prompt.
-    responses, contexts = [], []
+    # An answer is text, or messages of which the last is the response. Those before it are its context.
+    responses = []
+    contexts = []  # of each answer that is a list: (the context as text, its messages)
     for key in answer_keys:
         if not isinstance(record[key], list):
             responses.append(text(record, key, where))
             continue
-        context, answer = demonstration(record[key], where)
+        context, answer = demonstration(record, key, where)
         if not answer:
             raise SystemExit(f"{where}: the last message of {key!r} is not the assistant's")
         responses += answer
         contexts.append((context, record[key][:-1]))
 
-    # Prompt and responses are plain text, or all of them are turns of a conversation.
-    if not (prompt_is_list or contexts or prompt_key == "instruction"):
+    is_plain = not prompt_is_list and not contexts and prompt_key != "instruction"
+    if is_plain:
         return prompt_text, responses
+
+    # Write prompt and responses as turns.
     for i, response in enumerate(responses):
         if response and not response[0].isspace():
             responses[i] = " " + response  # as after "Assistant:"
@@ -177,22 +184,28 @@ def prompt_and_responses(record, prompt_key, answer_keys, where):
     else:
         prompt = user_turn(prompt_text)
 
+    # A context repeats the prompt. It may hold more, such as a system message and earlier turns, if the
+    # prompt is text that is one of its messages and all answers have this context.
+    all_have_one = len(contexts) == len(answer_keys)
     for context, messages in contexts:
         if not messages or context == prompt:
             continue
-        repeats = any(message["content"] == prompt_text for message in messages)
-        if prompt_is_list or not repeats or context != contexts[0][0] or len(contexts) != len(answer_keys):
+        holds_prompt = any(message["content"] == prompt_text for message in messages)
+        is_shared = all_have_one and context == contexts[0][0]
+        if prompt_is_list or not holds_prompt or not is_shared:
             raise SystemExit(f"{where}: the messages before the response are not those of {prompt_key!r}")
     if contexts and contexts[0][1]:
-        prompt = contexts[0][0]  # it holds the prompt, and perhaps a system message and earlier turns
+        prompt = contexts[0][0]
     return prompt, responses
 
 
 def check_unused(record, used, prompt, responses, where):
-    """Exits if a field that was not used holds text, unless that repeats what was."""
+    """Exits if a field that was not used holds text, unless the text repeats what was used."""
     conversations = [prompt, *(prompt + response for response in responses)]
     for key, value in record.items():
-        is_text = value not in ("", []) if key in CONVERSATION else holds_text(key, value)
+        is_text = holds_text(key, value)
+        if key in CONVERSATION:  # there, a single word is text too
+            is_text = value not in ("", [])
         if key in used or not is_text:
             continue
         if isinstance(value, str) and any(value in conversation for conversation in conversations):
@@ -201,8 +214,8 @@ def check_unused(record, used, prompt, responses, where):
             continue  # as in UltraFeedback, where messages is the prompt and the chosen response once more
         if key == "text" and responses and all(response.strip() in value for response in responses):
             continue  # as in Alpaca, where text is all of the record once more
-        raise SystemExit(f"{where}: {short_repr(key)} holds text that would be lost: name it prompt or system "
-                         "if it is one, or remove it")
+        raise SystemExit(f"{where}: {short_repr(key)} holds text that would be lost: name it prompt or "
+                         "system if it is one, or remove it")
 
 
 # --------------------------------------------------------------------------------------------------- the file
@@ -242,12 +255,12 @@ class Jsonl:
     def records(self, split):
         """Returns [(prompt, [response]) or (prompt, [chosen, rejected]) or (prompt, []), …]."""
         keep = {"train": range(2, 20), "validation": [0], "test": [1]}[split]
-        prompts = {}  # each prompt's number, in the order in which they first appear
+        number_of = {}  # of each prompt, in the order in which they first appear
         for prompt, _ in self.read():
-            prompts.setdefault(prompt, len(prompts))
+            number_of.setdefault(prompt, len(number_of))
         examples = []
-        for i, (prompt, responses) in enumerate(self.read()):
-            number = prompts[prompt] if len(prompts) > 1 else i
+        for line, (prompt, responses) in enumerate(self.read()):
+            number = number_of[prompt] if len(number_of) > 1 else line
             if number % 20 in keep:
                 examples.append((prompt, responses))
         if split == "train" and not examples:

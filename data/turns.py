@@ -8,8 +8,8 @@ from engine.files import short_repr
 ROLES = {"system": "", "user": "\n\nHuman: ", "human": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
-# Fields that are not part of a conversation, whatever they hold; and names under which others keep prompts.
-METADATA = {"meta", "metadata", "info", "tags", "source"}
+METADATA = {"meta", "metadata", "info", "tags", "source"}  # never part of a conversation, whatever they hold
+# Fields in which others keep prompts. In other fields, a single word is taken for an id or a label.
 PROMPT_NAMES = {"question", "query", "context", "history", "input", "instruction", "conversation",
                 "conversations", "document", "post", "passage", "system_prompt"}
 
@@ -37,14 +37,14 @@ def user_turn(content):
 
 
 def template_of(prompts):
-    """"turns" if all prompts end where the assistant is to speak, else "plain"."""
+    """Returns "turns" if all prompts end with "\\n\\nAssistant:", else "plain"."""
     if prompts and all(prompt.endswith(ASSISTANT) for prompt in prompts):
         return "turns"
     return "plain"
 
 
 def apply_template(template, prompts):
-    """Prompts as a model of this template knows them; those that are in turns already stay as they are."""
+    """Writes prompts as a model of this template expects them; turns stay as they are."""
     if template == "plain":
         return prompts
     return [prompt if prompt.endswith(ASSISTANT) else user_turn(prompt) for prompt in prompts]
@@ -55,7 +55,8 @@ def holds_text(key, value):
     if key in METADATA:
         return False
     if isinstance(value, str):
-        return bool(value.strip()) and (key in PROMPT_NAMES or len(value.split()) > 1 or not value.isascii())
+        is_phrase = len(value.split()) > 1 or not value.isascii()  # some scripts have no spaces
+        return bool(value.strip()) and (is_phrase or key in PROMPT_NAMES)
     if isinstance(value, list):
         return any(holds_text(key, item) for item in value)
     if isinstance(value, dict):

@@ -101,7 +101,8 @@ def read_config(path):
         value = content.get(key, values[0])
         same_width = key == "n_inner" and value == 4 * config["n_embd"]
         if value not in values and not same_width:
-            raise SystemExit(f"{path}: {key} is {short_repr(value)}, only {short_repr(values[0])} can be read")
+            raise SystemExit(f"{path}: {key} is {short_repr(value)}, "
+                             f"only {short_repr(values[0])} can be read")
     return config
 
 

@@ -177,7 +177,7 @@ def test_each_range_of_each_field_is_checked_at_its_limits(stage):
             bad = [math.nan, math.inf, -math.inf]
             if type(limit).__name__ == "Between":
                 good, bad = [limit.low], [*bad, limit.low - 1e-9, limit.high + 1e-9]
-                (bad if limit.below else good).append(limit.high)
+                (bad if limit.exclude_high else good).append(limit.high)
             elif limit is not None:
                 good, bad = [limit.limit + 1e-9], [*bad, limit.limit - 1e-9]
                 (bad if type(limit).__name__ == "Above" else good).append(float(limit.limit))

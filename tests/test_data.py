@@ -262,8 +262,8 @@ def test_a_file_that_is_one_json_value(tmp_path):
         dataset(str(tmp_path / "bad.json")).check()
 
 
-def test_a_key_that_stands_there_twice_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="mine.jsonl:1: not JSON .*'prompt' stands there twice"):
+def test_a_key_that_appears_twice_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="mine.jsonl:1: not JSON .*'prompt' appears twice"):
         dataset(write(tmp_path / "mine.jsonl", ['{"prompt": "a", "prompt": "b", "completion": " c"}'])).check()
 
 

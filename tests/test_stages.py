@@ -238,11 +238,12 @@ def test_a_model_trained_on_turns_is_asked_in_turns(start, monkeypatch, capsys):
     """By sample.py, by PPO on a file of plain prompts, and in the closing table; --raw turns it off."""
     monkeypatch.chdir(start)
     shape = dict(n_layer=1, n_head=2, n_embd=16, device="cpu", steps=1, batch_size=4, init=str(start / "start"))
-    records = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}]} for i in range(40)]
+    records = [{"id": i, "messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}]} for i in range(40)]
     (start / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (start / "plain.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(40)))
     sft.train(sft.Config(**shape, data="chat.jsonl", eval_n=0))
     assert load_checkpoint("out/sft-chat")["template"] == "turns"
+    assert "chat.jsonl: fields that are not used: 'id'\n" in capsys.readouterr().out
 
     seen, t = [], get_tokenizer("animals")
     respond = evaluate.respond
