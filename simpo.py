@@ -63,7 +63,7 @@ RECIPES = {
 
 
 def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma, label_smoothing=0.0):
-    """SimPO, arXiv:2405.14734 eq. 6: −(1−ε) log σ(h) − ε log σ(−h), where ε is 0 in the paper and
+    """SimPO, arXiv:2405.14734 eq. 6: −(1−ε) log σ(h) − ε log σ(−h), with label smoothing ε (0 there) and
 
         h = β/|y_w| log π(y_w|x) − β/|y_l| log π(y_l|x) − γ
 
