@@ -1,6 +1,6 @@
 """Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
-RLHF maximizes E[r(x, y)] − β KL(π ‖ π_ref). The optimum of that is known, and can be solved for the reward:
+RLHF maximizes E[r(x, y)] − β KL(π ‖ π_ref). Its optimum has a closed form, which can be solved for r:
 
     π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x)                                                      (eq. 4)
     r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x)                                                 (eq. 5)
@@ -17,7 +17,7 @@ maximized in the policy itself, without a reward model and without sampling:
     python dpo.py imdb --beta=0.1                           the paper's Figure 2 (all commands: data/imdb.py)
     python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons, with the settings of hh
 
-Left out: the SFT term that some add to the loss, iterated and online variants.
+Left out: the SFT term that some add to the loss, and the iterated and online variants.
 """
 import copy
 from dataclasses import dataclass
@@ -42,10 +42,11 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # eq. 7 or a variant, see dpo_loss
     label_smoothing: LabelNoise = 0.0  # ε: the share of labels assumed to be flipped, for sigmoid and robust
     precompute_ref: bool = True     # ask the reference once, before training; False keeps it in memory
-    lr: NonNegativeFloat = 1e-3     # peak learning rate, after a linear warm-up and before a cosine to 0
+    lr: NonNegativeFloat = 1e-3     # peak learning rate: reached by a linear warm-up, then half a cosine to 0
 
 
-# Config's defaults are for the animals world. The paper has RMSprop and no decay of the learning rate.
+# Config's defaults are for the animals world. The paper uses RMSprop and no decay of the learning
+# rate; here it is AdamW.
 RECIPES = {
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
     # arXiv:2305.18290 App. B: β 0.5 on TL;DR, batch 64, lr 1e-6, 150 steps of warm-up; one epoch of 92,858
@@ -111,14 +112,14 @@ def precompute_reference(ref_policy, pairs, batches, run):
     logp = torch.zeros(len(pairs), 2, device=run.device)
     visited = set()
     for batch in batches:
-        # A batch of a later epoch can hold new pairs, because each epoch leaves out those that fill no batch.
+        # Each epoch drops its last, incomplete batch, so a later epoch can hold pairs that are not yet known.
         if visited.issuperset(batch):
             continue
         # The whole batch, though some pairs may be known: these are the micro-batches of training. With
         # several processes, each computes its share of the batch and leaves the other pairs at 0.
-        for rows in run.micro_batches(batch, pairs):
-            chosen_logp, rejected_logp = pair_logp(ref_policy, [pairs[i] for i in rows])
-            for i, chosen, rejected in zip(rows, chosen_logp, rejected_logp):
+        for indices in run.micro_batches(batch, pairs):
+            chosen_logp, rejected_logp = pair_logp(ref_policy, [pairs[i] for i in indices])
+            for i, chosen, rejected in zip(indices, chosen_logp, rejected_logp):
                 if i not in visited:
                     logp[i, 0] = chosen
                     logp[i, 1] = rejected
@@ -131,9 +132,9 @@ def train(cfg):
     run = Run("dpo", cfg)  # the device, the folder, the log and the checkpoints
     init = cfg.init or run.train_if_missing("sft")
 
-    # Comparisons are prompts with ranked responses, as text. Of each, every two responses that do not tie
-    # make a pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids cut to
-    # max_len.
+    # Comparisons are prompts with ranked responses, as text. Every two responses of a comparison that are not
+    # tied make a pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. What
+    # is longer than max_len loses the prompt's beginning first, then the response's end.
     policy, tokenizer = run.load_model(init)
     comparisons = run.data.comparisons("train")
     pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
@@ -148,7 +149,7 @@ def train(cfg):
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     checkpoint = run.start_or_resume(policy, optimizer)  # with --resume, the last checkpoint; otherwise {}
 
-    # reference(rows) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs, (b,) each.
+    # reference(indices) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs, (b,) each.
     ref_logp = None
     if cfg.precompute_ref:
         if cfg.resume:
@@ -156,21 +157,22 @@ def train(cfg):
         else:
             ref_logp = precompute_reference(policy, pairs, batches, run)  # no step is taken yet: π is π_ref
 
-        def reference(rows):
-            return ref_logp[rows].unbind(1)
+        def reference(indices):
+            return ref_logp[indices].unbind(1)
     else:
         @torch.no_grad()
-        def reference(rows):
-            return pair_logp(ref_policy, [pairs[i] for i in rows])
+        def reference(indices):
+            return pair_logp(ref_policy, [pairs[i] for i in indices])
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()
 
-        # 1. The gradients of the micro-batches add up to the gradient of the batch. With several processes,
-        # these are the micro-batches of this process's share.
-        for rows in run.micro_batches(batches[step], pairs):
-            chosen_logp, rejected_logp = pair_logp(policy, [pairs[i] for i in rows])  # (b,) each
-            ref_chosen_logp, ref_rejected_logp = reference(rows)
+        # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch: a list of
+        # indices into pairs, of at most cfg.micro_tokens tokens. With several processes, these are the
+        # micro-batches of this process's share.
+        for indices in run.micro_batches(batches[step], pairs):
+            chosen_logp, rejected_logp = pair_logp(policy, [pairs[i] for i in indices])  # (b,) each
+            ref_chosen_logp, ref_rejected_logp = reference(indices)
 
             # eq. 7: −log σ(β [log π/π_ref (y_w|x) − log π/π_ref (y_l|x)])
             losses, chosen_reward, rejected_reward = dpo_loss(
@@ -190,12 +192,13 @@ def train(cfg):
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log, and save a checkpoint when one is due or when Ctrl-C asked for it, which ends the run.
+        # 3. Log the means over the batch, of all processes. Save a checkpoint when one is due, or when Ctrl-C
+        # asked for it, which ends the run.
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer, ref_logp=ref_logp)
 
     # The policy before and after, on held-out prompts: KL, length, and gold reward and win rate where the
-    # true reward is known. Evaluation needs the optimizer's memory.
+    # true reward is known. The optimizer's memory is freed for that.
     del optimizer
     evaluate.report(run, policy, init)
     return policy

@@ -1,8 +1,8 @@
 """Fine-Grained RLHF (Wu et al. 2023, arXiv:2306.01693): a reward for each segment and each kind of error.
 
-Three reward models, one per kind of error, replace the one number per response. Each judges segments that
-are as short as its errors are local. With the response y cut into L_k segments by the k-th reward model,
-the reward at token t is
+Three reward models, one per kind of error, replace the one number per response. Each judges segments of
+the length at which its kind of error shows. With the response y cut into L_k segments by the k-th reward
+model, the reward at token t is
 
     r_t = Σ_k Σ_j 1(t = T_j^k) · w_k · R_k(x, y, j)                                                 (§2)
 
@@ -16,11 +16,17 @@ reward_fn that puts their judgements on the (B, R) grid.
     python finegrained.py --reward=rm              the baseline: one reward model per response
     python finegrained.py qa_feedback --init=gpt2  the paper's questions and feedback
 
-Left out: the paper's filter of error spans shorter than five words (its code has it for relevance only),
-the separator tokens of its reward models (a causal model can be read at a segment's last token), three
-separate reward models (here three heads on one trunk; --share_trunk=False has three models), a relevance
-model that does not see the passages (its code has that), completeness labels from matching passages (see
-data/qa_feedback.py).
+An example: of "A crab has ten legs, and it can swim in the sea. It has fur." an annotator marks "it can swim
+in the sea" as Irrelevant and "It has fur" as Wrong-Grounding. Relevance has three segments, with labels 1, 0
+and 1. Factuality has two, the sentences: the second has label 0, the first has none, because a part of it is
+beside the point.
+
+Left out:
+  - the paper's filter of error spans shorter than five words (its code has it for relevance only)
+  - the separator tokens of its reward models: a causal model can be read at a segment's last token
+  - three separate reward models: here three heads share one trunk; --share_trunk=False has three models
+  - hiding the passages from the relevance model, as the authors' code does
+  - completeness labels from matching passages (see data/qa_feedback.py)
 """
 import os
 from dataclasses import dataclass, replace
@@ -50,8 +56,8 @@ AXES = {
 
 @dataclass
 class Config(ppo.Config):
-    reward: Literal["finegrained", "rm", "gold"] = "finegrained"  # rm: one number per response, the baseline
-    reward_models: str | None = None  # the three's folder; None: out/rewards-RECIPE, trained first if missing
+    reward: Literal["finegrained", "rm", "gold"] = "finegrained"  # rm, gold: one number a response
+    reward_models: str | None = None  # their folder; None: out/rewards-RECIPE, trained first if missing
     share_trunk: bool = True          # three heads on one trunk; False: three models
     value_init: Literal["reward", "sft"] = "sft"  # the value model's start; reward only with --reward=rm
     kl_coef: NonNegativeFloat = 0.1   # β: the price of a nat of KL; with kl_target, its first value
@@ -60,7 +66,7 @@ class Config(ppo.Config):
     w3: float = 0.3                   # weight of completeness: in standard deviations of its model's scores
     soft: bool = False                # 2p − 1 instead of ±1, with p the probability that the segment is good
     reward_steps: PositiveInt = 2000  # optimizer steps of the reward models
-    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # responses per step; plus a quarter comparisons
+    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # responses per step; a quarter as many comparisons
     reward_lr: NonNegativeFloat = 2e-3  # peak learning rate of the reward models
 
 
@@ -75,7 +81,7 @@ RECIPES = {
 
 class Segment(NamedTuple):
     axis: str
-    token: int  # T_j^k: the index, in the response, of the token in which the segment ends
+    token: int  # T_j^k: the index, in the response, of the segment's last token
     start: int  # in characters of the response
     end: int
 
@@ -100,9 +106,9 @@ def cut_response(tokenizer, response):
 def segment_label(segment, spans):
     """1 for a good segment, 0 if a span of its axis overlaps it, None if the segment teaches nothing.
 
-    Nobody asked whether a segment that is beside the point is true: where only spans of other axes overlap,
-    factuality is unknown (as in the code of arXiv:2306.01693). spans: [(start, end, category), …] in
-    characters.
+    Annotators did not judge the truth of what they had marked as beside the point: where only spans of other
+    axes overlap, factuality is unknown (as in the code of arXiv:2306.01693). spans:
+    [(start, end, category), …] in characters.
     """
     overlapping = [category for start, end, category in spans if start < segment.end and segment.start < end]
     if any(category in AXES[segment.axis] for category in overlapping):
@@ -115,7 +121,7 @@ def segment_label(segment, spans):
 # ------------------------------------------------------------------------------------------------- feedback
 
 class Mark(NamedTuple):
-    """What an annotator said about one place of a response."""
+    """One place of a response to judge, and in training its label."""
     axis: str
     token: int  # counted over all response tokens of the group
     value: int  # relevance, factuality: 1 good, 0 bad; completeness: a rank, 0 best; not used in reward_fn
@@ -128,7 +134,7 @@ class Feedback:
 
 
 def load_feedback(data, split, axes, tokenizer, max_len, most=None):
-    """What some axes learn from: {"spans": Feedback, "comparisons": Feedback}, as far as they need it."""
+    """The training data of some axes: {"spans": Feedback, "comparisons": Feedback}, or the one they need."""
     feedback = {}
     if "relevance" in axes or "factuality" in axes:
         examples = data.spans(split)[:most]
@@ -200,7 +206,7 @@ class Marks:
 def pack_marks(groups, marks, axes, device):
     """The packed batch of some groups, and their marks (a list of Mark per group) -> Batch, Marks."""
     columns = {"axis": [], "place": [], "value": [], "group": []}
-    first = 0  # response token of the group, in the batch
+    first = 0  # the index, in the batch, of the group's first response token
     for i, ((_, responses), group_marks) in enumerate(zip(groups, marks)):
         for mark in group_marks:
             columns["axis"].append(axes.index(mark.axis))
@@ -216,7 +222,7 @@ def pack_marks(groups, marks, axes, device):
 def judge(models, batch, marks):
     """The score of each mark by the head of its axis: (M,) float32.
 
-    The heads of `models`, taken together, are the axes in order.
+    The heads of all models, one after the other, are in the order of the axes.
     """
     # A judgement is read at the segment's last token itself, not at the state before it as V(s_t) is.
     positions = batch.token_index[marks.place]
@@ -250,15 +256,15 @@ def reward_losses(scores, marks, axes):
 
 @torch.no_grad()
 def judgements(models, feedback, axes, micro_tokens):
-    """Judges every mark: yields the rows of a micro-batch (short groups first), its Marks, their scores (M,).
+    """Judges every mark. Yields, per micro-batch, its indices into feedback.groups, Marks, and scores (M,).
 
-    Marks and scores come in the order of the rows, and for each row in the order of feedback.marks.
+    Marks and scores are in the order of the indices, and for each group in the order of feedback.marks.
     """
-    # All groups of this process; a sharded model is called equally often in every process.
-    for rows in batches.local_micro_batches(feedback.groups, micro_tokens, models[0]):
-        groups = [feedback.groups[i] for i in rows]
-        batch, marks = pack_marks(groups, [feedback.marks[i] for i in rows], axes, models[0].device)
-        yield rows, marks, judge(models, batch, marks)
+    # Every process may call this with groups of its own.
+    for indices in batches.local_micro_batches(feedback.groups, micro_tokens, models[0]):
+        groups = [feedback.groups[i] for i in indices]
+        batch, marks = pack_marks(groups, [feedback.marks[i] for i in indices], axes, models[0].device)
+        yield indices, marks, judge(models, batch, marks)
 
 
 def count_per_axis(marks, axes):
@@ -293,10 +299,10 @@ def train_rewards(cfg, init, axes):
     batch_sizes = {"spans": cfg.batch_size, "comparisons": cfg.batch_size // 4}
     for kind, source in feedback.items():
         first = len(groups)  # where this source begins in groups
-        seed = cfg.seed + first  # another one for each source
-        order = run.shuffled_batches(source.groups, batch_sizes[kind], cfg.steps, seed)
+        seed = cfg.seed + first  # a different one for each source
+        source_batches = run.shuffled_batches(source.groups, batch_sizes[kind], cfg.steps, seed)
         for step in range(cfg.steps):
-            step_batches[step] += [first + i for i in order[step]]
+            step_batches[step] += [first + i for i in source_batches[step]]
         groups += source.groups
         marks += source.marks
     sizes = ", ".join(f"{len(source.groups)} {kind}" for kind, source in feedback.items())
@@ -311,10 +317,13 @@ def train_rewards(cfg, init, axes):
         # The loss of an axis is a mean over its segments, or its comparisons, in the whole batch: count them.
         n_of_axis = count_per_axis([marks[i] for i in step_batches[step]], axes)
 
-        # 1. The gradients of the micro-batches add up to the gradient of the batch.
-        for rows in run.micro_batches(step_batches[step], groups):
+        # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch: a list of
+        # indices into groups; with several processes, these are those of this process's share.
+        for indices in run.micro_batches(step_batches[step], groups):
             batch, batch_marks = pack_marks(
-                [groups[i] for i in rows], [marks[i] for i in rows], axes, run.device)
+                [groups[i] for i in indices], [marks[i] for i in indices], axes, run.device)
+
+            # Relevance, factuality: −log σ(±score) of each segment. Completeness: −log σ(r_w − r_l).
             scores = judge([model], batch, batch_marks)  # (M,)
             losses, right = reward_losses(scores, batch_marks, axes)
             loss = sum(losses[axis] / n_of_axis[axis] for axis in axes)
@@ -327,12 +336,14 @@ def train_rewards(cfg, init, axes):
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(model, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log, and save a checkpoint when one is due. The last one waits for the normalizer, below.
+        # 3. Log the sums over micro-batches and processes. Save a checkpoint when one is due; the last one
+        # waits for the normalizer, below.
         run.log(step + 1, **metrics.total(), lr=lr, grad_norm=grad_norm)
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, model, optimizer, axes=axes)
 
-    # R_3 is normalized: what its scores are on the comparisons that it learned from.
+    # R_3 is normalized by the mean and standard deviation of its scores on some comparisons that it learned
+    # from, the first eval_n.
     mean, std = 0.0, 1.0
     if "completeness" in axes:
         mean, std = completeness_normalizer(model, feedback["comparisons"], axes, cfg)
@@ -424,7 +435,7 @@ def load_rewards(cfg, init, tokenizer):
 
 
 def trained_checkpoint(folder, axes, init, cfg):
-    """The checkpoint of a reward model for these axes; if there is none, or a part, it is trained first."""
+    """The checkpoint of a reward model for these axes, which is trained first if missing or unfinished."""
     checkpoint = None
     if checkpoints.checkpoint_files(folder):
         checkpoint = checkpoints.load_checkpoint(folder)
@@ -469,12 +480,13 @@ def finegrained_reward(rewards, tokenizer, cfg):
         feedback = Feedback([(prompt, [response]) for prompt, response in zip(prompts, responses)], marks)
 
         r = torch.zeros(grids.length_mask(responses).shape)  # (B, R)
-        for rows, _, scores in judgements(rewards.models, feedback, rewards.axes, cfg.micro_tokens):
-            # Judge: a score for each segment of these rows.
-            places = [(i, mark) for i in rows for mark in marks[i]]
-            for (i, mark), score in zip(places, scores.cpu()):
-                # Weigh, and place on the segment's last token. Where segments end together, rewards add up.
-                r[i, mark.token] += weights[mark.axis] * reward_of(mark.axis, score)
+        for indices, _, scores in judgements(rewards.models, feedback, rewards.axes, cfg.micro_tokens):
+            # Judge: a score for each segment of these responses, one response after the other.
+            scores = iter(scores.cpu())
+            for i in indices:
+                for mark in marks[i]:
+                    # Weigh, and place on the segment's last token. Where segments end together, they add up.
+                    r[i, mark.token] += weights[mark.axis] * reward_of(mark.axis, next(scores))
         return r
 
     return reward_fn

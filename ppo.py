@@ -6,7 +6,7 @@ It maximizes, with π_ref the SFT model,
     E[ r(x, y) − β log π_θ(y|x)/π_ref(y|x) ] + ptx_coef E_demonstrations[ log π_θ(y|x) ]         (eq. 2)
 
 whose optimum, at ptx_coef = 0 (the paper's γ), is π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). An iteration has
-seven steps. Below, each has a section, and in `train` its number:
+seven steps. Each has its own section below, and is marked with its number in `train`:
 
     1. rollout         sample one response per prompt from the policy, and get its reward
     2. evaluate_tokens log π, log π_ref, V and the exact KL at every token
@@ -17,8 +17,10 @@ seven steps. Below, each has a section, and in `train` its number:
     7. statistics      log, and save a checkpoint
 
 Every quantity lives on a (B, R) grid of response tokens: column t is about the action y_t, taken in the
-state (x, y_<t). `mask` is True where there is a token; the EOS is an action and is in the mask. grid[mask]
-is the flat array (N,) of a packed batch, in the same order.
+state (x, y_<t). `mask` is True where there is a token; the EOS is an action and is in the mask. The models
+work on packed batches instead: `pack` lays prompts and responses end to end without padding, and
+`states(batch)` are the hidden states (N, n_embd) that predict its N response tokens, batch.target.
+grid[mask] is such a flat array (N,), in the same order.
 
     python ppo.py                       the animals world, from nothing: SFT and reward model first
     python ppo.py --reward=gold         against the true reward: a programmatic verifier
@@ -27,8 +29,9 @@ is the flat array (N,) of a packed batch, in the same order.
 
 Or call train(cfg, reward_fn) with your own reward: reward_fn(prompts, responses), two lists of lists of
 token ids, returns the reward of each response token, (B, R) numbers with R the length of the longest
-response, and 0 after a response's end. With several processes, each calls it for its own share of the
-prompts.
+response, and 0 after a response's end. The page then clips it, subtracts missing_eos_penalty where a
+response did not end, and subtracts the KL penalty. With several processes, each calls it for its own share
+of the prompts.
 
 Left out: several responses per prompt (GRPO, RLOO), an entropy bonus, and generation that runs beside
 training. The pretraining text of eq. 2 is replaced by demonstrations, as a mean over their tokens, so γ is
@@ -72,10 +75,10 @@ class Config(RunConfig):
     lam: UnitFloat = 0.95               # λ of GAE
     clip: PositiveFloat = 0.2           # ε: how far the ratio may move
     value_clip: PositiveFloat = 0.2     # how far a value may move
-    vf_coef: NonNegativeFloat = 0.1     # weight of the value loss; for a model of its own, Adam undoes it
+    vf_coef: NonNegativeFloat = 0.1     # weight of the value loss; needed with --share_value
     ptx_coef: NonNegativeFloat = 0.0    # eq. 2's γ: weight of the language-model loss on demonstrations
     whiten_rewards: bool = False        # scale rewards to unit variance, keeping their mean
-    whiten_advantages: bool = True      # scale advantages to mean 0 and unit variance
+    whiten_advantages: bool = True      # shift and scale advantages to mean 0 and unit variance
     steps: PositiveInt = 80             # iterations: a rollout and its epochs
     batch_size: PositiveInt = 128       # episodes per iteration, over all processes
     epochs: PositiveInt = 4             # how often an iteration goes through its rollout
@@ -104,7 +107,7 @@ RECIPES = {
 
 CONSOLE = ["score", "gold", "kl", "kl_coef", "entropy", "clip_frac", "approx_kl", "policy_loss", "value_loss",
            "explained_variance", "response_len"]  # what the console shows of the log
-RUNAWAY_KL = 1.0  # nats per token: from here on the policy has nothing to do with its reference
+RUNAWAY_KL = 1.0  # nats per token: beyond this the policy has left its reference behind, and we warn
 
 
 @dataclass
@@ -120,7 +123,7 @@ class Episodes:
     """An iteration's rollout: B prompts, their responses, and (B, R) grids that the steps fill in."""
     prompts: list                              # of token ids
     responses: list                            # of token ids, the EOS included
-    ended: torch.Tensor                        # (B,): did the response end by itself?
+    ended: torch.Tensor                        # (B,): did the response end with an EOS?
     mask: torch.Tensor                         # where there is a response token
     rewards: torch.Tensor                      # 1. what reward_fn returned
     sampler_logprobs: torch.Tensor | None      # 1. log π of the bfloat16 copy that sampled, on CUDA
@@ -130,8 +133,8 @@ class Episodes:
     kl: torch.Tensor | None = None             # 2. KL(π(·|s_t) ‖ π_ref(·|s_t)), exact over the vocabulary
     entropy: torch.Tensor | None = None        # 2. of π(·|s_t)
     dense_rewards: torch.Tensor | None = None  # 3. rewards minus the KL penalty
-    advantages: torch.Tensor | None = None     # 4. Â_t, at last whitened
-    returns: torch.Tensor | None = None        # 4. Â_t + V(s_t), before whitening
+    advantages: torch.Tensor | None = None     # 4. Â_t, whitened if asked for
+    returns: torch.Tensor | None = None        # 4. Â_t + V(s_t), with Â_t before whitening
 
     @property
     def groups(self):
@@ -173,7 +176,8 @@ def rollout(policy, prompts, reward_fn, tokenizer, cfg):
     with torch.random.fork_rng(devices=[]):  # what reward_fn draws must not change our random numbers
         my_rewards = grids.check_reward(reward_fn(my_prompts, my_responses), my_responses, tokenizer)
 
-    # The episodes of all processes. Rewards travel without padding: each process's grid has another width.
+    # Gather the episodes of all processes. Their grids differ in width, so rewards travel as lists without
+    # padding.
     responses = dist.gather_shares(my_responses)
     mask = grids.length_mask(responses)
     ended = torch.tensor([response[-1] == tokenizer.eot_token for response in responses])
@@ -195,7 +199,7 @@ def reward_model_reward(reward_model, cfg):
 
 
 def gold_reward(data, tokenizer):
-    """A reward_fn: the true reward of a response, on its last token. A verifier is nothing else."""
+    """A reward_fn: the true reward of a response, on its last token. This is all that a verifier is."""
     def reward_fn(prompts, responses):
         rewards = []
         for prompt, response in zip(prompts, responses):
@@ -211,10 +215,10 @@ def gold_reward(data, tokenizer):
 def evaluate_tokens(episodes, models, micro_batches, cfg):
     """Fills in log π, log π_ref, V, the exact KL and the entropy at every token.
 
-    log π is computed anew, since on CUDA the sampler has less precision. micro_batches: this process's
-    lists of rows in the first epoch of `update`, so that the same numbers are computed there in the same
-    way, and the ratio π/π_old is exactly 1 until the first optimizer step (compiled CUDA code may round
-    differently).
+    log π is computed anew, since on CUDA the sampler has less precision. micro_batches are this process's
+    lists of rows in the first epoch of `update`. There the same log-probs are computed once more, from the
+    same micro-batches, so the ratio π/π_old is exactly 1 until the first optimizer step. (On CUDA, compiled
+    code with gradients may round differently from code without.)
     """
     names = ["logprobs", "ref_logprobs", "values", "kl", "entropy"]
     filled = {name: torch.zeros(episodes.mask.shape) for name in names}
@@ -233,12 +237,12 @@ def evaluate_batch(models, batch, temperature):
     states = models.policy.states(batch)
     ref_states = models.ref_policy.states(batch)
     pieces = {"logprobs": [], "ref_logprobs": [], "kl": [], "entropy": []}
-    # The distributions over the V tokens of the vocabulary exist for CHUNK positions at one time.
+    # The distributions over the V tokens of the vocabulary are held for only CHUNK positions at a time.
     for s, ref_s, y in zip(states.split(CHUNK), ref_states.split(CHUNK), batch.target[:, None].split(CHUNK)):
         logp = models.policy.log_softmax(s, temperature)              # (n, V)
         ref_logp = models.ref_policy.log_softmax(ref_s, temperature)  # (n, V)
         p = logp.exp()
-        pieces["logprobs"].append(logp.gather(1, y)[:, 0])  # to the bit what token_logprobs gives in `update`
+        pieces["logprobs"].append(logp.gather(1, y)[:, 0])  # bit for bit token_logprobs in `update`
         pieces["ref_logprobs"].append(ref_logp.gather(1, y)[:, 0])
         pieces["kl"].append((p * (logp - ref_logp)).sum(-1))  # Σ_v π(v|s_t) log π/π_ref (v|s_t)
         pieces["entropy"].append(-(p * logp).sum(-1))
@@ -257,10 +261,10 @@ def values_at(models, states, batch):
 # -------------------------------------------------------------------------------- 3. reward with KL penalty
 
 def dense_reward(rewards, logprobs, ref_logprobs, ended, mask, kl_coef, clip=None, missing_eos_penalty=0.0):
-    """The reward that PPO sees: r_t − β log π/π_ref (y_t|s_t), arXiv:1909.08593 eq. 2. All (B, R).
+    """The reward that PPO sees: r_t − β log π/π_ref (y_t|s_t). All (B, R).
 
-    rewards are clipped to ±clip. A response that has not `ended` (B,) pays missing_eos_penalty at its last
-    token.
+    Summed over a response, this is arXiv:1909.08593 eq. 2. rewards are clipped to ±clip. A response that has
+    not `ended` (B,) pays missing_eos_penalty at its last token.
     """
     if clip is not None:
         rewards = rewards.clamp(-clip, clip)
@@ -341,9 +345,10 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 
 def value_loss(values, old_values, returns, mask, clip):
-    """½ E max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²). All (B, R) -> scalar, the mean over the mask.
+    """½ E max((V − V_targ)², (V_old + clip(V − V_old, ±ε) − V_targ)²), V_targ the returns. All (B, R).
 
-    This is (V − R)² of arXiv:1707.06347 eq. 9, halved and clipped as in its authors' code.
+    Returns a scalar, the mean over the mask. This is (V − V_targ)² of arXiv:1707.06347 eq. 9, halved and
+    clipped as in its authors' code.
     """
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
@@ -356,7 +361,10 @@ def ptx_loss(policy, demonstrations, n_tokens, temperature):
 
 
 def shuffled_epochs(cfg):
-    """For each epoch its minibatches, lists of rows: every episode once per epoch, in a new order."""
+    """For each epoch its minibatches, lists of rows: every episode once per epoch, in a new order.
+
+    The random state is the same in every process, and so is the order.
+    """
     epochs = []
     for _ in range(cfg.epochs):
         order = torch.randperm(cfg.batch_size)
@@ -367,9 +375,10 @@ def shuffled_epochs(cfg):
 def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
     """Step 5: an optimizer step for each minibatch of each epoch.
 
-    optimizers, lrs: dicts with "policy" and, unless the value head is the policy's, "value". ptx_batches:
-    an iterator over lists of demonstrations, one list per optimizer step; None: no demonstrations. Returns
-    the means of losses and statistics over the optimizer steps, and how many there were.
+    epochs: from shuffled_epochs. optimizers: {"policy": …, "value": …}, without "value" if the value head is
+    the policy's; lrs: their learning rates. ptx_batches: an iterator over lists of demonstrations, one list
+    per optimizer step; None: no demonstrations. Returns the means of losses and statistics over the
+    optimizer steps, and how many there were (without a step that stop_kl prevented).
     """
     cfg = run.cfg
     groups = episodes.groups
@@ -381,7 +390,8 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
             n_tokens = episodes.mask[minibatch].sum().to(run.device)
 
             # Every loss below is divided by the tokens of the whole minibatch. So gradients and metrics add
-            # up, first over the micro-batches of this process's share, then over the processes.
+            # up, first over the micro-batches of this process's share (lists of rows of at most
+            # cfg.micro_tokens tokens), then over the processes.
             for rows in run.micro_batches(minibatch, groups):
                 batch = pack([groups[i] for i in rows]).to(run.device)
                 old = episodes.select(rows, run.device)
@@ -397,8 +407,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                     logprobs, old.logprobs, old.advantages, old.mask, cfg.clip)
                 vf_loss = value_loss(values, old.values, old.returns, old.mask, cfg.value_clip)
 
-                # These are means over the tokens of these rows: weigh them to get the mean over the
-                # minibatch.
+                # A mean over the tokens of these rows becomes its share of the mean over the minibatch.
                 weight = old.mask.sum() / n_tokens
                 loss = (pg_loss + cfg.vf_coef * vf_loss) * weight
                 loss.backward()
@@ -411,8 +420,8 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
             if ptx_batches is not None:
                 demonstrations = next(ptx_batches)
                 n_ptx_tokens = sum(len(response) for _, (response,) in demonstrations)
-                for rows in run.micro_batches(range(len(demonstrations)), demonstrations):
-                    some = [demonstrations[i] for i in rows]
+                for indices in run.micro_batches(range(len(demonstrations)), demonstrations):
+                    some = [demonstrations[i] for i in indices]
                     loss = ptx_loss(models.policy, some, n_ptx_tokens, cfg.temperature)
                     (cfg.ptx_coef * loss).backward()
                     metrics.add(ptx_loss=loss)
@@ -441,7 +450,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
         if stop_early:
             break
 
-    if not history:  # at first approx_kl is 0 but for rounding, which can exceed a tiny stop_kl
+    if not history:  # approx_kl starts at 0, except for rounding, which can exceed a tiny stop_kl
         return {"optimizer_steps": 0}
     means = {}
     for key in history[0]:
@@ -488,7 +497,7 @@ def statistics(episodes, kl_coef, data, tokenizer):
         "gold": gold,
         "kl": episodes.kl.sum(1).mean(),
         "kl_coef": kl_coef,
-        "reward": episodes.dense_rewards.sum(1).mean(),  # less penalties and KL
+        "reward": episodes.dense_rewards.sum(1).mean(),  # clipped, minus penalties and KL
         "entropy": masked_mean(episodes.entropy, mask),
         "explained_variance": 1 - unexplained,
         "response_len": mask.sum() / len(mask),
@@ -539,15 +548,18 @@ def check_settings(cfg, data, has_reward_fn):
     if cfg.max_new_tokens >= cfg.max_len:
         raise SystemExit(f"--max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in "
                          f"--max_len={cfg.max_len}")
-    if cfg.kl_target is not None and cfg.kl_horizon < cfg.batch_size / 5:
-        raise SystemExit(f"--kl_horizon={cfg.kl_horizon:g}: below a fifth of --batch_size={cfg.batch_size}, "
-                         "one update of the KL controller could make β negative")
+    if cfg.kl_target is not None and cfg.kl_coef == 0:
+        raise SystemExit(f"--kl_target={cfg.kl_target:g}: the KL controller multiplies β, so --kl_coef, "
+                         "where it starts, must be above 0")
+    if cfg.kl_target is not None and cfg.kl_horizon <= cfg.batch_size / 5:
+        raise SystemExit(f"--kl_horizon={cfg.kl_horizon:g}: with a fifth of --batch_size={cfg.batch_size} or "
+                         "less, one update of the KL controller could make β 0 or negative")
     if cfg.reward == "gold" and not has_reward_fn and not hasattr(data, "gold"):
         raise SystemExit(f"--reward=gold: the true reward of --data={cfg.data} is not known")
 
 
 def encode_rollout_prompts(run, tokenizer):
-    """The training prompts as lists of ids, their beginning cut off so that max_new_tokens fit."""
+    """The training prompts as lists of ids, cut on the left to leave room for max_new_tokens."""
     cfg = run.cfg
     room = cfg.max_len - cfg.max_new_tokens
     prompts = [ids.tolist() for ids in encode_prompts(tokenizer, run.rollout_prompts())]

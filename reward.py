@@ -8,13 +8,14 @@ the prompt once for all of them:
     L(θ) = −1/(K choose 2) E log σ( r_θ(x, y_w) − r_θ(x, y_l) )                                     (eq. 1)
 
 Eq. 1 sees differences only: a constant added to all scores of a prompt changes nothing. So at the end, as
-in InstructGPT, the bias is set to where demonstrations score 0 on average. Two things are added here: a
+in InstructGPT, the bias is shifted so that demonstrations score 0 on average. Two things are added here: a
 small term center_coef · (r_w + r_l)², which holds the scores of every prompt near 0, and the spread of the
-demonstrations' scores, which is saved with the weights for PPO to normalize by.
+demonstrations' scores, which is saved with the weights so that PPO can normalize by it.
 
     python reward.py                                the animals world, from nothing: SFT first
     python reward.py hh --init=out/sft-hh           Anthropic's HH-RLHF, GPT-2
-    python reward.py imdb                           the sentiment of IMDb reviews; likewise qa_feedback, tldr
+    python reward.py imdb                           the sentiment of IMDb reviews
+    python reward.py tldr                           summaries of Reddit posts; likewise qa_feedback
     python reward.py --data=mine.jsonl --init=gpt2  your own comparisons
 
 Left out: labels with a degree of preference, ensembles, models that read a whole conversation turn by turn.
@@ -38,7 +39,7 @@ from engine.packing import pack
 @dataclass
 class Config(RunConfig):
     k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9)
-    margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m) (arXiv:2307.09288 eq. 2)
+    margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m), a constant (arXiv:2307.09288 eq. 2)
     center_coef: NonNegativeFloat = 0.05  # of (r_w + r_l)², which keeps scores near 0 (arXiv:2312.09244)
     steps: PositiveInt = 1600           # optimizer steps
     batch_size: PositiveInt = 16        # prompts per step, each with its K responses, over all processes
@@ -48,7 +49,7 @@ class Config(RunConfig):
     val_every: PositiveInt = 800        # steps between validation accuracies
     log_every: PositiveInt = 50         # steps between lines on the console
     ckpt_every: PositiveInt = 100       # steps between checkpoints
-    eval_n: NonNegativeInt = 1000       # validation comparisons; demonstrations that scores are centered on
+    eval_n: NonNegativeInt = 1000       # validation comparisons, and demonstrations to center scores on
 
 
 RECIPES = {
@@ -56,7 +57,7 @@ RECIPES = {
                warmup=100, val_every=250, log_every=10, ckpt_every=500),
     "qa_feedback": dict(data="qa_feedback", k=4, steps=500, batch_size=16, micro_tokens=16384, max_len=1024,
                         lr=1e-5, warmup=20, val_every=100, log_every=10, ckpt_every=100),
-    # arXiv:2009.01325 B.1, its 1.3B model: batch 64, one epoch of 92,858, lr 1.5e-5
+    # arXiv:2009.01325 B.1, its 1.3B model: batch 64, lr 1.5e-5; one epoch of the 92,858 pairs as released
     "tldr": dict(data="tldr", k=2, steps=1450, batch_size=64, micro_tokens=16384, max_len=640, lr=1.5e-5,
                  warmup=50, val_every=250, log_every=10, ckpt_every=500),
     # positive and negative reviews, two epochs of 12,500 pairs; all share one prompt, so no center_coef is
@@ -76,7 +77,7 @@ def ranked_pairs(scores, rank):
 
 
 def split_by_prompt(scores, group, rank):
-    """(S,) of each -> a list with (scores, rank), (K,) each, of every prompt."""
+    """Scores and ranks of S responses, (S,) each -> for each prompt those of its K responses, (K,) each."""
     prompts = group.unique()
     return [(scores[group == prompt], rank[group == prompt]) for prompt in prompts]
 
@@ -112,7 +113,7 @@ def score_margin(scores, group, rank):
 
 
 def group_and_rank(comparisons, device="cpu"):
-    """The prompt's index and the rank of every response of some comparisons: (S,) each."""
+    """For each response of the comparisons, the index of its prompt, and its rank: (S,) each."""
     group, rank = [], []
     for i, comparison in enumerate(comparisons):
         group += [i] * len(comparison.ranks)
@@ -147,7 +148,7 @@ def train(cfg):
     comparisons = data.comparisons("train", cfg.k)
     comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # each has a pair that does not tie
     groups = encode_comparisons(tokenizer, comparisons, cfg.max_len)
-    # Identical responses cannot be told apart: prints how many pairs are, and exits if all of them are.
+    # Identical responses cannot be told apart: prints how many pairs are identical, and exits if all are.
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
     validation = data.comparisons("validation", cfg.k)[:cfg.eval_n]
     validation_groups = encode_comparisons(tokenizer, validation, cfg.max_len)
@@ -161,29 +162,32 @@ def train(cfg):
     for step in range(run.start, cfg.steps):
         metrics = Metrics()
 
-        # 1. The gradients of the micro-batches add up to the gradient of the batch. With several processes,
-        # these are the micro-batches of this process's share.
-        for rows in run.micro_batches(batches[step], groups):
+        # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch: a list of
+        # indices into groups, of at most cfg.micro_tokens tokens. With several processes, these are the
+        # micro-batches of this process's share.
+        for indices in run.micro_batches(batches[step], groups):
             # r(x, y) of every response, prompt by prompt; the responses to one prompt do not see each other.
-            batch = pack([groups[i] for i in rows]).to(run.device)
+            batch = pack([groups[i] for i in indices]).to(run.device)
             scores = reward_model.score(batch)  # (S,), read at each response's last token
-            group, rank = group_and_rank([comparisons[i] for i in rows], run.device)  # (S,) in the same order
+            group, rank = group_and_rank([comparisons[i] for i in indices], run.device)  # (S,), same order
 
             # eq. 1: −log σ(r(x, y_w) − r(x, y_l)), a mean over each prompt's pairs, then over prompts
             loss, accuracy = ranking_loss(scores, group, rank, cfg.margin, cfg.center_coef)
 
-            # These are means over the prompts of these rows, each of which has a pair: weigh them to get the
-            # mean over the batch.
-            (loss * len(rows) / cfg.batch_size).backward()
-            metrics.add(loss=loss * len(rows), accuracy=accuracy * len(rows),
-                        margin=score_margin(scores, group, rank))
+            # A mean over the prompts of this micro-batch becomes its share of the mean over the batch. (Every
+            # prompt counts: those whose responses all tie have been left out above.)
+            n_prompts = len(indices)
+            (loss * n_prompts / cfg.batch_size).backward()
+            metrics.add(loss=loss * n_prompts, accuracy=accuracy * n_prompts,
+                        margin=score_margin(scores, group, rank))  # of each prompt, (n_prompts,)
 
         # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step, clear.
         sync_gradients(reward_model)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(reward_model, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log, now and then with the accuracy on held-out comparisons.
+        # 3. Log the means over the batch (of all processes), now and then with the accuracy on held-out
+        # comparisons.
         val_accuracy = None
         if validation and ((step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps):
             scores = run.score_groups(reward_model, validation_groups)
@@ -195,8 +199,8 @@ def train(cfg):
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, reward_model, optimizer)
 
-    # Center the scores: demonstrations get 0 on average. Only once: a run that is resumed after that has the
-    # standard deviation of their scores in its checkpoint.
+    # Center the scores: demonstrations get 0 on average. Only once: a run that is resumed after that finds
+    # the standard deviation of their scores in its checkpoint.
     score_std = checkpoint.get("score_std")
     if score_std is None:
         demonstrations = data.demonstrations("train")[:max(2, cfg.eval_n)]

@@ -90,8 +90,8 @@ def validation_loss(policy, groups, run):
     if not groups:
         return None
     total = 0.0
-    for rows in run.local_micro_batches(groups, policy):  # all of them, in pieces that fit into memory
-        batch = pack([groups[i] for i in rows]).to(run.device)
+    for indices in run.local_micro_batches(groups, policy):  # all of them, in pieces that fit into memory
+        batch = pack([groups[i] for i in indices]).to(run.device)
         total += policy.logprobs(batch).sum().item()
     return -total / count_response_tokens(groups)
 
@@ -116,11 +116,12 @@ def train(cfg):
         metrics = Metrics()
         n_tokens = count_response_tokens([groups[i] for i in batches[step]])  # of the whole batch
 
-        # 1. The gradients of the micro-batches add up to the gradient of the batch. With several processes,
-        # these are the micro-batches of this process's share.
-        for rows in run.micro_batches(batches[step], groups):
+        # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch: a list of
+        # indices into groups, of at most cfg.micro_tokens tokens. With several processes, these are the
+        # micro-batches of this process's share.
+        for indices in run.micro_batches(batches[step], groups):
             # log π(y_t | x, y_<t) of every response token; responses to one prompt do not see each other.
-            batch = pack([groups[i] for i in rows]).to(run.device)
+            batch = pack([groups[i] for i in indices]).to(run.device)
             logprobs = policy.logprobs(batch)  # (N,)
             loss = sft_loss(logprobs, n_tokens)
             loss.backward()
@@ -139,7 +140,7 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(n_tokens), val_loss=val_loss, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
-    # The model before and after, on held-out prompts. Evaluation needs the optimizer's memory.
+    # The model before and after, on held-out prompts. The optimizer's memory is freed for that.
     del optimizer
     evaluate.report(run, policy, cfg.init)
     return policy

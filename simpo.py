@@ -1,19 +1,20 @@
 """Simple Preference Optimization (Meng, Xia and Chen 2024, arXiv:2405.14734): DPO without its reference.
 
-DPO's reward of a response is β log π/π_ref, a sum over its tokens. But the policy does not sample by that
-reward, it samples by its own log-probs. SimPO's reward is the mean log-prob of the response's tokens (eq.
-4), and the chosen response has to win by a margin γ:
+DPO's reward of a response is β log π/π_ref, a sum over its tokens. But that is not what a policy samples
+by: it samples by its own log-probs. So SimPO's reward is β times the mean log-prob of the response's tokens
+(eq. 4), and the chosen response has to win by a margin γ:
 
     r(x, y) = β/|y| log π_θ(y|x)
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
 
-Only one model is in memory. So in the paper nothing but a small learning rate holds the policy near to
-where it started. The length |y| counts the EOS, where the response has one.
+There is no reference, so only one model is in memory. But nothing holds the policy near to where it started
+either, except a small learning rate in the paper. The length |y| counts the EOS, where a response has one.
 
 What goes wrong in our runs is that responses become too short (docs/results.md). We sample and log the
-length during training. And the SFT term (App. H) holds it: sft_weight times −log π of the chosen responses,
-a mean over all tokens of the batch, which gives every token the same weight, where eq. 6 gives those of a
-long response less. The paper's own settings have sft_weight 0, and so have the recipes for real data.
+length during training. And to hold it, we add the SFT term (App. H): sft_weight times the
+mean of −log π over all tokens of the batch's chosen responses. Every token has the same weight there, while
+in eq. 6 a token of a long response has less. The paper's own settings have sft_weight 0, and so have the
+recipes for real data.
 
     python simpo.py                                the animals world, from nothing: SFT first, then SimPO
     python simpo.py hh                             Anthropic's HH-RLHF, GPT-2
@@ -54,7 +55,7 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
 RECIPES = {
     "hh": dict(data="hh", sft_weight=0.0, steps=2500, max_len=512, lr=1e-6, warmup=150, sample_every=250,
                ckpt_every=500, eval_n=64),
-    # The paper has none of these data. tldr and imdb: the settings of hh, one epoch
+    # The paper uses neither of these. The settings of hh, one epoch
     "tldr": dict(data="tldr", sft_weight=0.0, steps=1450, max_len=640, lr=1e-6, warmup=150, sample_every=250,
                  ckpt_every=500, eval_n=64),
     "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", sft_weight=0.0, steps=2100, max_len=136,
@@ -80,7 +81,8 @@ def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma
 def pair_logp(policy, pairs):
     """log π(y_w|x), log π(y_l|x), |y_w| and |y_l|: (B,) each. Log-probs are summed over response tokens.
 
-    pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). Both responses share one row with their prompt.
+    pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The two responses share a row with their prompt,
+    which is computed once; neither sees the other.
     """
     batch = pack(pairs).to(policy.device)
     logp = per_sequence(policy.logprobs(batch), batch)  # (2B,): chosen, rejected, chosen, …
@@ -94,10 +96,10 @@ def mean_chosen_length(pairs):
 
 
 def length_statistics(responses, eos):
-    """What a collapse of the length shows in first. responses: lists of token ids.
+    """The numbers in which a collapse of the length shows first. responses: lists of token ids.
 
-    response_len: mean length in tokens; empty: the share of responses without a word; unfinished: the share
-    that did not end by themselves.
+    response_len: mean length in tokens; empty: the share of responses that are nothing but the EOS;
+    unfinished: the share that reached the limit of new tokens before an EOS.
     """
     n = len(responses)
     n_tokens = sum(map(len, responses))
@@ -112,11 +114,11 @@ def train(cfg):
     init = cfg.init or run.train_if_missing("sft")
     gamma = cfg.gamma if cfg.gamma_beta_ratio is None else cfg.gamma_beta_ratio * cfg.beta
 
-    # Comparisons are prompts with ranked responses, as text. Of each, every two responses that do not tie
-    # make a pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids cut to
-    # max_len.
     policy, tokenizer = run.load_model(init)
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
+    # Comparisons are prompts with ranked responses, as text. Every two responses of a comparison that are not
+    # tied make a pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. What
+    # is longer than max_len loses the prompt's beginning first, then the response's end.
     comparisons = run.data.comparisons("train")
     pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
     batches = run.shuffled_batches(pairs)  # for each step a list of indices into pairs
@@ -129,18 +131,20 @@ def train(cfg):
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()
-        mean_chosen_len = mean_chosen_length([pairs[i] for i in batches[step]])  # of the whole batch
+        mean_chosen_len = mean_chosen_length([pairs[i] for i in batches[step]])  # for the SFT term below
 
-        # 1. The gradients of the micro-batches add up to the gradient of the batch. With several processes,
-        # these are the micro-batches of this process's share.
-        for rows in run.micro_batches(batches[step], pairs):
-            chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(policy, [pairs[i] for i in rows])
+        # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch: a list of
+        # indices into pairs, of at most cfg.micro_tokens tokens. With several processes, these are the
+        # micro-batches of this process's share.
+        for indices in run.micro_batches(batches[step], pairs):
+            chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(
+                policy, [pairs[i] for i in indices])  # (b,) each
 
             # eq. 6: −log σ(β/|y_w| log π(y_w|x) − β/|y_l| log π(y_l|x) − γ)
             losses, chosen_reward, rejected_reward = simpo_loss(
                 chosen_logp, rejected_logp, chosen_len, rejected_len, cfg.beta, gamma, cfg.label_smoothing)
 
-            # App. H, the SFT term: over the batch, these add up to Σ −log π(y_w|x) / Σ |y_w|.
+            # App. H, the SFT term: the mean of these over the batch is Σ −log π(y_w|x) / Σ |y_w|.
             sft_losses = -chosen_logp / mean_chosen_len
             losses = losses + cfg.sft_weight * sft_losses
             (losses.sum() / cfg.batch_size).backward()
@@ -163,11 +167,12 @@ def train(cfg):
             responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token)
             lengths = length_statistics(responses, tokenizer.eot_token)
 
-        # 4. Log, and save a checkpoint when one is due or when Ctrl-C asked for it, which ends the run.
+        # 4. Log the means over the batch, of all processes. Save a checkpoint when one is due, or when Ctrl-C
+        # asked for it, which ends the run.
         run.log(step + 1, **metrics.mean(cfg.batch_size), **lengths, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
-    # The policy before and after, on held-out prompts. Evaluation needs the optimizer's memory.
+    # The policy before and after, on held-out prompts. The optimizer's memory is freed for that.
     del optimizer
     evaluate.report(run, policy, init)
     return policy

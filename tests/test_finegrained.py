@@ -121,6 +121,19 @@ def test_labels_by_hand():
     assert labels("factuality", (0, 9), (5, 10), (14, 20), (0, 20)) == [None, 1, 0, 0]
 
 
+def test_the_example_at_the_top_of_the_page():
+    text = "A crab has ten legs, and it can swim in the sea. It has fur."
+    assert '"A crab has ten legs, and it can swim in the sea. It has fur."' in finegrained.__doc__
+    irrelevant, wrong = "it can swim in the sea", "It has fur"
+    spans = [(text.index(irrelevant), text.index(irrelevant) + len(irrelevant), "Irrelevant"),
+             (text.index(wrong), text.index(wrong) + len(wrong), "Wrong-Grounding")]
+
+    def labels(axis, places):
+        return [segment_label(Segment(axis, 0, start, end), spans) for start, end in places]
+    assert labels("relevance", segments(text)) == [1, 0, 1]
+    assert labels("factuality", sentences(text)) == [None, 0]
+
+
 def test_animals_are_annotated_by_hand(monkeypatch):
     monkeypatch.setattr(animals, "SLIPS", 0.0)
     prompt, rng = "Tell me about the owl: what it eats and how it moves.", random.Random(0)
