@@ -141,28 +141,28 @@ def train(cfg):
     batches = run.shuffled_batches(pairs)  # for each step a list of indices into pairs
     run.print0(f"dpo: {len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
 
-    # The reference π_ref is the policy before its first step. A copy of it must be made before a checkpoint
-    # of this run is loaded into the policy.
-    if not cfg.precompute_ref:
-        ref_policy = run.prepare(copy.deepcopy(policy).requires_grad_(False))
-    policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
-    optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
-    checkpoint = run.start_or_resume(policy, optimizer)  # with --resume, the last checkpoint; otherwise {}
-
-    # reference(indices) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs, (b,) each.
+    # The reference π_ref is the policy before its first step, and so before a checkpoint of this run is loaded
+    # into it. reference(indices) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs, (b,) each.
     ref_logp = None
     if cfg.precompute_ref:
-        if cfg.resume:
-            ref_logp = checkpoint["ref_logp"].to(run.device)
-        else:
-            ref_logp = precompute_reference(policy, pairs, batches, run)  # no step is taken yet: π is π_ref
+        policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
+        ref_logp = run.checkpoint.get("ref_logp")  # with --resume, the last checkpoint; otherwise empty
+        if ref_logp is None or cfg.steps > run.checkpoint["config"]["steps"]:  # more steps visit more pairs
+            ref_logp = precompute_reference(policy, pairs, batches, run)
+        ref_logp = ref_logp.to(run.device)
 
         def reference(indices):
             return ref_logp[indices].unbind(1)
     else:
+        ref_policy = run.prepare(copy.deepcopy(policy).requires_grad_(False))
+        policy = run.prepare(policy)
+
         @torch.no_grad()
         def reference(indices):
             return pair_logp(ref_policy, [pairs[i] for i in indices])
+
+    optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
+    run.start_or_resume(policy, optimizer)  # with --resume, continues from the last checkpoint
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()

@@ -422,7 +422,7 @@ def load_rewards(cfg, init, tokenizer):
     loaded = RewardModels([], [], 0.0, 1.0)
     for folder, axes in parts.items():
         checkpoint = trained_checkpoint(folder, axes, init, cfg)
-        model, its_tokenizer = checkpoints.load_model(folder, cfg)
+        model, its_tokenizer = checkpoints.load_model(folder, cfg, is_policy=False)
         if its_tokenizer.name != tokenizer.name:
             raise SystemExit(f"{folder}: this reward model has the tokenizer {its_tokenizer.name}, "
                              f"the policy {init} has {tokenizer.name}")

@@ -142,7 +142,7 @@ def train(cfg):
 
     # Comparisons: a prompt and its K ranked responses, as token ids.
     data = run.data
-    reward_model, tokenizer = run.load_model(init)
+    reward_model, tokenizer = run.load_model(init, is_policy=False)
     reward_model.set_scalar_heads(1)  # a new head with random weights, bias 0
     reward_model = run.prepare(reward_model)  # moved to the device; sharded or compiled if asked for
     comparisons = data.comparisons("train", cfg.k)
@@ -199,10 +199,10 @@ def train(cfg):
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, reward_model, optimizer)
 
-    # Center the scores: demonstrations get 0 on average. Only once: a run that is resumed after that finds
-    # the standard deviation of their scores in its checkpoint.
+    # Center the scores: demonstrations get 0 on average. A run that is resumed after that, and has no more
+    # steps to take, finds the standard deviation of their scores in its checkpoint.
     score_std = checkpoint.get("score_std")
-    if score_std is None:
+    if score_std is None or run.start < cfg.steps:
         demonstrations = data.demonstrations("train")[:max(2, cfg.eval_n)]
         examples = [(prompt, [response]) for prompt, response in demonstrations]
         demonstrations = encode_groups(tokenizer, examples, cfg.max_len)

@@ -14,18 +14,19 @@ from engine.weights import PRETRAINED, check_vocabulary
 from model import GPT, GPTConfig
 
 
-def load_model(init, cfg=None):
+def load_model(init, cfg=None, is_policy=True):
     """Returns a GPT on the CPU and its tokenizer.
 
     init: a run's folder or a ckpt.pt; a published name ("gpt2", …) or a folder in the Hugging Face format; or
     "scratch": new weights of cfg's shape, seeded by cfg.seed, with the tokenizer of cfg's data. Exits with a
-    one-line message if there is no such model, or if its context is shorter than cfg.max_len.
+    one-line message if there is no such model, if its context is shorter than cfg.max_len, or if it is a
+    reward model although a policy is needed.
     """
-    model, tokenizer_name = load_model_only(init, cfg)
+    model, tokenizer_name = load_model_only(init, cfg, is_policy)
     return model, get_tokenizer(tokenizer_name)
 
 
-def load_model_only(init, cfg=None):
+def load_model_only(init, cfg=None, is_policy=False):
     """load_model with only the name of the tokenizer, which may have to be fetched."""
     if init == "scratch":
         return new_model(cfg)
@@ -39,6 +40,9 @@ def load_model_only(init, cfg=None):
             check_vocabulary(init)
     else:
         checkpoint = load_checkpoint(init)
+        if is_policy and ("score_std" in checkpoint or "axes" in checkpoint):
+            raise SystemExit(f"{init}: a reward model, which scores text and cannot write it; "
+                             "name it with --reward_model")
         model = GPT(GPTConfig(**checkpoint["model_config"]))
         tokenizer_name = checkpoint["tokenizer"]
         load_weights(model, checkpoint["model"], init)
@@ -63,7 +67,7 @@ def load_reward_model(path, tokenizer, cfg=None, normalize=False):
     normalize: divide its scores by their standard deviation on demonstrations, where their mean is 0 already.
     Exits with a one-line message if it is not a reward model, or if its tokenizer is not `tokenizer`.
     """
-    reward_model, its_tokenizer = load_model(path, cfg)
+    reward_model, its_tokenizer = load_model(path, cfg, is_policy=False)
     if reward_model.config.n_scalars != 1:
         raise SystemExit(f"{path}: not a reward model (reward.py trains one)")
     if its_tokenizer.name != tokenizer.name:
@@ -177,21 +181,39 @@ def load_optimizer(optimizer, state):
 
 
 # The options that a resumed run may change.
-FREE_ON_RESUME = {"resume", "out", "device", "compile", "checkpoint_blocks", "fsdp",
+FREE_ON_RESUME = {"resume", "out", "device", "compile", "checkpoint_blocks", "fsdp", "steps", "eval_n",
                   "log_every", "ckpt_every", "wandb", "tensorboard", "data_dir", "overwrite"}
 
 
-def resume(out, cfg, model, optimizer, digests):
-    """Restores model, optimizer and random state from the run's checkpoint, and returns the checkpoint.
+def load_to_resume(out, cfg):
+    """Loads the checkpoint that a run goes on from.
 
-    Exits with a one-line message if the run was started with other settings, data or initial weights.
-    `digests` are those of this run (common/digests.py).
+    Exits with a one-line message if it is another stage's, or was started with other settings.
     """
     checkpoint = load_checkpoint(out)
-    for name, value in asdict(cfg).items():
-        before = checkpoint["config"].get(name)
-        if name not in FREE_ON_RESUME and before != value:
-            raise SystemExit(f"--resume: {out} was started with --{name}={before}, not {value}")
+    settings = asdict(cfg)
+    settings_before = checkpoint["config"]
+    different = settings.keys() ^ settings_before.keys()
+    if different:
+        raise SystemExit(f"--resume: {out} is not a run of this stage, or is one of another version of the "
+                         f"code: the option {min(different)} exists only in one of them")
+    for name, value in settings.items():
+        if name not in FREE_ON_RESUME and settings_before[name] != value:
+            raise SystemExit(f"--resume: {out} was started with --{name}={settings_before[name]}, not {value}")
+    if cfg.steps < checkpoint["step"]:
+        raise SystemExit(f"--steps={cfg.steps}: {out} has done {checkpoint['step']} steps already")
+    if cfg.steps != settings_before["steps"]:
+        print0(f"--steps={cfg.steps}, not {settings_before['steps']} as before: from here on, the learning rate follows "
+               "the schedule of the new number")
+    return checkpoint
+
+
+def resume(checkpoint, out, cfg, model, optimizer, digests):
+    """Restores model, optimizer and random state from the checkpoint of load_to_resume.
+
+    Exits with a one-line message if the run in `out` was started with other data or initial weights.
+    `digests` are those of this run (common/digests.py).
+    """
     stored = checkpoint.get("digests", digests)
     problems = {"data": f"--data={cfg.data} holds other data", "init": "--init names other weights"}
     for key, problem in problems.items():
@@ -200,7 +222,6 @@ def resume(out, cfg, model, optimizer, digests):
     load_weights(model, checkpoint["model"], out)
     load_optimizer(optimizer, checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["rng"])  # the CPU's: everything random is drawn there
-    return checkpoint
 
 
 def is_finished(out):

@@ -12,6 +12,7 @@ import typing
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
+from common.checkpoints import load_checkpoint
 from common.dist import print0, print_utf8
 from common.log import import_optional
 from engine.files import short_repr
@@ -92,7 +93,7 @@ class RunConfig:
     wandb: str | None = None            # log to this project of Weights & Biases too
     tensorboard: bool = False           # log for TensorBoard too, in OUT/tensorboard
     eval_n: NonNegativeInt = 500        # held-out prompts in the closing table; 0: no table
-    resume: bool = False                # continue from the run's last checkpoint
+    resume: bool = False                # continue from the run's last checkpoint; with --out, in its settings
     overwrite: bool = False             # start again in a folder that holds a run already
 
 
@@ -139,7 +140,11 @@ def parse(Config, RECIPES, argv=None):
     for name in ("lr", "value_lr", "reward_lr"):
         if given.get(name) == 0:
             print0(f"--{name}=0: the weights that it applies to will not change")
-    return Config(**{"recipe": recipe, **RECIPES.get(recipe, {}), **given})
+    defaults = {"recipe": recipe, **RECIPES.get(recipe, {})}
+    if given.get("resume") and given.get("out"):  # the run's folder knows its settings
+        settings = load_checkpoint(given["out"])["config"]
+        defaults = {name: value for name, value in settings.items() if name in types}
+    return Config(**defaults | given)
 
 
 def default_recipe(data, RECIPES):

@@ -6,8 +6,8 @@ import torch
 
 from common.batches import local_micro_batches, micro_batches, shuffled_batches
 from common.checkpoints import (checkpoint_files, is_finished, load_checkpoint, load_model, load_optimizer,
-                                load_reward_model, load_weights, remove_checkpoints, resume,
-                                save_checkpoint, template_of_checkpoint)
+                                load_reward_model, load_to_resume, load_weights, remove_checkpoints,
+                                resume, save_checkpoint, template_of_checkpoint)
 from common.device import choose_device
 from common.digests import examples_digest, file_digest, weights_digest
 from common.dist import join_processes, log_to_console, n_processes, print0
@@ -53,6 +53,8 @@ class Run:
         if is_used and not cfg.resume and not cfg.overwrite:
             raise SystemExit(f"{self.out}: holds a run already; --resume continues it, --overwrite starts it "
                              "again, --out=FOLDER starts another")
+        # The checkpoint that this run goes on from, or an empty dict.
+        self.checkpoint = load_to_resume(self.out, cfg) if cfg.resume else {}
         # What this run is made of (common/digests.py): kept in its checkpoints, compared by --resume.
         self.digests = {"file": file_digest(cfg.data), "data": "", "init": ""}
         self.start = 0   # steps done before this run, if it resumes another
@@ -89,12 +91,12 @@ class Run:
         torch.manual_seed(cfg.seed)  # the random state does not depend on whether anything was trained
         return out
 
-    def load_model(self, init):
+    def load_model(self, init, is_policy=True):
         """Loads the model that this run trains -> a GPT on the CPU, its tokenizer.
 
-        The run's checkpoints keep the tokenizer's name and a digest of the model's weights.
+        A policy cannot start from a reward model, which is refused in one line. The run's checkpoints keep the tokenizer's name and a digest of the model's weights.
         """
-        model, self.tokenizer = load_model(init, self.cfg)
+        model, self.tokenizer = load_model(init, self.cfg, is_policy)
         self.digests["init"] = weights_digest(model)
         return model, self.tokenizer
 
@@ -139,11 +141,12 @@ class Run:
         the checkpoints of an earlier run (--overwrite).
 
         Sets run.start, the number of steps done, and returns the last checkpoint; without --resume, 0 and
-        an empty dict. console: the keys of the log that the console shows; None: all.
+        an empty dict. console: the keys of the log that the console shows, beside the step and the speed.
         """
-        checkpoint = {}
+        checkpoint = self.checkpoint
+        self.checkpoint = {}  # its memory is free once the page needs it no longer
         if self.cfg.resume:
-            checkpoint = resume(self.out, self.cfg, model, optimizer, self.digests)
+            resume(checkpoint, self.out, self.cfg, model, optimizer, self.digests)
             self.start = checkpoint["step"]
         else:
             remove_checkpoints(self.out)  # with --overwrite; a later --resume must not find the old run

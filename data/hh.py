@@ -26,7 +26,7 @@ class HH(Jsonl):
         self.subsets = subsets
 
     def records(self, split):
-        """Returns [(prompt, [chosen, rejected]), …]. Leaves out pairs with an empty response."""
+        """Returns [(prompt, [chosen, rejected], [0, 1]), …]. Leaves out pairs with an empty response."""
         file = "test" if split == "test" else "train"
         examples = []
         n_empty = 0
@@ -46,7 +46,7 @@ class HH(Jsonl):
                 prompt, chosen, rejected = common_prompt(chosen, rejected)
                 check_text(where, prompt, chosen, rejected)
                 if chosen and rejected:
-                    examples.append((prompt, [chosen, rejected]))
+                    examples.append((prompt, [chosen, rejected], [0, 1]))
                 else:
                     n_empty += 1
         if n_empty:

@@ -5,6 +5,8 @@
     {"messages": [{"role": …, "content": …}, …]}      a demonstration: the last message, if the assistant's
     {"prompt": …, "chosen": …, "rejected": …}         a comparison
     {"messages": […], "chosen": …, "rejected": …}     a comparison: messages is the prompt
+    {"prompt": …, "responses": [ … ]}                 a comparison of K responses, the best first; "ranks":
+                                                      [0, 1, 1, …] if some are equally good
     {"chosen": …, "rejected": …}                      a comparison: the prompt is what both begin with
     {"prompt": …}                                     a prompt, which is all that PPO needs
 
@@ -32,7 +34,7 @@ from engine.files import short_repr
 
 log = logging.getLogger(__name__)
 CONVERSATION = {"prompt", "messages", "instruction", "input", "system",
-                "chosen", "rejected", "completion", "output"}
+                "chosen", "rejected", "completion", "output", "responses"}
 SENTENCE_END = re.compile(r"[.!?:]\s|\n|[。！？]")
 
 
@@ -40,11 +42,14 @@ SENTENCE_END = re.compile(r"[.!?:]\s|\n|[。！？]")
 
 def text(record, key, where):
     """Returns a field as text. A list of messages is rendered."""
-    value = record[key]
+    return as_text(record[key], key, where)
+
+
+def as_text(value, name, where):
     if isinstance(value, list):
         return render(value, where)
     if not isinstance(value, str):
-        raise SystemExit(f"{where}: {key!r} is {type(value).__name__}, expected text or a list of messages")
+        raise SystemExit(f"{where}: {name!r} is {type(value).__name__}, expected text or a list of messages")
     return value
 
 
@@ -70,27 +75,27 @@ def common_prompt(chosen, rejected):
 # ------------------------------------------------------------------------------------------------- one record
 
 def parse(record, where):
-    """Converts a record to (prompt, responses): [response], [chosen, rejected], or [] for a prompt alone.
+    """Converts a record to (prompt, responses), the responses best first, or [] for a prompt alone.
 
     Raises SystemExit with one line that starts with `where` ("path:line") for a record of any other shape.
     """
     record = {key: value for key, value in record.items() if value is not None}
-    answer_keys = response_keys(record)
+    answers = find_answers(record, where)
     prompt_key = None
     for key in ("instruction", "messages", "prompt"):  # the last that is there
         if key in record:
             prompt_key = key
 
-    if not answer_keys and "messages" in record:
+    if not answers and "messages" in record:
         prompt_key = "messages"  # it holds the response too
-        prompt, responses = demonstration(record, "messages", where)
-    elif not answer_keys and prompt_key != "prompt":
+        prompt, responses = demonstration(record["messages"], "messages", where)
+    elif not answers and prompt_key != "prompt":
         raise SystemExit(f"{where}: needs prompt and completion, instruction and output, messages, "
                          f"[prompt,] chosen and rejected, or a prompt; found {keys(record)}")
     elif prompt_key is None:
         prompt, responses = shared_prompt(record, where)
     else:
-        prompt, responses = prompt_and_responses(record, prompt_key, answer_keys, where)
+        prompt, responses = prompt_and_responses(record, prompt_key, answers, where)
 
     if "system" in record:
         system = text(record, "system", where)
@@ -102,28 +107,49 @@ def parse(record, where):
     if record.get("label") is False:
         responses = []  # a bad answer must not be imitated
     check_text(where, prompt, *responses)
-    used = {prompt_key, *answer_keys, "system", "label"}
+    used = {prompt_key, *answers, "system", "label"}
+    if "responses" in record and "responses[0]" in answers:
+        used |= {"responses", "ranks"}
     if prompt_key == "instruction":
         used.add("input")
     check_unused(record, used, prompt, responses, where)
     return prompt, responses
 
 
-def response_keys(record):
-    """The keys of a record's responses, the chosen one first; [] if it has none."""
+def find_answers(record, where):
+    """A record's responses, each text or a list of messages, by their names: {"chosen": …, "rejected": …}.
+
+    The best one comes first. The dict is empty if the record has none.
+    """
     if "chosen" in record and "rejected" in record:
-        return ["chosen", "rejected"]
+        return {"chosen": record["chosen"], "rejected": record["rejected"]}
     for key in ("completion", "output"):
         if key in record:
-            return [key]
-    return []
+            return {key: record[key]}
+    responses = record.get("responses")
+    if responses is None:
+        return {}
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise SystemExit(f"{where}: 'responses' must be a list of two responses or more, the best first")
+    return {f"responses[{i}]": response for i, response in enumerate(responses)}
 
 
-def demonstration(record, key, where):
+def find_ranks(record, n, where):
+    """The ranks of a record's n responses: 0 is the best, equal ranks are a tie."""
+    ranks = record.get("ranks")
+    if ranks is None or n == 0 or "responses" not in record:
+        return list(range(n))
+    if not isinstance(ranks, list) or len(ranks) != n or not all(type(rank) is int for rank in ranks):
+        raise SystemExit(f"{where}: 'ranks' must be {n} whole numbers, one for each response, 0 for the best")
+    if ranks != sorted(ranks):
+        raise SystemExit(f"{where}: 'responses' must be sorted by 'ranks', the best first")
+    return ranks
+
+
+def demonstration(messages, name, where):
     """A list of messages -> (prompt, [response]); [] if the last message is not the assistant's."""
-    messages = record[key]
     if not isinstance(messages, list) or not messages:
-        raise SystemExit(f"{where}: {key!r} must be a list of messages")
+        raise SystemExit(f"{where}: {name!r} must be a list of messages")
     last = render(messages[-1:], where)
     if not last.startswith(ASSISTANT):
         return render(messages, where) + ASSISTANT, []
@@ -151,8 +177,8 @@ def shared_prompt(record, where):
     return prompt, responses
 
 
-def prompt_and_responses(record, prompt_key, answer_keys, where):
-    """A record that names its prompt -> (prompt, responses)."""
+def prompt_and_responses(record, prompt_key, answers, where):
+    """A record that names its prompt -> (prompt, responses). answers: from find_answers."""
     prompt_text = text(record, prompt_key, where)
     if prompt_key == "instruction" and record.get("input"):
         prompt_text += "\n\n" + text(record, "input", where)
@@ -161,15 +187,15 @@ def prompt_and_responses(record, prompt_key, answer_keys, where):
     # An answer is text, or messages of which the last is the response. Those before it are its context.
     responses = []
     contexts = []  # of each answer that is a list: (the context as text, its messages)
-    for key in answer_keys:
-        if not isinstance(record[key], list):
-            responses.append(text(record, key, where))
+    for name, value in answers.items():
+        if not isinstance(value, list):
+            responses.append(as_text(value, name, where))
             continue
-        context, answer = demonstration(record, key, where)
+        context, answer = demonstration(value, name, where)
         if not answer:
-            raise SystemExit(f"{where}: the last message of {key!r} is not the assistant's")
+            raise SystemExit(f"{where}: the last message of {name!r} is not the assistant's")
         responses += answer
-        contexts.append((context, record[key][:-1]))
+        contexts.append((context, value[:-1]))
 
     is_plain = not prompt_is_list and not contexts and prompt_key != "instruction"
     if is_plain:
@@ -186,7 +212,7 @@ def prompt_and_responses(record, prompt_key, answer_keys, where):
 
     # A context repeats the prompt. It may hold more, such as a system message and earlier turns, if the
     # prompt is text that is one of its messages and all answers have this context.
-    all_have_one = len(contexts) == len(answer_keys)
+    all_have_one = len(contexts) == len(answers)
     for context, messages in contexts:
         if not messages or context == prompt:
             continue
@@ -237,15 +263,15 @@ class Jsonl:
             self.records(split)
 
     def read(self):
-        """Returns [(prompt, responses), …] of the whole file."""
+        """Returns [(prompt, responses, ranks), …] of the whole file."""
         examples = []
         unused = set()
         n_bad = 0
         for where, record in read_records(self.path):
             prompt, responses = parse(record, where)
-            examples.append((prompt, responses))
+            examples.append((prompt, responses, find_ranks(record, len(responses), where)))
             n_bad += record.get("label") is False
-            unused |= record.keys() - CONVERSATION - {"label"}
+            unused |= record.keys() - CONVERSATION - {"label", "ranks"}
         if unused:
             log.info(f"{self.path}: fields that are not used: {keys(unused)}")
         if n_bad:
@@ -253,38 +279,40 @@ class Jsonl:
         return examples
 
     def records(self, split):
-        """Returns [(prompt, [response]) or (prompt, [chosen, rejected]) or (prompt, []), …]."""
+        """Returns [(prompt, responses, ranks), …]; there are no responses where a prompt stands alone."""
         keep = {"train": range(2, 20), "validation": [0], "test": [1]}[split]
         number_of = {}  # of each prompt, in the order in which they first appear
-        for prompt, _ in self.read():
+        for prompt, _, _ in self.read():
             number_of.setdefault(prompt, len(number_of))
         examples = []
-        for line, (prompt, responses) in enumerate(self.read()):
-            number = number_of[prompt] if len(number_of) > 1 else line
+        for line, example in enumerate(self.read()):
+            number = number_of[example[0]] if len(number_of) > 1 else line
             if number % 20 in keep:
-                examples.append((prompt, responses))
+                examples.append(example)
         if split == "train" and not examples:
             raise SystemExit(f"{self.path}: no example to train on "
                              "(the first two of every 20 prompts are kept for validation and test)")
         return examples
 
     def demonstrations(self, split):
-        examples = [(prompt, responses[0]) for prompt, responses in self.records(split) if responses]
+        examples = [(prompt, responses[0]) for prompt, responses, _ in self.records(split) if responses]
         if split == "train" and not examples:
             raise SystemExit(f"{self.path}: holds no demonstrations, prompts only")
         return examples
 
     def comparisons(self, split, k=2):
-        if k != 2:
-            raise SystemExit(f"--k={k}: {self.path} holds pairs, K is 2")
-        pairs = []
-        for prompt, responses in self.records(split):
-            if len(responses) == 2:
-                pairs.append(Comparison(prompt, responses, ranks=[0, 1]))
-        if split == "train" and not pairs:
+        """Returns [Comparison, …], each with as many responses as its record ranks, whatever k is."""
+        comparisons = []
+        for prompt, responses, ranks in self.records(split):
+            if len(responses) > 1:
+                comparisons.append(Comparison(prompt, responses, ranks))
+        if split == "train" and not comparisons:
             raise SystemExit(f"{self.path}: holds demonstrations only; "
                              "a comparison has 'chosen' and 'rejected'")
-        return pairs
+        most = max((len(comparison.responses) for comparison in comparisons), default=k)
+        if k > max(2, most):
+            raise SystemExit(f"--k={k}: {self.path} ranks at most {most} responses to a prompt")
+        return comparisons
 
     def prompts(self, split):
-        return [prompt for prompt, _ in self.records(split)]
+        return [prompt for prompt, _, _ in self.records(split)]

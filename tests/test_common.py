@@ -28,7 +28,7 @@ import reward
 import sft
 import simpo
 from common.batches import micro_batches
-from common.checkpoints import load_checkpoint, load_model, resume, save_checkpoint
+from common.checkpoints import load_checkpoint, load_model, load_to_resume, save_checkpoint
 from common.device import choose_device
 from common.dist import sync_gradients
 from common.log import Log
@@ -466,12 +466,30 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 
 
 def test_resume_wants_the_options_of_the_run(saved):
-    model = make_model(vocab_size=get_tokenizer("animals").n_vocab)
-    optimizer = make_optimizer(model, 1e-3)
-    cfg = sft.Config(resume=True, log_every=7, wandb="p", tensorboard=True)
-    assert resume(str(saved), cfg, model, optimizer, {})["step"] == 3
-    message = one_line(resume, str(saved), sft.Config(lr=1.0), model, optimizer, {})
-    assert "was started with --lr=0.004, not 1.0" in message
+    cfg = sft.Config(resume=True, log_every=7, wandb="p", tensorboard=True, eval_n=3)
+    assert load_to_resume(str(saved), cfg)["step"] == 3
+    assert "was started with --lr=0.004, not 1.0" in one_line(load_to_resume, str(saved), sft.Config(lr=1.0))
+    message = one_line(load_to_resume, str(saved), dpo.Config())
+    assert "is not a run of this stage, or is one of another version" in message and "option beta" in message
+
+
+def test_a_resumed_run_may_take_more_steps(saved, capsys):
+    assert load_to_resume(str(saved), sft.Config(steps=7))["step"] == 3
+    assert "--steps=7, not 1500 as before: from here on, the learning rate follows" in capsys.readouterr().out
+    assert "--steps=2: " in (message := one_line(load_to_resume, str(saved), sft.Config(steps=2)))
+    assert message.endswith("has done 3 steps already")
+
+
+def test_a_resumed_run_takes_its_settings_from_its_folder(saved):
+    given = [f"--out={saved}", "--resume"]
+    checkpoint = load_checkpoint(str(saved))
+    checkpoint["config"] |= {"lr": 0.5, "recipe": "hh", "batch_size": 3}
+    torch.save(checkpoint, saved / "ckpt.pt")
+    cfg = parse(sft.Config, sft.RECIPES, [*given, "--eval_n=9"])
+    assert (cfg.lr, cfg.recipe, cfg.batch_size, cfg.eval_n, cfg.resume, cfg.out) == (0.5, "hh", 3, 9, True, str(saved))
+    load_to_resume(str(saved), cfg)
+    message = one_line(load_to_resume, str(saved), parse(sft.Config, sft.RECIPES, [*given, "--lr=1"]))
+    assert "was started with --lr=0.5, not 1.0" in message
 
 
 # ------------------------------------------------------------------------------------------------ the log

@@ -16,7 +16,7 @@ import ppo
 import sample
 from common.options import RunConfig
 from common.run import Run
-from data import animals, dataset, encode_groups, encode_prompts, files, get_tokenizer, tokenizers
+from data import animals, dataset, encode_groups, encode_pairs, encode_prompts, files, get_tokenizer, tokenizers
 from data.files import read_lines
 from data.hh import HH
 from data.jsonl import Jsonl, common_prompt, parse
@@ -230,6 +230,8 @@ TURN = "\n\nHuman: Name a small bird.\n\nAssistant:"
     ({"prompt": "Q", "completion": " good", "label": True}, ("Q", [" good"])),
     ({"prompt": "Q"}, ("Q", [])),
     ({"chosen": "Name a bird. A wren.", "rejected": "Name a bird. A cod."}, ("Name a bird. A", [" wren.", " cod."])),
+    ({"prompt": "Q", "responses": [" a", " b", " c"], "ranks": [0, 1, 1]}, ("Q", [" a", " b", " c"])),
+    ({"prompt": [USER], "responses": [[GOOD], "A cod.", [USER, BAD]]}, (TURN, [" A wren.", " A cod.", " A cod."])),
 ])
 def test_shapes_of_the_field(record, expected):
     assert parse(record, "f:1") == expected
@@ -245,11 +247,35 @@ def test_shapes_of_the_field(record, expected):
     ({"messages": [USER | {"name": "Ann of the farm"}, GOOD]}, "a message holds text in 'name'"),
     ({"messages": [USER, GOOD | {"content": ""}]}, "an empty response"),
     ({"completion": " c"}, "a completion without its prompt"),
+    ({"prompt": "Q", "responses": " c"}, "'responses' must be a list of two responses or more, the best first"),
+    ({"prompt": "Q", "responses": [" a", 3]}, r"'responses\[1\]' is int, expected text or a list of messages"),
+    ({"prompt": "Q", "responses": [" a", ""]}, "an empty response"),
+    ({"prompt": "Q", "completion": " c", "responses": ["another one", "and one"]}, "'responses' holds text"),
     ({"prompt": "Q", "completion": " c", "history": [["one question", "one answer"]]}, "'history' holds text"),
 ])
 def test_no_text_of_a_record_is_lost(record, message):
     with pytest.raises(SystemExit, match=message):
         parse(record, "f:1")
+
+
+def test_ranked_responses(tmp_path):
+    records = [{"prompt": f"{i}:", "responses": [" a", " b", " c", " d"], "ranks": [0, 1, 1, 5]} for i in range(39)]
+    data = dataset(write(tmp_path / "mine.jsonl", [*records, {"prompt": "39:", "chosen": " a", "rejected": " b"}]))
+    comparisons = data.comparisons("train")
+    assert comparisons[0] == ("2:", [" a", " b", " c", " d"], [0, 1, 1, 5]) and comparisons[-1] == ("39:", [" a", " b"], [0, 1])
+    assert data.comparisons("train", 4) == comparisons and data.demonstrations("train")[0] == ("2:", " a")
+    pairs = encode_pairs(get_tokenizer("gpt2"), comparisons[:1], 64, "mine")
+    assert len(pairs) == 5  # of six, b and c tie
+    with pytest.raises(SystemExit, match="--k=8: .*mine.jsonl ranks at most 4 responses to a prompt"):
+        data.comparisons("train", 8)
+
+
+@pytest.mark.parametrize("ranks, message", [
+    ([0, 1], "'ranks' must be 3 whole numbers"), ([0, 1, 0.5], "'ranks' must be 3 whole numbers"), ("012", "'ranks' must be 3 whole numbers"),
+    ([1, 0, 2], "'responses' must be sorted by 'ranks'")])
+def test_ranks_that_are_none(tmp_path, ranks, message):
+    with pytest.raises(SystemExit, match=f"mine.jsonl:1: {message}"):
+        dataset(write(tmp_path / "mine.jsonl", [{"prompt": "Q", "responses": [" a", " b", " c"], "ranks": ranks}])).check()
 
 
 def test_a_file_that_is_one_json_value(tmp_path):

@@ -1,6 +1,7 @@
 """Runs interrupted, disks full, checkpoints damaged, losses that cannot fall: nothing is lost, nothing goes on in silence."""
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -29,7 +30,8 @@ from common.log import SampleFile
 from common.optim import PATIENCE
 from common.options import parse
 from common.run import Run
-from data import check_pairs, get_tokenizer
+from common.scoring import score_groups
+from data import check_pairs, dataset, encode_groups, get_tokenizer
 
 STAGES = ["sft", "reward", "ppo", "dpo", "simpo", "finegrained"]
 
@@ -396,3 +398,41 @@ def test_a_learning_rate_of_0_is_said_and_changes_nothing(start, capsys):
     assert capsys.readouterr().out.count("--lr=0: the weights that it applies to will not change\n") == 1
     before, after = load_model(str(start / "start"))[0].state_dict(), policy.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+# ------------------------------------------------------------------------------------------------ more steps
+
+def test_dpo_with_more_steps_knows_the_reference_of_every_pair(start):
+    """Twenty steps visit pairs that ten have not."""
+    here("dpo", start, "a", "--steps=4")
+    here("dpo", start, "a", "--steps=20", "--resume")
+    here("dpo", start, "b", "--steps=20")
+    a, b = (load_checkpoint(str(start / out)) for out in ("a", "b"))
+    assert a["step"] == a["config"]["steps"] == 20 and torch.equal(a["ref_logp"], b["ref_logp"])
+    assert lines(start / "a" / "log.jsonl") == 20
+
+
+def test_a_reward_model_with_more_steps_is_centered_again(start):
+    here("reward", start, "a", "--steps=3", "--eval_n=20")
+    here("reward", start, "a", "--steps=9", "--eval_n=20", "--resume")
+    checkpoint = load_checkpoint(str(start / "a"))
+    assert checkpoint["step"] == 9 and lines(start / "a" / "log.jsonl") == 9
+    model, tokenizer = load_model(str(start / "a"), is_policy=False)
+    demonstrations = dataset(str(start / "mine.jsonl")).demonstrations("train")[:20]
+    groups = encode_groups(tokenizer, [(prompt, [response]) for prompt, response in demonstrations], 64)
+    scores = score_groups(model, groups)
+    assert scores.mean().abs() < 1e-5 and math.isclose(checkpoint["score_std"], scores.std().item(), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "simpo", "ppo"])
+def test_no_policy_starts_from_a_reward_model(stage, start):
+    with pytest.raises(SystemExit, match="a reward model, which scores text and cannot write it"):
+        here(stage, start, "a", f"--init={start}/reward")
+
+
+def test_settings_are_compared_before_a_prerequisite_is_trained(start, monkeypatch):
+    monkeypatch.chdir(start)
+    here("dpo", start, "a", "--steps=2")
+    with pytest.raises(SystemExit, match="was started with --init=.*, not None"):
+        dpo.train(parse(dpo.Config, dpo.RECIPES, [f"--out={start}/a", "--resume", "--init=None"]))
+    assert not (start / "out").exists()

@@ -158,9 +158,11 @@ def some_record(rng):
     """Fields of the shapes and of none, in any mixture, with repetitions as published files have them."""
     record, earlier = {}, []
     names = ["prompt", "completion", "chosen", "rejected", "messages", "instruction", "input", "output", "system", "question", "text", "id", "note"]
-    shapes = [["prompt", "chosen", "rejected"], ["chosen", "rejected"], ["messages"], ["instruction", "input", "output"], ["prompt", "completion"], ["prompt"]]
+    shapes = [["prompt", "chosen", "rejected"], ["chosen", "rejected"], ["messages"], ["instruction", "input", "output"], ["prompt", "completion"], ["prompt"], ["prompt", "responses"]]
     for name in rng.choice(shapes) + rng.sample(names, rng.choice([0, 0, 1, 2])):
         record[name] = some_messages(rng) if name == "messages" or rng.random() < 0.2 else spoken(rng)
+        if name == "responses":
+            record[name] = [rng.choice([spoken, some_messages])(rng) for _ in range(rng.choice([1, 2, 3]))]
         if earlier and rng.random() < 0.3:
             again = rng.choice(earlier)
             record[name] = again + record[name] if type(again) is type(record[name]) else again

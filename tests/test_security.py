@@ -19,8 +19,7 @@ import evaluate
 import finegrained
 import ppo
 import sample
-from common.checkpoints import is_finished, load_checkpoint, load_model, resume
-from common.optim import make_optimizer
+from common.checkpoints import is_finished, load_checkpoint, load_model, load_to_resume
 from common.run import Run
 from data import dataset, get_tokenizer, hh, imdb, qa_feedback, tldr
 from engine import files, weights
@@ -106,12 +105,11 @@ def test_a_run_with_a_pickle_in_it(poison, start, small_world):
     bad = start / "bad"
     bad.mkdir()
     good = str(start / "start")
-    model = make_model(vocab_size=97)
     cfg = finegrained.Config(init=good, reward_models=str(bad), device="cpu")
     run = Run("ppo", ppo.Config(reward_model=str(bad), out=str(start / "a"), device="cpu"))
     readers = [lambda: load_checkpoint(str(bad)), lambda: is_finished(str(bad)),
                lambda: load_model(str(bad)), lambda: load_model(str(bad / "ckpt.pt")),
-               lambda: resume(str(bad), dpo.Config(), model, make_optimizer(model, 1e-3), {}),
+               lambda: load_to_resume(str(bad), dpo.Config()),
                lambda: evaluate.main([str(bad)]), lambda: evaluate.main([good, f"--reward_model={bad}"]),
                lambda: sample.main([str(bad), "--prompt=x"]),
                lambda: sample.main([str(bad), f"--export={start}/x"]),
