@@ -57,6 +57,8 @@ RECIPES = {
                  warmup=150, ckpt_every=500, eval_n=64),
 }
 
+CONSOLE = ["loss", "accuracy", "margin", "chosen_logp", "rejected_logp", "grad_norm"]  # log.jsonl has all
+
 
 def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, beta, label_smoothing=0.0,
              loss_type="sigmoid"):
@@ -140,6 +142,7 @@ def train(cfg):
     pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
     batches = run.shuffled_batches(pairs)  # for each step a list of indices into pairs
     run.print0(f"dpo: {len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
+    run.show_data(pairs, ["chosen", "rejected"])  # the first one; and warns of what looks wrong
 
     # The reference π_ref is the policy before its first step, and so before a checkpoint of this run is loaded
     # into it. reference(indices) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs, (b,) each.
@@ -162,7 +165,7 @@ def train(cfg):
             return pair_logp(ref_policy, [pairs[i] for i in indices])
 
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
-    run.start_or_resume(policy, optimizer)  # with --resume, continues from the last checkpoint
+    run.start_or_resume(policy, optimizer, CONSOLE)  # with --resume, continues from the last checkpoint
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()

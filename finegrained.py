@@ -307,9 +307,10 @@ def train_rewards(cfg, init, axes):
         marks += source.marks
     sizes = ", ".join(f"{len(source.groups)} {kind}" for kind, source in feedback.items())
     run.print0(f"finegrained: {sizes} of {cfg.data}, {init} -> {run.out} on {run.device}")
+    run.show_data(groups, loss_tokens=[[mark.token for mark in marks[0]]])
 
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
-    run.start_or_resume(model, optimizer)
+    run.start_or_resume(model, optimizer, ["loss", *(f"{axis}_accuracy" for axis in axes)])
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()

@@ -27,8 +27,9 @@ grid[mask] is such a flat array (N,), in the same order.
     python ppo.py hh --init=out/sft-hh  Anthropic's HH-RLHF, GPT-2
     python ppo.py tldr                  summaries of Reddit posts; likewise imdb
 
-Or call train(cfg, reward_fn) with your own reward: reward_fn(prompts, responses), two lists of lists of
-token ids, returns the reward of each response token, (B, R) numbers with R the length of the longest
+Or call train(cfg, reward_fn) with your own reward. If it is a function of two texts, text_reward(function,
+tokenizer) makes a reward_fn of it. In general, reward_fn(prompts, responses), two lists of lists of token
+ids, returns the reward of each response token, (B, R) numbers with R the length of the longest
 response, and 0 after a response's end. The page then clips it, subtracts missing_eos_penalty where a
 response did not end, and subtracts the KL penalty. With several processes, each calls it for its own share
 of the prompts.
@@ -105,8 +106,7 @@ RECIPES = {
                  warmup=5, ckpt_every=20, eval_n=64),
 }
 
-CONSOLE = ["score", "gold", "kl", "kl_coef", "entropy", "clip_frac", "approx_kl", "policy_loss", "value_loss",
-           "explained_variance", "response_len"]  # what the console shows of the log
+CONSOLE = ["score", "gold", "kl", "entropy", "clip_frac", "response_len"]  # log.jsonl has all
 RUNAWAY_KL = 1.0  # nats per token: beyond this the policy has left its reference behind, and we warn
 
 
@@ -198,13 +198,16 @@ def reward_model_reward(reward_model, cfg):
     return reward_fn
 
 
-def gold_reward(data, tokenizer):
-    """A reward_fn: the true reward of a response, on its last token. This is all that a verifier is."""
+def text_reward(function, tokenizer):
+    """A reward_fn from function(prompt, response) -> a number, of two texts: on the response's last token.
+
+    A verifier is all of that, and so is the true reward: text_reward(data.gold, tokenizer).
+    """
     def reward_fn(prompts, responses):
         rewards = []
         for prompt, response in zip(prompts, responses):
-            text = evaluate.decode(response, tokenizer)  # without the EOS
-            rewards.append(data.gold(tokenizer.decode(prompt), text))
+            response_text = evaluate.decode(response, tokenizer)  # without the EOS
+            rewards.append(float(function(tokenizer.decode(prompt), response_text)))
         return grids.on_last_token(torch.tensor(rewards), grids.length_mask(responses))
     return reward_fn
 
@@ -489,7 +492,8 @@ def statistics(episodes, kl_coef, data, tokenizer):
     mask = episodes.mask
     gold = None
     if hasattr(data, "gold"):
-        gold = gold_reward(data, tokenizer)(episodes.prompts, episodes.responses).sum(1).mean()
+        gold_reward = text_reward(data.gold, tokenizer)
+        gold = gold_reward(episodes.prompts, episodes.responses).sum(1).mean()
     kl_k1, kl_k3 = k1_k3(episodes.logprobs, episodes.ref_logprobs, mask)
     unexplained = masked_var(episodes.returns - episodes.values, mask) / masked_var(episodes.returns, mask)
     values = {
@@ -606,7 +610,7 @@ def train(cfg, reward_fn=None):
         if models.reward_model:
             reward_fn = reward_model_reward(models.reward_model, cfg)
         else:
-            reward_fn = gold_reward(data, tokenizer)
+            reward_fn = text_reward(data.gold, tokenizer)
     optimizers = {"policy": make_optimizer(models.policy, cfg.lr, cfg.weight_decay)}
     if not cfg.share_value:
         optimizers["value"] = make_optimizer(models.value_model, cfg.value_lr, cfg.weight_decay)
@@ -617,6 +621,7 @@ def train(cfg, reward_fn=None):
     if cfg.ptx_coef:
         demonstrations = Demonstrations(run, tokenizer)
     run.print0(f"ppo: {len(prompts)} prompts of {cfg.data}, {init} -> {run.out} on {run.device}")
+    run.show_data([(prompt, []) for prompt in prompts])
 
     # Open the log. With --resume, first restore the models, the optimizers, β and the random state.
     checkpoint = run.start_or_resume(models.policy, optimizers["policy"], CONSOLE)

@@ -154,6 +154,8 @@ def train(cfg):
     validation_groups = encode_comparisons(tokenizer, validation, cfg.max_len)
     batches = run.shuffled_batches(groups)  # for each step a list of indices into groups
     run.print0(f"reward: {len(groups)} comparisons of {cfg.data}, {init} -> {run.out} on {run.device}")
+    last_tokens = [[len(response) - 1] for response in groups[0][1]]  # where scores are read
+    run.show_data(groups, [f"rank {rank}" for rank in comparisons[0].ranks], last_tokens)
 
     scores_before = run.score_groups(reward_model, validation_groups)  # of the new head: chance
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))

@@ -1,6 +1,7 @@
 """Talks to models: answers a prompt, samples and ranks answers for training, and exports a checkpoint.
 
     python sample.py out/sft-animals out/dpo-animals --prompt="Tell me about the owl: what it eats."
+    python sample.py out/sft-hh                     a conversation: you write a line, the model answers
     python sample.py out/sft-imdb --pairs=out/imdb-pairs.jsonl --reward_model=out/reward-imdb
     python sample.py out/dpo-animals --export=dpo-for-transformers
 
@@ -12,6 +13,7 @@ will see it, cut to --max_len.
 import argparse
 import json
 import os
+import sys
 from itertools import combinations
 
 import torch
@@ -28,17 +30,45 @@ from data.turns import apply_template, user_turn
 SPARE = 8  # tokens sampled beyond max_len, because a text that is encoded again may take a few tokens fewer
 
 
-def answer(models, prompt, tokenizer, raw):
-    """Prints each model's answer to a prompt, a line per model.
+def answer(model, prompt, tokenizer, args):
+    """Samples one answer to a prompt; both are text."""
+    ids = evaluate.encode_cut([prompt], model, tokenizer)
+    seed = torch.seed() % 2**32  # another answer each time
+    responses = evaluate.respond(model, ids, tokenizer.eot_token, seed, args.max_new_tokens, args.temperature)
+    return evaluate.decode(responses[0], tokenizer)
 
-    A model that was trained on conversations gets the prompt as the user's turn, unless `raw`.
+
+def talk(models, lines, tokenizer, args):
+    """Answers each line by every model, [(name, GPT), …].
+
+    A model that was trained on conversations gets a line as the user's turn, after the turns before it. Any
+    other model, and every model with --raw, gets each line alone and as it is.
     """
-    for name, model in models:
-        template = "plain" if raw else template_of_checkpoint(name)
-        ids = evaluate.encode_cut(apply_template(template, [prompt]), model, tokenizer)
-        seed = torch.seed() % 2**32  # another answer each time
-        responses = evaluate.respond(model, ids, tokenizer.eot_token, seed=seed)
-        print(f"{name}: {evaluate.decode(responses[0], tokenizer).strip()}")
+    history = {name: "" for name, _ in models}
+    for line in lines:
+        for name, model in models:
+            prompt = line
+            if not args.raw and template_of_checkpoint(name) == "turns":
+                prompt = history[name] + apply_template("turns", [line])[0]
+            response = answer(model, prompt, tokenizer, args)
+            history[name] = prompt + response
+            print(f"{name}: {response.strip()}", flush=True)
+
+
+def typed_lines():
+    """The lines that are typed or piped in, up to an empty one."""
+    prompt = ""
+    if sys.stdin.isatty():
+        print("write a line; an empty one ends the conversation")
+        prompt = "> "
+    while True:
+        try:
+            line = input(prompt)
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not line.strip():
+            return
+        yield line
 
 
 # ------------------------------------------------------------------------------------------- preference pairs
@@ -126,8 +156,10 @@ def arguments(argv):
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CKPT",
         help="a run's folder, a ckpt.pt, a Hugging Face folder, or gpt2 …")
-    add("--prompt", metavar="TEXT", help="print each model's answer to TEXT")
-    add("--raw", action="store_true", help="for --prompt: TEXT as it is, not as a turn of a conversation")
+    add("--prompt", metavar="TEXT", help="print each model's answer to TEXT, instead of asking for lines")
+    add("--raw", action="store_true", help="prompts as they are, not as turns of a conversation")
+    add("--temperature", type=float, default=1.0, help="of the answers; 0 takes the likeliest tokens (default 1)")
+    add("--max_new_tokens", type=int, default=128, help="the longest answer (default 128)")
     add("--pairs", metavar="FILE", help="write preference pairs there, made of samples of the checkpoint")
     add("--reward_model", metavar="RUN", help="for --pairs: the reward model that ranks the responses")
     add("--k", type=int, default=4, help="for --pairs: responses per prompt (default 4)")
@@ -141,13 +173,13 @@ def arguments(argv):
     add("--data_dir", help="likewise")
     args = parser.parse_args(argv)
     tasks = [task for task in (args.prompt, args.pairs, args.export) if task is not None]
-    if len(tasks) != 1:
+    if len(tasks) > 1:
         raise SystemExit("sample.py does one thing at a time: --prompt=TEXT, --pairs=FILE or --export=DIR")
-    for name, least in (("n", 1), ("k", 2), ("max_len", 2)):
+    for name, least in (("n", 1), ("k", 2), ("max_len", 2), ("temperature", 0), ("max_new_tokens", 1)):
         value = getattr(args, name)
         if value < least:
             raise SystemExit(f"--{name}={value}: expected at least {least}")
-    if args.prompt is None and len(args.checkpoints) != 1:
+    if (args.pairs or args.export) and len(args.checkpoints) != 1:
         raise SystemExit("--pairs and --export take one checkpoint")
     if args.pairs and not args.reward_model:
         raise SystemExit("--pairs needs a --reward_model to rank the responses")
@@ -161,9 +193,11 @@ def main(argv=None):
         return export(args.checkpoints[0], args.export)
     # data="any": the models need not have been trained on the same data.
     models, tokenizer, configs = evaluate.load_models(args.checkpoints, data="any")
-    if args.prompt is not None:
-        return answer(models, args.prompt, tokenizer, args.raw)
-    write_pairs(args, models[0][1], tokenizer, evaluate.load_data(args, configs))
+    if args.pairs:
+        write_pairs(args, models[0][1], tokenizer, evaluate.load_data(args, configs))
+    else:
+        lines = typed_lines() if args.prompt is None else [args.prompt]
+        talk(models, lines, tokenizer, args)
 
 
 if __name__ == "__main__":

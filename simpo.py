@@ -62,6 +62,8 @@ RECIPES = {
                  lr=1e-6, warmup=150, sample_every=250, ckpt_every=500, eval_n=64),
 }
 
+CONSOLE = ["loss", "accuracy", "margin", "chosen_logp", "response_len", "grad_norm"]  # log.jsonl has all
+
 
 def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma, label_smoothing=0.0):
     """SimPO, arXiv:2405.14734 eq. 6: −(1−ε) log σ(h) − ε log σ(−h), with label smoothing ε (0 there) and
@@ -123,11 +125,12 @@ def train(cfg):
     pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
     batches = run.shuffled_batches(pairs)  # for each step a list of indices into pairs
     run.print0(f"simpo: {len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
+    run.show_data(pairs, ["chosen", "rejected"])  # the first one; and warns of what looks wrong
     # Held-out prompts to watch the length on; a prompt longer than half of the context loses its beginning.
     sample_prompts = evaluate.encode_cut(run.data.prompts("validation")[:cfg.sample_n], policy, tokenizer)
 
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
-    run.start_or_resume(policy, optimizer)  # with --resume, continues from the last checkpoint
+    run.start_or_resume(policy, optimizer, CONSOLE)  # with --resume, continues from the last checkpoint
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()

@@ -8,7 +8,9 @@
     dist.py         several processes: printing once, adding up gradients
     sharding.py     models whose weights are spread over the processes
     checkpoints.py  saving and loading
+    digests.py      what a run is made of, to be compared by --resume
     optim.py        AdamW, the learning rate's schedule, the optimizer step
+    examine.py      an example as a model sees it, and what looks wrong with the data
     log.py          log.jsonl, the console, metrics of a step
     scoring.py      a reward model's scores of many responses
     grids.py        PPO's grid of numbers, one per response token

@@ -46,7 +46,7 @@ class Log:
     """
 
     def __init__(self, out, cfg, start=0, console=None):
-        """start: the steps done before, if this run is resumed. console: the keys shown there; None: all."""
+        """start: the steps done before, if this run is resumed. console: at most six keys; None: the first."""
         self.path = os.path.join(out, "log.jsonl")
         self.cfg = cfg
         self.start = start
@@ -95,7 +95,7 @@ class Log:
             seconds_per_step = (now - self.begin) / (step - self.start)
             seconds_left = seconds_per_step * (self.cfg.steps - step)
             columns = {"step": step}
-            for key in self.console or values:
+            for key in self.console or [*values][:6]:
                 columns[key] = values.get(key)
             columns["tokens/s"] = tokens_per_s
             columns["left"] = f"{int(seconds_left // 60)}:{int(seconds_left % 60):02d}"
@@ -104,11 +104,12 @@ class Log:
             self.since = now
 
     def print_line(self, columns):
+        widths = {name: max(len(name), 9) for name in columns}
+        widths |= {"step": 6, "tokens/s": 8, "left": 6}
         if not self.has_header:
-            print("  ".join(name.rjust(9) for name in columns))
+            print("  ".join(name.rjust(width) for name, width in widths.items()))
             self.has_header = True
-        cells = [format_value(value).rjust(max(len(name), 9)) for name, value in columns.items()]
-        print("  ".join(cells), flush=True)
+        print("  ".join(format_value(columns[name]).rjust(width) for name, width in widths.items()), flush=True)
 
 
 def format_value(value):

@@ -11,6 +11,7 @@ from common.checkpoints import (checkpoint_files, is_finished, load_checkpoint, 
 from common.device import choose_device
 from common.digests import examples_digest, file_digest, weights_digest
 from common.dist import join_processes, log_to_console, n_processes, print0
+from common.examine import first_example, warnings
 from common.files import append_to
 from common.log import Log
 from common.optim import lr_schedule
@@ -53,6 +54,9 @@ class Run:
         if is_used and not cfg.resume and not cfg.overwrite:
             raise SystemExit(f"{self.out}: holds a run already; --resume continues it, --overwrite starts it "
                              "again, --out=FOLDER starts another")
+        if cfg.warmup > cfg.steps / 2:
+            print0(f"warning: --warmup={cfg.warmup} takes most of --steps={cfg.steps}, so the learning rate "
+                   "is hardly ever near its peak")
         # The checkpoint that this run goes on from, or an empty dict.
         self.checkpoint = load_to_resume(self.out, cfg) if cfg.resume else {}
         # What this run is made of (common/digests.py): kept in its checkpoints, compared by --resume.
@@ -185,6 +189,17 @@ class Run:
     def local_micro_batches(self, groups, model):
         """All groups of this process, as lists of indices; other processes may have other groups."""
         return local_micro_batches(groups, self.cfg.micro_tokens, model)
+
+    def show_data(self, groups, labels=("response",), loss_tokens=None):
+        """Prints the first example with its loss marked, and warns of what is probably wrong with the data.
+
+        groups, labels and loss_tokens: see common/examine.py.
+        """
+        has_responses = len(groups[0][1]) > 0
+        print0("the first example (a | ends each token that carries loss):" if has_responses else "the first prompt:")
+        print0(first_example(self.tokenizer, groups[0], labels, loss_tokens))
+        for line in warnings(self.tokenizer, groups):
+            print0(f"warning: {line}")
 
     def score_groups(self, reward_model, groups):
         """A reward model's score of every response of `groups`, in their order: (S,) on the CPU."""

@@ -1,0 +1,80 @@
+"""Looks at encoded examples as a model will: prints one, and warns of what is probably wrong with them."""
+from data.turns import HUMAN
+
+N_EXAMINED = 1000  # groups that `warnings` reads; a mistake in the columns of a file shows in any of them
+SHOWN = 160        # characters of a text
+
+
+def first_example(tokenizer, group, labels, loss_tokens=None):
+    """A group (prompt_ids, [response_ids, …]) as text: a line for the prompt, and one for each response.
+
+    A | ends each token that carries loss. labels: the name of each response. loss_tokens: for each response
+    the indices of the tokens that carry loss; None: all do.
+    """
+    prompt, responses = group
+    width = max(map(len, ["prompt", *labels]))
+    lines = [f"  {'prompt'.ljust(width)}  {show(tokenizer.decode(list(prompt)), from_end=True)}"]
+    for i, (label, response) in enumerate(zip(labels, responses)):
+        text = ""
+        for t, token in enumerate(response):
+            text += tokenizer.decode([token])
+            if loss_tokens is None or t in loss_tokens[i]:
+                text += "|"
+        lines.append(f"  {label.ljust(width)}  {show(text)}")
+    return "\n".join(lines)
+
+
+def show(text, from_end=False):
+    """A text on one line, with its spaces; of a long one only the beginning, or the end."""
+    text = text.replace("\n", "⏎")
+    text = "".join(c if c.isprintable() else "\ufffd" for c in text)
+    if len(text) <= SHOWN:
+        return text
+    return "… " + text[-SHOWN:] if from_end else text[:SHOWN] + " …"
+
+
+def warnings(tokenizer, groups):
+    """What is probably wrong with groups (prompt_ids, [response_ids, …]): a list of lines."""
+    n = n_user_turns = n_joined = n_unfinished = n_response_asks = n_prompt_asks = 0
+    joined = ""  # an example of a prompt and a response without a space between them
+    for prompt_ids, responses in groups[:N_EXAMINED]:
+        prompt = text_of(tokenizer, prompt_ids)
+        for ids in responses:
+            response = text_of(tokenizer, ids)
+            n += 1
+            n_unfinished += int(ids[-1] != tokenizer.eot_token)
+            n_user_turns += HUMAN in response
+            n_response_asks += response.rstrip().endswith("?")
+            n_prompt_asks += prompt.rstrip().endswith("?")
+            if is_joined(prompt, response):
+                n_joined += 1
+                joined = joined or f"{prompt[-20:]}{response[:20]}"
+
+    lines = []
+    if n_user_turns:
+        lines.append(f"{n_user_turns} of {n} responses contain a user's turn ({HUMAN.strip()}), which is learned "
+                     "like the rest of the response")
+    if n_joined > n / 2:
+        lines.append(f"{n_joined} of {n} responses follow their prompt without a space: "
+                     f"{show(joined)!r}; begin them with one")
+    if n_unfinished > n / 2:
+        lines.append(f"{n_unfinished} of {n} responses are cut to --max_len and have lost their end, so the "
+                     "model will hardly learn to stop")
+    if n_response_asks > n / 2 and n_prompt_asks < n / 10:
+        lines.append(f"{n_response_asks} of {n} responses end with a question mark, and {n_prompt_asks} of the "
+                     "prompts do: are they in the wrong fields?")
+    return lines
+
+
+def text_of(tokenizer, ids):
+    """Token ids as text, without the special token that ends a response and stands for an empty prompt."""
+    return tokenizer.decode([token for token in ids if token != tokenizer.eot_token])
+
+
+def is_joined(prompt, response):
+    """Whether two words run together where the response follows the prompt."""
+    if not prompt or not response:
+        return False
+    before, after = prompt[-1], response[0]
+    has_spaces = before.isascii() and after.isascii()  # some scripts are written without
+    return has_spaces and not before.isspace() and after.isalnum()
