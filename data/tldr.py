@@ -41,6 +41,11 @@ class TLDR:
     def tokenizer(self):
         return get_tokenizer("gpt2")
 
+    def check(self):
+        """Reads the demonstrations of all splits, and so all prompts; exits with one line at a bad record."""
+        for split in FILES:
+            self.demonstrations(split)
+
     def demonstrations(self, split):
         name = FILES[split] + ".jsonl"
         path = fetch(os.path.join(self.folder, name), URL + "datasets/tldr_3_filtered/" + name)

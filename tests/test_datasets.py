@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import SHARED, make_model
+from conftest import SHARED, feedback, make_model
 
 import dpo
 import engine.files
@@ -18,7 +18,8 @@ import sample
 import sft
 from common.checkpoints import load_model, save_checkpoint
 from common.optim import make_optimizer
-from common.options import parse
+from common.options import RunConfig, parse
+from common.run import Run
 from common.scoring import score_groups
 from data import dataset, encode_groups, encode_prompts, get_tokenizer, imdb, tldr
 from data.imdb import MEMBER
@@ -86,6 +87,15 @@ def test_tldr_is_written_as_in_the_paper(tldr_files):
     assert [len(data.demonstrations(split)) for split in ("train", "validation", "test")] == [8, 4, 3]
     with pytest.raises(SystemExit, match="--k=4: .*K is 2"):
         data.comparisons("train", 4)
+
+
+def test_a_bad_record_of_the_test_split_stops_a_run_before_it_begins(tldr_files, tmp_path):
+    for name, data in (("tldr", "tldr"), ("mine", str(tmp_path / "my_feedback.json"))):
+        (tmp_path / "tldr/test.jsonl").write_text(lines([post(0) | {"summary": 3}]))
+        (tmp_path / "my_feedback.json").write_text(json.dumps([feedback(question=f"{i}?") for i in range(11)] + [feedback(question=5)]))
+        with pytest.raises(SystemExit, match="test.jsonl:1: 'summary' must be text|my_feedback.json: record 11: 'question'"):
+            Run("sft", RunConfig(data=data, data_dir=str(tldr_files), out=str(tmp_path / f"out-{name}"), device="cpu"))
+        assert not (tmp_path / f"out-{name}").exists()
 
 
 def test_the_split_of_a_comparison_is_its_own_whatever_its_batch(tldr_files, capsys):
@@ -309,7 +319,7 @@ def test_pairs_are_in_the_order_of_the_reward_of_what_dpo_reads(imdb_files, monk
     sample.main(["out/sft-imdb", "--pairs=deep/er/pairs.jsonl", "--reward_model=out/reward-imdb",
                  "--data=imdb", f"--data_dir={imdb_files}", "--n=8", "--max_len=16"])
     pairs = [(c.prompt, c.responses) for c in dataset("deep/er/pairs.jsonl").comparisons("train")]
-    chosen, rejected = score_groups(load_model("out/reward-imdb")[0], encode_groups(tokenizer, pairs, 16)).view(-1, 2).unbind(1)
+    chosen, rejected = score_groups(load_model("out/reward-imdb", is_policy=False)[0], encode_groups(tokenizer, pairs, 16)).view(-1, 2).unbind(1)
     assert (chosen > rejected).all()
 
 

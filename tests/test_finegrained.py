@@ -290,10 +290,10 @@ def test_one_span_and_one_axis_is_holistic_ppo_to_the_bit(world, monkeypatch):
     def load_models(*args):  # and a reward model that nobody uses: making one moves the random numbers on
         models, tokenizer = real(*args)
         assert models.reward_model is None
-        load_model("rm", cfg)
+        load_model("rm", cfg, is_policy=False)
         return models, tokenizer
     monkeypatch.setattr(ppo, "load_models", load_models)
-    model, tokenizer = load_model("rm", cfg)
+    model, tokenizer = load_model("rm", cfg, is_policy=False)
     reward_fn = finegrained_reward(RewardModels([model], ["completeness"], 0.0, 1.0), tokenizer, cfg)
     policy = ppo.train(replace(cfg, out="b"), reward_fn)
     assert log_of("a") == log_of("b") and len(log_of("a")) == 3
