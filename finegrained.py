@@ -142,7 +142,7 @@ def load_feedback(data, split, axes, tokenizer, max_len, most=None):
         marks = [span_marks(tokenizer, group, spans, axes) for group, (_, _, spans) in zip(groups, examples)]
         feedback["spans"] = Feedback(groups, marks)
     if "completeness" in axes:
-        comparisons = data.completeness(split)[:most]
+        comparisons = [c for c in data.completeness(split)[:most] if len(set(c.ranks)) > 1]  # not all tie
         groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], max_len)
         marks = [rank_marks(group, c.ranks) for group, c in zip(groups, comparisons)]
         feedback["comparisons"] = Feedback(groups, marks)

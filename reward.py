@@ -9,7 +9,8 @@ the prompt once for all of them:
 
 Eq. 1 sees differences only: a constant added to all scores of a prompt changes nothing. So at the end, as
 in InstructGPT, the bias is shifted so that demonstrations score 0 on average. Two things are added here: a
-small term center_coef · (r_w + r_l)², which holds the scores of every prompt near 0, and the spread of the
+small term center_coef · (2 r̄)², with r̄ the mean score of a prompt's K responses, which holds it near 0 and
+leaves the differences alone (at K = 2 it is (r_w + r_l)², arXiv:2312.09244), and the spread of the
 demonstrations' scores, which is saved with the weights so that PPO can normalize by it.
 
     python reward.py                                the animals world, from nothing: SFT first
@@ -40,7 +41,7 @@ from engine.packing import pack
 class Config(RunConfig):
     k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9)
     margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m), a constant (arXiv:2307.09288 eq. 2)
-    center_coef: NonNegativeFloat = 0.05  # of (r_w + r_l)², which keeps scores near 0 (arXiv:2312.09244)
+    center_coef: NonNegativeFloat = 0.05  # of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1600           # optimizer steps
     batch_size: PositiveInt = 16        # prompts per step, each with its K responses, over all processes
     micro_tokens: PositiveInt = 1024    # the most tokens in a forward pass; a larger batch is accumulated
@@ -86,16 +87,18 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
     """The reward model's loss, arXiv:2203.02155 eq. 1: a mean over each prompt's pairs, then over prompts.
 
     scores (S,); group (S,): the prompt of each response; rank (S,): 0 is best, equal ranks are a tie and no
-    pair. A pair's loss is −log σ(r_w − r_l − margin) + center_coef · (r_w + r_l)². Returns the loss in
-    nats, and the accuracy: the share of pairs with r_w > r_l, equal scores counting one half.
+    pair. A pair's loss is −log σ(r_w − r_l − margin). Each prompt adds center_coef · (2 r̄)², with r̄ the mean
+    of its scores: a sum over pairs of (r_w + r_l)² would, for K > 2, also shrink the differences. Returns the
+    loss in nats, and the accuracy: the share of pairs with r_w > r_l, equal scores counting one half.
     """
     losses, accuracies = [], []
     for prompt_scores, prompt_rank in split_by_prompt(scores, group, rank):
         r_w, r_l = ranked_pairs(prompt_scores, prompt_rank)
         if len(r_w) == 0:
             continue  # all of its responses tie
-        pair_losses = -F.logsigmoid(r_w - r_l - margin) + center_coef * (r_w + r_l) ** 2
-        losses.append(pair_losses.mean())  # 1/(K choose 2)
+        pair_losses = -F.logsigmoid(r_w - r_l - margin)
+        centering = center_coef * (2 * prompt_scores.mean()) ** 2
+        losses.append(pair_losses.mean() + centering)  # the mean is 1/(K choose 2) of eq. 1
         right = (r_w > r_l).float() + 0.5 * (r_w == r_l).float()
         accuracies.append(right.mean())
     if not losses:  # no pair at all: a zero that backward() can start from (finegrained.py needs it)

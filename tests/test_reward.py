@@ -131,3 +131,40 @@ def test_scores_come_in_the_order_of_the_groups():
     groups = random_groups()
     expected = model.score(pack(groups, 64)).detach()
     torch.testing.assert_close(score_groups(model, groups, micro_tokens=30), expected, atol=1e-5, rtol=0)
+
+
+def test_centering_holds_the_mean_and_leaves_the_differences_alone():
+    """A sum of (r_w + r_l)² over all pairs of K would be (K − 2) Σ r_i² + (Σ r_i)²: a ridge on the scores."""
+    scores = torch.tensor([0.7, -0.2, 0.4, 1.5], requires_grad=True)
+    group, rank = torch.zeros(4, dtype=torch.long), torch.arange(4)
+    gradients = []
+    for center_coef in (0.0, 0.3):
+        loss, _ = ranking_loss(scores, group, rank, center_coef=center_coef)
+        gradients.append(torch.autograd.grad(loss, scores)[0])
+    added = gradients[1] - gradients[0]  # the same for all: d/dr_i of 0.3 (2 r̄)² = 0.3 · 8 r̄ / 4
+    assert torch.allclose(added, torch.full((4,), 0.3 * 8 * 0.6 / 4), atol=1e-6)
+    pair, two = torch.tensor([0.7, -0.2]), torch.arange(2)
+    plain, _ = ranking_loss(pair, two * 0, two)
+    centered, _ = ranking_loss(pair, two * 0, two, center_coef=0.3)
+    assert (centered - plain).item() == pytest.approx(0.3 * 0.5**2)  # (r_w + r_l)² at K = 2
+
+
+def test_a_reward_model_of_k_responses_learns_the_scale_of_the_labels():
+    """Scores of a table, one for each of 6 kinds of response, from labels that are Bradley–Terry's with scale 2."""
+    generator = torch.Generator().manual_seed(0)
+    quality = torch.linspace(-1, 1, 6)
+    table = torch.zeros(6, requires_grad=True)
+    optimizer = torch.optim.Adam([table], lr=0.05)
+    for _ in range(600):
+        losses = []
+        for _ in range(8):
+            kinds = torch.randperm(6, generator=generator)[:4]
+            gumbel = -torch.log(-torch.log(torch.rand(4, generator=generator)))  # sorting by 2 q + noise is Plackett–Luce
+            rank = (2 * quality[kinds] + gumbel).argsort(descending=True).argsort()
+            losses.append(ranking_loss(table[kinds], torch.zeros(4, dtype=torch.long), rank, center_coef=0.05)[0])
+        torch.stack(losses).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    slope = ((table * quality).sum() / (quality**2).sum()).item()
+    assert 1.7 < slope < 2.3, slope  # 1.2 with a ridge
+    assert abs(table.mean().item()) < 0.05
