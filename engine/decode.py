@@ -121,7 +121,10 @@ def prefill_rows(model, cache, rows, prompts, copies):
     tokens = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=model.device)
     last = torch.tensor([i * P + len(prompt) - 1 for i, prompt in enumerate(prompts)], device=model.device)
     position = torch.arange(P, device=model.device)
-    source = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies)).to(model.device)
+    source = []  # the prompt of each row
+    for i, n in enumerate(copies):
+        source += [i] * n
+    source = torch.tensor(source, device=model.device)
     return hidden_at(model, tokens, position, partial(cache.prefill, rows, source), last)[source]
 
 
