@@ -356,7 +356,7 @@ def grpo_advantages(scores):
     """GRPO, Shao et al. 2024, arXiv:2402.03300 §4.1.2: A_i = (R_i − mean(R)) / std(R). (P, K) -> (P, K).
 
     Dr. GRPO (arXiv:2503.20783) found a bias in the std: it gives more weight to prompts whose K rewards are
-    nearly equal, those that are too easy or too hard. Without it, this is RLOO times (K − 1)/K.
+    nearly equal, because they are easy or hard. Without the std, this is RLOO times (K − 1)/K.
     """
     mean = scores.mean(1, keepdim=True)
     std = scores.std(1, keepdim=True)
@@ -364,10 +364,10 @@ def grpo_advantages(scores):
 
 
 def group_advantages(rewards, mask, estimator, k):
-    """Advantages without a value model, from the whole reward of each of a prompt's K responses. (B, R).
+    """Advantages without a value model: `estimator` compares the K responses to each prompt. All (B, R).
 
-    R(x, y) = Σ_t r_t is r(x, y) − β log π/π_ref (y|x), the KL penalty included, as in arXiv:2402.14740.
-    Every token of a response gets the response's advantage.
+    It sees the whole reward of a response, R(x, y) = Σ_t r_t = r(x, y) − β log π/π_ref (y|x), with the KL
+    penalty in it as in arXiv:2402.14740. Every token of the response gets the response's advantage.
     """
     scores = rewards.sum(1).view(-1, k)  # (P, K)
     return estimator(scores).view(-1, 1) * mask
@@ -380,7 +380,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
     All arguments are (B, R). Returns three scalars, means over the mask: the loss; the share of tokens
     where the clip binds, that is where ρ has moved beyond it in the direction that Â asks for; and
-    approx_kl, the k3 estimate of KL(π_old‖π) per token. All tokens weigh the same. GRPO's mean over each
+    approx_kl, the k3 estimate of KL(π_old‖π) per token. All tokens weigh the same: GRPO's mean over each
     response, 1/|y| Σ_t, makes a long wrong response cheaper than a short one (Dr. GRPO, arXiv:2503.20783).
     """
     logratio = (logprobs - old_logprobs) * mask
@@ -707,8 +707,8 @@ def train(cfg, reward_fn=None):
             episodes.rewards, episodes.logprobs, episodes.ref_logprobs, episodes.ended, episodes.mask,
             kl_coef, cfg.reward_clip, cfg.missing_eos_penalty)
 
-        # 4. Advantages: δ_t = r_t + γ V(s_{t+1}) − V(s_t), and Â_t = δ_t + γλ Â_{t+1}. Or, without V, the
-        # reward of a response against the others to its prompt.
+        # 4. Advantages: δ_t = r_t + γ V(s_{t+1}) − V(s_t), and Â_t = δ_t + γλ Â_{t+1}. Without V:
+        # how much better a response is than the others to its prompt.
         rewards = episodes.dense_rewards
         if cfg.whiten_rewards:
             rewards = whiten(rewards, episodes.mask, shift_mean=False)

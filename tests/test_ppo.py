@@ -437,7 +437,8 @@ def test_a_rollout_samples_k_responses_to_each_prompt():
         return torch.zeros(length_mask(responses).shape)
     torch.manual_seed(0)
     episodes = ppo.rollout(policy, [[1, 2, 3], [4]], reward_fn, EOS_IS_3, ppo.Config(max_new_tokens=12, k=3))
-    assert episodes.prompts == [[1, 2, 3]] * 3 + [[4]] * 3 and asked == [(episodes.prompts, episodes.responses)]
+    assert episodes.prompts == [[1, 2, 3]] * 3 + [[4]] * 3
+    assert asked == [(episodes.prompts, episodes.responses)]
     assert len(set(map(tuple, episodes.responses))) > 2  # each has noise of its own
     assert [(prompt, len(responses)) for prompt, responses in episodes.groups] == [([1, 2, 3], 3), ([4], 3)]
 
