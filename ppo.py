@@ -8,10 +8,11 @@ It maximizes, with π_ref the SFT model,
 whose optimum, at ptx_coef = 0 (the paper's γ), is π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). An iteration has
 seven steps. Each has its own section below, and is marked with its number in `train`:
 
-    1. rollout         sample one response per prompt from the policy, and get its reward
+    1. rollout         sample K responses per prompt from the policy, by default one, and get their rewards
     2. evaluate_tokens log π, log π_ref, V and the exact KL at every token
     3. dense_reward    the reward minus each token's KL penalty: Ziegler et al. 2019, arXiv:1909.08593 eq. 2
-    4. compute_gae     advantages and returns: Schulman et al. 2015, arXiv:1506.02438 eq. 16
+    4. compute_gae     advantages and returns: Schulman et al. 2015, arXiv:1506.02438 eq. 16;
+                       without a value model rloo_advantages or grpo_advantages, of K responses
     5. update          epochs of clipped minibatch updates: Schulman et al. 2017, arXiv:1707.06347 eq. 7
     6. AdaptiveKL      moves β towards a target KL, if one is set: arXiv:1909.08593 §2.2
     7. statistics      log, and save a checkpoint
@@ -22,10 +23,11 @@ work on packed batches instead: `pack` lays prompts and responses end to end wit
 `states(batch)` are the hidden states (N, n_embd) that predict its N response tokens, batch.target.
 grid[mask] is such a flat array (N,), in the same order.
 
-    python ppo.py                       the animals world, from nothing: SFT and reward model first
-    python ppo.py --reward=gold         against the true reward: a programmatic verifier
-    python ppo.py hh --init=out/sft-hh  Anthropic's HH-RLHF, GPT-2
-    python ppo.py tldr                  summaries of Reddit posts; likewise imdb
+    python ppo.py                         the animals world, from nothing: SFT and reward model first
+    python ppo.py --reward=gold           against the true reward: a programmatic verifier
+    python ppo.py --advantage=rloo --k=8  without a value model: eight responses to each prompt
+    python ppo.py hh --init=out/sft-hh    Anthropic's HH-RLHF, GPT-2
+    python ppo.py tldr                    summaries of Reddit posts; likewise imdb
 
 Or call train(cfg, reward_fn) with your own reward. If it is a function of two texts, text_reward(function,
 tokenizer) makes a reward_fn of it. In general, reward_fn(prompts, responses), two lists of lists of token
@@ -34,7 +36,7 @@ response, and 0 after a response's end. The page then clips it, subtracts missin
 response did not end, and subtracts the KL penalty. With several processes, each calls it for its own share
 of the prompts.
 
-Left out: several responses per prompt (GRPO, RLOO), an entropy bonus, and generation that runs beside
+Left out: an entropy bonus, GRPO's KL in the loss (here it is in the reward), and generation that runs beside
 training. The pretraining text of eq. 2 is replaced by demonstrations, as a mean over their tokens, so γ is
 not the paper's 27.8.
 """
@@ -54,7 +56,7 @@ from common.options import (NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from common.run import Run
 from data import encode_groups, encode_prompts
 from engine.logprobs import CHUNK
-from engine.packing import pack
+from engine.packing import group_length, pack
 
 
 @dataclass
@@ -72,16 +74,18 @@ class Config(RunConfig):
     stop_kl: NonNegativeFloat | None = None  # KL(π_old‖π) per token at which an iteration's epochs end
     temperature: PositiveFloat = 1.0    # τ, of sampling and of all log-probs
     max_new_tokens: PositiveInt = 40    # the longest response
-    gamma: UnitFloat = 1.0              # γ, the discount (arXiv:1506.02438)
+    advantage: Literal["gae", "rloo", "grpo"] = "gae"  # rloo, grpo: from each prompt's k responses, without V
+    k: PositiveInt = 1                  # K: responses per prompt; batch_size counts responses
+    gamma: UnitFloat = 1.0              # γ of GAE, the discount (arXiv:1506.02438)
     lam: UnitFloat = 0.95               # λ of GAE
     clip: PositiveFloat = 0.2           # ε: how far the ratio may move
     value_clip: PositiveFloat = 0.2     # how far a value may move
     vf_coef: NonNegativeFloat = 0.1     # weight of the value loss; needed with --share_value
     ptx_coef: NonNegativeFloat = 0.0    # eq. 2's γ: weight of the language-model loss on demonstrations
     whiten_rewards: bool = False        # scale rewards to unit variance, keeping their mean
-    whiten_advantages: bool = True      # shift and scale advantages to mean 0 and unit variance
+    whiten_advantages: bool = True      # shift and scale GAE's advantages to mean 0 and unit variance
     steps: PositiveInt = 80             # iterations: a rollout and its epochs
-    batch_size: PositiveInt = 128       # episodes per iteration, over all processes
+    batch_size: PositiveInt = 128       # episodes (responses) per iteration, over all processes
     epochs: PositiveInt = 4             # how often an iteration goes through its rollout
     minibatches: PositiveInt = 4        # optimizer steps per epoch
     lr: NonNegativeFloat = 3e-4         # peak learning rate of the policy
@@ -114,19 +118,23 @@ RUNAWAY_KL = 1.0  # nats per token: beyond this the policy has left its referenc
 class Models:
     policy: torch.nn.Module               # π
     ref_policy: torch.nn.Module           # π_ref, frozen
-    value_model: torch.nn.Module          # V; with --share_value the policy itself
+    value_model: torch.nn.Module | None   # V; with --share_value the policy itself; None without GAE
     reward_model: torch.nn.Module | None  # r, frozen; None with another reward
 
 
 @dataclass
 class Episodes:
-    """An iteration's rollout: B prompts, their responses, and (B, R) grids that the steps fill in."""
-    prompts: list                              # of token ids
+    """An iteration's rollout: B responses, their prompts, and (B, R) grids that the steps fill in.
+
+    K neighbouring rows are the responses to one prompt, a group that is packed with its prompt once.
+    """
+    prompts: list                              # of token ids, each prompt K times
     responses: list                            # of token ids, the EOS included
     ended: torch.Tensor                        # (B,): did the response end with an EOS?
     mask: torch.Tensor                         # where there is a response token
     rewards: torch.Tensor                      # 1. what reward_fn returned
     sampler_logprobs: torch.Tensor | None      # 1. log π of the bfloat16 copy that sampled, on CUDA
+    k: int = 1                                 # K: responses per prompt
     logprobs: torch.Tensor | None = None       # 2. log π(y_t|s_t) before the update
     ref_logprobs: torch.Tensor | None = None   # 2. log π_ref(y_t|s_t)
     values: torch.Tensor | None = None         # 2. V(s_t) before the update
@@ -134,17 +142,21 @@ class Episodes:
     entropy: torch.Tensor | None = None        # 2. of π(·|s_t)
     dense_rewards: torch.Tensor | None = None  # 3. rewards minus the KL penalty
     advantages: torch.Tensor | None = None     # 4. Â_t, whitened if asked for
-    returns: torch.Tensor | None = None        # 4. Â_t + V(s_t), with Â_t before whitening
+    returns: torch.Tensor | None = None        # 4. GAE: Â_t + V(s_t), with Â_t before whitening
 
     @property
     def groups(self):
-        """[(prompt_ids, [response_ids]), …], for packing."""
-        return [(prompt, [response]) for prompt, response in zip(self.prompts, self.responses)]
+        """[(prompt_ids, [response_ids, …]), …], for packing: each prompt with its K responses."""
+        return grids.group_by_prompt(self.prompts, self.responses, self.k)
 
     @property
     def n_tokens(self):
-        """Of all prompts and responses."""
-        return sum(map(len, self.prompts)) + sum(map(len, self.responses))
+        """Of all prompts and responses, each prompt counted once."""
+        return sum(map(group_length, self.groups))
+
+    def rows(self, indices):
+        """The rows of the responses of some groups, given by their indices."""
+        return grids.rows_of_groups(indices, self.k)
 
     def select(self, rows, device):
         """Some of the episodes, their grids on `device`."""
@@ -153,7 +165,7 @@ class Episodes:
             value = getattr(self, field.name)
             if torch.is_tensor(value):
                 value = value[rows].to(device)
-            elif value is not None:
+            elif isinstance(value, list):
                 value = [value[i] for i in rows]
             selected[field.name] = value
         return Episodes(**selected)
@@ -162,10 +174,11 @@ class Episodes:
 # ----------------------------------------------------------------------------------------------- 1. rollout
 
 def rollout(policy, prompts, reward_fn, tokenizer, cfg):
-    """Samples a response y ~ π(·|x) to each prompt (lists of ids) and asks for its reward -> Episodes.
+    """Samples K responses y ~ π(·|x) to each prompt (lists of ids) and asks for their rewards -> Episodes.
 
     Each process samples its share of the prompts, and gets the episodes of all.
     """
+    prompts = grids.repeat_each(prompts, cfg.k)
     sampler = sharding.sampling_copy(policy)  # in bfloat16 on CUDA; on a CPU the policy itself
     # One uniform number per token decides what is sampled (by inverting the CDF), the same in every process.
     noise = torch.rand(len(prompts), cfg.max_new_tokens)
@@ -184,7 +197,7 @@ def rollout(policy, prompts, reward_fn, tokenizer, cfg):
     my_reward_lists = [row[:len(response)].tolist() for row, response in zip(my_rewards, my_responses)]
     rewards = grids.gather_grid(my_reward_lists, mask)
     sampler_logprobs = grids.gather_grid(my_logprobs, mask) if sampler is not policy else None
-    return Episodes(prompts, responses, ended, mask, rewards, sampler_logprobs)
+    return Episodes(prompts, responses, ended, mask, rewards, sampler_logprobs, cfg.k)
 
 
 # -------------------------------------------------------------------------------------------------- rewards
@@ -192,7 +205,7 @@ def rollout(policy, prompts, reward_fn, tokenizer, cfg):
 def reward_model_reward(reward_model, cfg):
     """A reward_fn: the reward model's score of a response, on its last token."""
     def reward_fn(prompts, responses):
-        groups = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
+        groups = grids.group_by_prompt(prompts, responses, cfg.k)
         scores = scoring.score_groups(reward_model, groups, cfg.micro_tokens)
         return grids.on_last_token(scores, grids.length_mask(responses))
     return reward_fn
@@ -219,16 +232,19 @@ def evaluate_tokens(episodes, models, micro_batches, cfg):
     """Fills in log π, log π_ref, V, the exact KL and the entropy at every token.
 
     log π is computed anew, since on CUDA the sampler has less precision. micro_batches are this process's
-    lists of rows in the first epoch of `update`. There the same log-probs are computed once more, from the
+    lists of groups in the first epoch of `update`. There the same log-probs are computed once more, from the
     same micro-batches, so the ratio π/π_old is exactly 1 until the first optimizer step. (On CUDA, compiled
     code with gradients may round differently from code without.)
     """
-    names = ["logprobs", "ref_logprobs", "values", "kl", "entropy"]
+    names = ["logprobs", "ref_logprobs", "kl", "entropy"]
+    if models.value_model is not None:
+        names.append("values")
     filled = {name: torch.zeros(episodes.mask.shape) for name in names}
     groups = episodes.groups
-    for rows in micro_batches:
-        batch = pack([groups[i] for i in rows]).to(models.policy.device)
+    for indices in micro_batches:
+        batch = pack([groups[i] for i in indices]).to(models.policy.device)
         quantities = evaluate_batch(models, batch, cfg.temperature)
+        rows = episodes.rows(indices)
         for name in names:
             filled[name][rows] = grids.to_grid(quantities[name].cpu(), episodes.mask[rows])
     for name in names:  # each process has filled in its share
@@ -250,7 +266,8 @@ def evaluate_batch(models, batch, temperature):
         pieces["kl"].append((p * (logp - ref_logp)).sum(-1))  # Σ_v π(v|s_t) log π/π_ref (v|s_t)
         pieces["entropy"].append(-(p * logp).sum(-1))
     quantities = {name: torch.cat(tensors) for name, tensors in pieces.items()}
-    quantities["values"] = values_at(models, states, batch)
+    if models.value_model is not None:
+        quantities["values"] = values_at(models, states, batch)
     return quantities
 
 
@@ -327,6 +344,38 @@ def compute_gae(rewards, values, mask, gamma, lam):
     return advantages, advantages + values
 
 
+def rloo_advantages(scores):
+    """REINFORCE leave-one-out, Ahmadian et al. 2024, arXiv:2402.14740: A_i = R_i − mean_{j≠i} R_j.
+
+    scores: (P, K), each prompt's K rewards; returns (P, K). The mean of the others does not depend on y_i,
+    so it is a baseline without bias.
+    """
+    K = scores.size(1)
+    mean_of_others = (scores.sum(1, keepdim=True) - scores) / (K - 1)
+    return scores - mean_of_others
+
+
+def grpo_advantages(scores):
+    """GRPO, Shao et al. 2024, arXiv:2402.03300 §4.1.2: A_i = (R_i − mean(R)) / std(R). (P, K) -> (P, K).
+
+    Dr. GRPO (arXiv:2503.20783) found a bias in the std: it gives more weight to prompts whose K rewards are
+    nearly equal, because they are easy or hard. Without the std, this is RLOO times (K − 1)/K.
+    """
+    mean = scores.mean(1, keepdim=True)
+    std = scores.std(1, keepdim=True)
+    return (scores - mean) / (std + 1e-4)  # 0, not NaN, where all are equal
+
+
+def group_advantages(rewards, mask, estimator, k):
+    """Advantages without a value model: `estimator` compares the K responses to each prompt. All (B, R).
+
+    It sees the whole reward of a response, R(x, y) = Σ_t r_t = r(x, y) − β log π/π_ref (y|x), with the KL
+    penalty in it as in arXiv:2402.14740. Every token of the response gets the response's advantage.
+    """
+    scores = rewards.sum(1).view(-1, k)  # (P, K)
+    return estimator(scores).view(-1, 1) * mask
+
+
 # ------------------------------------------------------------------------------------------------ 5. update
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
@@ -334,7 +383,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
     All arguments are (B, R). Returns three scalars, means over the mask: the loss; the share of tokens
     where the clip binds, that is where ρ has moved beyond it in the direction that Â asks for; and
-    approx_kl, the k3 estimate of KL(π_old‖π) per token.
+    approx_kl, the k3 estimate of KL(π_old‖π) per token. All tokens weigh the same: GRPO's mean over each
+    response, 1/|y| Σ_t, makes a long wrong response cheaper than a short one (Dr. GRPO, arXiv:2503.20783).
     """
     logratio = (logprobs - old_logprobs) * mask
     ratio = logratio.exp()
@@ -364,14 +414,14 @@ def ptx_loss(policy, demonstrations, n_tokens, temperature):
 
 
 def shuffled_epochs(cfg):
-    """For each epoch its minibatches, lists of rows: every episode once per epoch, in a new order.
+    """For each epoch its minibatches, lists of groups (by index): each once per epoch, in a new order.
 
     The random state is the same in every process, and so is the order.
     """
     epochs = []
     for _ in range(cfg.epochs):
-        order = torch.randperm(cfg.batch_size)
-        epochs.append([rows.tolist() for rows in order.chunk(cfg.minibatches)])
+        order = torch.randperm(cfg.batch_size // cfg.k)
+        epochs.append([indices.tolist() for indices in order.chunk(cfg.minibatches)])
     return epochs
 
 
@@ -379,9 +429,9 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
     """Step 5: an optimizer step for each minibatch of each epoch.
 
     epochs: from shuffled_epochs. optimizers: {"policy": …, "value": …}, without "value" if the value head is
-    the policy's; lrs: their learning rates. ptx_batches: an iterator over lists of demonstrations, one list
-    per optimizer step; None: no demonstrations. Returns the means of losses and statistics over the
-    optimizer steps, and how many there were (without a step that stop_kl prevented).
+    the policy's or there is none; lrs: their learning rates. ptx_batches: an iterator over lists of
+    demonstrations, one list per optimizer step; None: no demonstrations. Returns the means of losses and
+    statistics over the optimizer steps, and how many there were (without a step that stop_kl prevented).
     """
     cfg = run.cfg
     groups = episodes.groups
@@ -390,32 +440,33 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
     for minibatches in epochs:
         for minibatch in minibatches:
             metrics = Metrics()
-            n_tokens = episodes.mask[minibatch].sum().to(run.device)
+            n_tokens = episodes.mask[episodes.rows(minibatch)].sum().to(run.device)
 
             # Every loss below is divided by the tokens of the whole minibatch. So gradients and metrics add
-            # up, first over the micro-batches of this process's share (lists of rows of at most
+            # up, first over the micro-batches of this process's share (lists of groups of at most
             # cfg.micro_tokens tokens), then over the processes.
-            for rows in run.micro_batches(minibatch, groups):
-                batch = pack([groups[i] for i in rows]).to(run.device)
-                old = episodes.select(rows, run.device)
+            for indices in run.micro_batches(minibatch, groups):
+                batch = pack([groups[i] for i in indices]).to(run.device)
+                old = episodes.select(episodes.rows(indices), run.device)
+                # A mean over the tokens of these rows becomes its share of the mean over the minibatch.
+                weight = old.mask.sum() / n_tokens
 
-                # log π(y_t|s_t) and V(s_t) under the current weights, back on the grid
+                # eq. 7, the clipped surrogate: log π(y_t|s_t) under the current weights, back on the grid
                 states = models.policy.states(batch)
                 logprobs = models.policy.token_logprobs(states, batch.target, cfg.temperature)
                 logprobs = grids.to_grid(logprobs, old.mask)
-                values = grids.to_grid(values_at(models, states, batch), old.mask)
-
-                # eq. 7 and 9: the clipped surrogate and the value loss
-                pg_loss, clip_frac, approx_kl = policy_loss(
+                loss, clip_frac, approx_kl = policy_loss(
                     logprobs, old.logprobs, old.advantages, old.mask, cfg.clip)
-                vf_loss = value_loss(values, old.values, old.returns, old.mask, cfg.value_clip)
+                metrics.add(policy_loss=loss * weight, clip_frac=clip_frac * weight,
+                            approx_kl=approx_kl * weight)
 
-                # A mean over the tokens of these rows becomes its share of the mean over the minibatch.
-                weight = old.mask.sum() / n_tokens
-                loss = (pg_loss + cfg.vf_coef * vf_loss) * weight
-                loss.backward()
-                metrics.add(policy_loss=pg_loss * weight, value_loss=vf_loss * weight,
-                            clip_frac=clip_frac * weight, approx_kl=approx_kl * weight)
+                # eq. 9, the value loss, likewise with V(s_t)
+                if models.value_model is not None:
+                    values = grids.to_grid(values_at(models, states, batch), old.mask)
+                    vf_loss = value_loss(values, old.values, old.returns, old.mask, cfg.value_clip)
+                    loss = loss + cfg.vf_coef * vf_loss
+                    metrics.add(value_loss=vf_loss * weight)
+                (loss * weight).backward()
 
             # InstructGPT's eq. 2, second term: ptx_coef · E[log π] on demonstrations; its gradient is added
             # to PPO's.
@@ -458,7 +509,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
     means = {}
     for key in history[0]:
         means[key] = sum(step_metrics[key] for step_metrics in history) / len(history)
-    weighted_value_loss = cfg.vf_coef * means["value_loss"]
+    weighted_value_loss = cfg.vf_coef * means.get("value_loss", 0.0)
     weighted_ptx_loss = cfg.ptx_coef * means["ptx_loss"]
     means["loss"] = means["policy_loss"] + weighted_value_loss + weighted_ptx_loss
     means["optimizer_steps"] = len(history)
@@ -495,7 +546,6 @@ def statistics(episodes, kl_coef, data, tokenizer):
         gold_reward = text_reward(data.gold, tokenizer)
         gold = gold_reward(episodes.prompts, episodes.responses).sum(1).mean()
     kl_k1, kl_k3 = k1_k3(episodes.logprobs, episodes.ref_logprobs, mask)
-    unexplained = masked_var(episodes.returns - episodes.values, mask) / masked_var(episodes.returns, mask)
     values = {
         "score": episodes.rewards.sum(1).mean(),  # what reward_fn returned
         "gold": gold,
@@ -503,12 +553,14 @@ def statistics(episodes, kl_coef, data, tokenizer):
         "kl_coef": kl_coef,
         "reward": episodes.dense_rewards.sum(1).mean(),  # clipped, minus penalties and KL
         "entropy": masked_mean(episodes.entropy, mask),
-        "explained_variance": 1 - unexplained,
         "response_len": mask.sum() / len(mask),
         "eos_rate": episodes.ended.float().mean(),
         "kl_k1": kl_k1,
         "kl_k3": kl_k3,
     }
+    if episodes.values is not None:
+        residual = episodes.returns - episodes.values
+        values["explained_variance"] = 1 - masked_var(residual, mask) / masked_var(episodes.returns, mask)
     if episodes.sampler_logprobs is not None:  # how far the bfloat16 sampler is from the policy, per token
         difference = (episodes.sampler_logprobs - episodes.logprobs).abs()
         values["sampler_diff_mean"] = masked_mean(difference, mask)
@@ -525,14 +577,16 @@ def load_models(run, init, has_reward_fn):
     run.adopt_template(init)  # a policy that was trained on conversations gets prompts as their turns
     policy.set_scalar_heads(0)
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
-    value_model = copy.deepcopy(policy)
-    value_model.set_scalar_heads(1)
+    value_model = None
+    if cfg.advantage == "gae":
+        value_model = copy.deepcopy(policy)
+        value_model.set_scalar_heads(1)
     reward_model = None
     if cfg.reward == "rm" and not has_reward_fn:
         reward_model = run.load_reward_model(cfg.reward_model, cfg.normalize_reward)
-        if cfg.value_init == "reward":  # with normalized scores, if asked for
+        if value_model is not None and cfg.value_init == "reward":  # with normalized scores, if asked for
             value_model = copy.deepcopy(reward_model).requires_grad_(True)
-    if cfg.share_value:
+    if value_model is not None and cfg.share_value:
         policy.set_scalar_heads(1)
         value_model = policy
     for model in (policy, ref_policy, value_model, reward_model):
@@ -543,10 +597,13 @@ def load_models(run, init, has_reward_fn):
 
 def check_settings(cfg, data, has_reward_fn):
     """Exits with one line if the settings cannot work together."""
-    if cfg.batch_size % cfg.minibatches:
+    if cfg.advantage != "gae" and cfg.k == 1:
+        raise SystemExit(f"--advantage={cfg.advantage} compares a response with others to the same prompt: "
+                         "it needs --k=2 or more")
+    if cfg.batch_size % (cfg.minibatches * cfg.k):
         raise SystemExit(f"--batch_size={cfg.batch_size} is not a multiple of "
-                         f"--minibatches={cfg.minibatches}")
-    if cfg.batch_size // cfg.minibatches % dist.n_processes():
+                         f"--minibatches={cfg.minibatches} times --k={cfg.k}")
+    if cfg.batch_size // (cfg.minibatches * cfg.k) % dist.n_processes():
         raise SystemExit(f"--batch_size={cfg.batch_size} in --minibatches={cfg.minibatches}: "
                          f"{dist.n_processes()} processes cannot share a minibatch evenly")
     if cfg.max_new_tokens >= cfg.max_len:
@@ -604,7 +661,7 @@ def train(cfg, reward_fn=None):
     if cfg.reward == "rm" and reward_fn is None:
         cfg.reward_model = cfg.reward_model or run.train_if_missing("reward")
 
-    # Four models: the policy π, its reference π_ref, the value model V, and the reward model r.
+    # Four models: the policy π, its reference π_ref, the value model V (for GAE), and the reward model r.
     models, tokenizer = load_models(run, init, reward_fn is not None)
     if reward_fn is None:
         if models.reward_model:
@@ -612,12 +669,12 @@ def train(cfg, reward_fn=None):
         else:
             reward_fn = text_reward(data.gold, tokenizer)
     optimizers = {"policy": make_optimizer(models.policy, cfg.lr, cfg.weight_decay)}
-    if not cfg.share_value:
+    if cfg.advantage == "gae" and not cfg.share_value:
         optimizers["value"] = make_optimizer(models.value_model, cfg.value_lr, cfg.weight_decay)
     kl_controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
 
     prompts = encode_rollout_prompts(run, tokenizer)
-    prompt_batches = run.shuffled_batches(prompts)
+    prompt_batches = run.shuffled_batches(prompts, cfg.batch_size // cfg.k)
     if cfg.ptx_coef:
         demonstrations = Demonstrations(run, tokenizer)
     run.print0(f"ppo: {len(prompts)} prompts of {cfg.data}, {init} -> {run.out} on {run.device}")
@@ -627,14 +684,14 @@ def train(cfg, reward_fn=None):
     checkpoint = run.start_or_resume(models.policy, optimizers["policy"], CONSOLE)
     if cfg.resume:
         kl_controller.coef = checkpoint["kl_coef"]
-        if not cfg.share_value:
+        if "value" in optimizers:
             run.restore(models.value_model, optimizers["value"],
                         checkpoint["value_model"], checkpoint["value_optimizer"])
     sample_file = SampleFile(run.out, run.start)
     warned = False
 
     for step in range(run.start, cfg.steps):
-        # 1. Rollout: sample y ~ π(·|x) for each prompt, and get its reward r(x, y).
+        # 1. Rollout: sample K responses y ~ π(·|x) for each prompt, and get their rewards r(x, y).
         begin = time.time()
         batch_prompts = [prompts[i] for i in prompt_batches[step]]
         episodes = rollout(models.policy, batch_prompts, reward_fn, tokenizer, cfg)
@@ -655,14 +712,20 @@ def train(cfg, reward_fn=None):
             episodes.rewards, episodes.logprobs, episodes.ref_logprobs, episodes.ended, episodes.mask,
             kl_coef, cfg.reward_clip, cfg.missing_eos_penalty)
 
-        # 4. Advantages: δ_t = r_t + γ V(s_{t+1}) − V(s_t), and Â_t = δ_t + γλ Â_{t+1}.
+        # 4. Advantages: δ_t = r_t + γ V(s_{t+1}) − V(s_t), and Â_t = δ_t + γλ Â_{t+1}. Without V:
+        # how much better a response is than the others to its prompt.
         rewards = episodes.dense_rewards
         if cfg.whiten_rewards:
             rewards = whiten(rewards, episodes.mask, shift_mean=False)
-        episodes.advantages, episodes.returns = compute_gae(
-            rewards, episodes.values, episodes.mask, cfg.gamma, cfg.lam)
-        if cfg.whiten_advantages:
-            episodes.advantages = whiten(episodes.advantages, episodes.mask)
+        if cfg.advantage == "gae":
+            episodes.advantages, episodes.returns = compute_gae(
+                rewards, episodes.values, episodes.mask, cfg.gamma, cfg.lam)
+            if cfg.whiten_advantages:
+                episodes.advantages = whiten(episodes.advantages, episodes.mask)
+        else:
+            # Not whitened: that would take one mean over all tokens off every group, which has a baseline.
+            estimator = rloo_advantages if cfg.advantage == "rloo" else grpo_advantages
+            episodes.advantages = group_advantages(rewards, episodes.mask, estimator, cfg.k)
         score_s = time.time() - begin
 
         # 5. Epochs of clipped updates on minibatches of the episodes.
@@ -690,7 +753,7 @@ def train(cfg, reward_fn=None):
             sample_file.show(step + 1, tokenizer, episodes.prompts, episodes.responses,
                              score=episodes.rewards.sum(1), kl=episodes.kl.sum(1))
         value_state = {}
-        if not cfg.share_value:
+        if "value" in optimizers:
             value_state["value_model"] = models.value_model.state_dict()
             value_state["value_optimizer"] = optimizers["value"].state_dict()
         run.save_if_due(step + 1, models.policy, optimizers["policy"], kl_coef=kl_controller.coef,

@@ -98,21 +98,23 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
 
 
 def process_share(batch):
-    """This process's part of a batch: with n processes, every n-th element."""
+    """This process's part of a batch: with n processes, one of n pieces of the same length."""
     if len(batch) % n_processes():
         raise SystemExit(f"--batch_size={len(batch)}: {n_processes()} processes cannot share it evenly")
-    return batch[process()::n_processes()]
+    size = len(batch) // n_processes()
+    return batch[process() * size:(process() + 1) * size]
 
 
 def gather_shares(share):
-    """The whole list, of which each of n processes holds every n-th element."""
-    n = n_processes()
-    if n == 1:
+    """The whole list, of which each process holds the share that process_share gives it."""
+    if n_processes() == 1:
         return share
-    shares = [None] * n
+    shares = [None] * n_processes()
     dist.all_gather_object(shares, share)
-    # Element i of the list is number i // n of process i % n.
-    return [shares[i % n][i // n] for i in range(n * len(share))]
+    whole = []
+    for piece in shares:
+        whole += piece
+    return whole
 
 
 def sync_gradients(model):

@@ -1,5 +1,7 @@
 """PPO's grid: (B, R) numbers, a row per response and a column per response token.
 
+With K responses to each prompt, K neighbouring rows belong to one prompt.
+
 mask is True where there is a token. grid[mask] is a flat array (N,) like those of a packed batch, in
 the same order.
 """
@@ -13,6 +15,27 @@ def length_mask(responses):
     """mask (B, R): True on the tokens of each response, where R is the length of the longest one."""
     length = torch.tensor([len(response) for response in responses])
     return torch.arange(length.max()) < length[:, None]
+
+
+def repeat_each(prompts, k):
+    """Each prompt k times, one after the other: the prompts of the rows of a grid."""
+    repeated = []
+    for prompt in prompts:
+        repeated += [prompt] * k
+    return repeated
+
+
+def group_by_prompt(prompts, responses, k):
+    """The reverse, for packing: [(prompt, [k responses]), …]."""
+    return [(prompts[i], responses[i:i + k]) for i in range(0, len(prompts), k)]
+
+
+def rows_of_groups(indices, k):
+    """The rows of the responses of some groups of k, which are given by their indices."""
+    rows = []
+    for i in indices:
+        rows += range(i * k, (i + 1) * k)
+    return rows
 
 
 def to_grid(flat, mask):

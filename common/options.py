@@ -61,6 +61,7 @@ OTHER_NAMES = {
     "cliprange": "clip", "clip_range": "clip", "cliprange_value": "value_clip", "init_kl_coef": "kl_coef",
     "num_ppo_epochs": "epochs", "ppo_epochs": "epochs", "num_mini_batches": "minibatches",
     "reward_model_path": "reward_model", "simpo_gamma": "gamma", "lambda": "lam", "target": "kl_target",
+    "num_generations": "k", "adv_estimator": "advantage",
 }
 
 

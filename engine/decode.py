@@ -3,9 +3,9 @@
 Definition: GPT.naive_generate, which runs the whole text again for each new token. Given the same noise,
 `generate` returns the same tokens.
 
-Prompts are sorted by length and run in a few passes, each over prompts of similar length ("prefill"). From
-then on, each step runs one token per row. Every row writes its key and value at its own position, so rows
-of different lengths share a step.
+Prompts are sorted by length and run in a few passes, each over prompts of similar length ("prefill"); a
+prompt with several responses is run once. From then on, each step runs one token per row. Every row writes
+its key and value at its own position, so rows of different lengths share a step.
 """
 from functools import partial
 
@@ -81,8 +81,7 @@ def decode(model, prompts, noise, temperature, top_k, eos):
             t.add_(1)
             choose(state[:, 0])
 
-        states = [prefill(model, cache, rows, prompts[rows]) for rows in slices(B, 8)]
-        choose(torch.cat(states))
+        choose(prefill(model, cache, prompts))
         if device.type == "cuda" and model.compiled:
             step = CUDAGraph(step)
         for i in range(1, max_new_tokens):
@@ -93,16 +92,40 @@ def decode(model, prompts, noise, temperature, top_k, eos):
     return tokens, logprobs
 
 
-def prefill(model, cache, rows, prompts):
-    """Runs n prompts, right-padded, and fills their rows of the cache.
+def prefill(model, cache, prompts):
+    """Runs the prompts and fills the cache. Returns the hidden state at the last token of each, (B, C).
 
-    Returns the hidden state at the last token of each prompt, (n, C).
+    A prompt that stands in several neighbouring rows, as for several responses, is run once for all of them.
+    """
+    distinct = []  # each prompt once
+    copies = []    # how many neighbouring rows it has
+    for prompt in prompts:
+        if not distinct or prompt != distinct[-1]:
+            distinct.append(prompt)
+            copies.append(0)
+        copies[-1] += 1
+    states = []
+    for some in slices(len(distinct), 8):
+        begin = sum(copies[:some.start])
+        rows = slice(begin, begin + sum(copies[some]))
+        states.append(prefill_rows(model, cache, rows, distinct[some], copies[some]))
+    return torch.cat(states)
+
+
+def prefill_rows(model, cache, rows, prompts, copies):
+    """Runs n prompts, right-padded, and fills `rows` of the cache with as many copies of each.
+
+    Returns the hidden state at the last token of each row's prompt.
     """
     P = max(map(len, prompts))
     tokens = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=model.device)
     last = torch.tensor([i * P + len(prompt) - 1 for i, prompt in enumerate(prompts)], device=model.device)
     position = torch.arange(P, device=model.device)
-    return hidden_at(model, tokens, position, partial(cache.prefill, rows), last)
+    source = []  # the prompt of each row
+    for i, n in enumerate(copies):
+        source += [i] * n
+    source = torch.tensor(source, device=model.device)
+    return hidden_at(model, tokens, position, partial(cache.prefill, rows, source), last)[source]
 
 
 def next_logits(model, state, vocabulary=None):

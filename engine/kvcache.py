@@ -29,10 +29,13 @@ class KVCache:
         self.columns = torch.arange(max_len, device=device)
         self.length = torch.tensor(lengths, device=device)
 
-    def prefill(self, rows, layer, q, k, v):
-        """Attention of whole prompts, right-padded: writes their keys and values into `rows` of the cache."""
-        self.k[layer, rows, :, :k.size(2)] = k
-        self.v[layer, rows, :, :v.size(2)] = v
+    def prefill(self, rows, source, layer, q, k, v):
+        """Attention of whole prompts, right-padded: writes their keys and values into `rows` of the cache.
+
+        source: for each of these rows the index of its prompt.
+        """
+        self.k[layer, rows, :, :k.size(2)] = k[source]
+        self.v[layer, rows, :, :v.size(2)] = v[source]
         return attention(q, k, v)  # causal: no token sees the padding to its right
 
     def columns_in_use(self, t):

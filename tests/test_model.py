@@ -93,6 +93,25 @@ def test_decoding_as_on_cuda_gives_the_same_tokens(model, monkeypatch, block):
     assert here == model.generate(prompts, 30, noise=noise)
 
 
+@pytest.mark.parametrize("n", [1, 3, 12])
+def test_a_prompt_with_several_responses_is_run_once(model, monkeypatch, n):
+    """Whatever the number of prompts: n times two of the same length and one that is longer."""
+    prompts = []
+    for i in range(n):
+        prompts += [[i, 2, 3]] * 4 + [[i, 5, 6]] * 2 + [list(range(i, i + 9))] * 3
+    noise = torch.rand(len(prompts), 12)
+    ran, real = [], decode.hidden_at
+
+    def watched(model, tokens, *rest):
+        ran.append(len(tokens))
+        return real(model, tokens, *rest)
+    monkeypatch.setattr(decode, "hidden_at", watched)
+    assert model.generate(prompts, 1, noise=noise[:, :1]) == naive_generate(model, prompts, noise[:, :1])
+    assert sum(ran) == 3 * n and len(ran) <= 8
+    monkeypatch.undo()
+    assert model.generate(prompts, 12, noise=noise) == naive_generate(model, prompts, noise)
+
+
 @torch.no_grad()
 def test_decoding_with_copied_matrices_gives_the_same_tokens():
     """The large ones: the vocabulary's and the MLP's, not the attention's."""

@@ -11,12 +11,13 @@ from conftest import make_model
 
 import ppo
 from common import batches
-from common.grids import check_reward, length_mask, on_last_token, to_grid
+from common.grids import (check_reward, group_by_prompt, length_mask, on_last_token, repeat_each,
+                          rows_of_groups, to_grid)
 from data import get_tokenizer
 from engine.packing import pack, per_sequence
 from evaluate import exact_kl
-from ppo import (AdaptiveKL, Episodes, Models, compute_gae, dense_reward, k1_k3, policy_loss, value_loss,
-                 whiten)
+from ppo import (AdaptiveKL, Episodes, Models, compute_gae, dense_reward, group_advantages, grpo_advantages,
+                 k1_k3, policy_loss, rloo_advantages, value_loss, whiten)
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
 
@@ -88,6 +89,78 @@ def test_whitening_by_hand():
     expected = torch.tensor([[-2.0, -1.0, 0.0], [0.0, 3.0, 0.0]]) / 3.5 ** 0.5
     torch.testing.assert_close(whiten(x, mask), expected)
     torch.testing.assert_close(whiten(x, mask, shift_mean=False), (expected + 3) * mask)
+
+
+# ------------------------------------------------------------------------- advantages without a value model
+
+GROUP_ESTIMATORS = [rloo_advantages, grpo_advantages]
+
+
+def test_rloo_by_hand():
+    """Of the rewards 1, 2 and 6 the others' means are 4, 3½ and 1½; a group is on its own."""
+    advantages = rloo_advantages(torch.tensor([[1.0, 2.0, 6.0], [-3.0, 0.0, 0.0]]))
+    assert advantages.tolist() == [[-3.0, -1.5, 4.5], [-3.0, 1.5, 1.5]]
+
+
+def test_rloo_of_two_responses_is_the_difference():
+    """A_1 = R_1 − R_2 and A_2 = −A_1."""
+    assert rloo_advantages(torch.tensor([[0.75, 0.5], [-1.0, 2.0]])).tolist() == [[0.25, -0.25], [-3.0, 3.0]]
+
+
+def test_grpo_by_hand():
+    """Rewards 1, 2 and 6: mean 3, variance (4 + 1 + 9)/2 = 7."""
+    advantages = grpo_advantages(torch.tensor([[1.0, 2.0, 6.0]]))
+    torch.testing.assert_close(advantages, torch.tensor([[-2.0, -1.0, 3.0]]) / 7 ** 0.5, atol=2e-4, rtol=0)
+
+
+def test_without_its_std_grpo_is_rloo_times_a_constant():
+    scores = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    unscaled = grpo_advantages(scores) * (scores.std(1, keepdim=True) + 1e-4)
+    torch.testing.assert_close(unscaled, rloo_advantages(scores) * 7 / 8)
+
+
+@pytest.mark.parametrize("estimator", GROUP_ESTIMATORS)
+def test_what_a_group_baseline_does_not_see(estimator):
+    scores = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    advantages = estimator(scores)
+    torch.testing.assert_close(advantages.sum(1), torch.zeros(5), atol=1e-5, rtol=0)
+    # a constant of its own, added to the rewards of each group
+    constants = torch.tensor([[5.0], [-3.0], [0.0], [1.0], [100.0]])
+    torch.testing.assert_close(estimator(scores + constants), advantages, atol=1e-4, rtol=1e-4)
+    # the order within the group
+    order = torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
+    torch.testing.assert_close(estimator(scores[:, order]), advantages[:, order])
+    # the other groups
+    torch.testing.assert_close(estimator(scores[2:3]), advantages[2:3])
+
+
+@pytest.mark.parametrize("estimator", GROUP_ESTIMATORS)
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, -0.7])
+def test_equal_rewards_give_no_gradient(estimator, reward):
+    mask = length_mask([[7] * n for n in (3, 1, 2)])
+    advantages = group_advantages(on_last_token(torch.full((3,), reward), mask), mask, estimator, 3)
+    assert advantages.abs().max() < 2e-3 * abs(reward) + 1e-12  # rounding alone, and 0 of a reward of 0
+    logprobs = torch.zeros(mask.shape).requires_grad_()
+    loss, _, _ = policy_loss(logprobs, torch.zeros(mask.shape), advantages, mask, 0.2)
+    loss.backward()
+    assert logprobs.grad.abs().max() < 2e-3 * abs(reward) + 1e-12
+
+
+def test_every_token_of_a_response_has_the_advantage_of_the_whole_response():
+    """Two groups of two. The rewards, KL penalties included, add up to 1 and 3, then to −1 and −1."""
+    mask = length_mask([[7] * n for n in (3, 1, 2, 3)])
+    rewards = torch.tensor([[0.5, -0.5, 1.0], [3.0, 0.0, 0.0], [-1.5, 0.5, 0.0], [0.0, 0.0, -1.0]])
+    advantages = group_advantages(rewards, mask, rloo_advantages, 2)
+    assert advantages.tolist() == [[-2.0, -2.0, -2.0], [2.0, 0.0, 0.0], [0.0] * 3, [0.0] * 3]
+
+
+def test_the_rows_of_a_group_are_neighbours():
+    prompts = repeat_each([[1], [2, 2]], 3)
+    responses = [[i] for i in range(6)]
+    assert prompts == [[1], [1], [1], [2, 2], [2, 2], [2, 2]]
+    groups = group_by_prompt(prompts, responses, 3)
+    assert groups == [([1], [[0], [1], [2]]), ([2, 2], [[3], [4], [5]])]
+    assert rows_of_groups([1, 0], 3) == [3, 4, 5, 0, 1, 2]
 
 
 # -------------------------------------------------------------------------------------------- reward and KL
@@ -176,14 +249,15 @@ def run_of(cfg):
     return SimpleNamespace(cfg=cfg, device="cpu", micro_batches=micro_batches)
 
 
-def sampled(policy, n=12, seed=0):
-    """The episodes of random prompts, without rewards."""
+def sampled(policy, n=12, seed=0, k=1):
+    """The episodes of n random prompts with k responses each, without rewards."""
     torch.manual_seed(seed)
-    prompts = [torch.randint(90, (int(k),)).tolist() for k in torch.randint(1, 9, (n,))]
+    prompts = [torch.randint(90, (int(length),)).tolist() for length in torch.randint(1, 9, (n,))]
+    prompts = repeat_each(prompts, k)
     responses = policy.generate(prompts, 10, eos=3)
     mask = length_mask(responses)
     ended = torch.tensor([response[-1] == 3 for response in responses])
-    return Episodes(prompts, responses, ended, mask, torch.zeros(mask.shape), None)
+    return Episodes(prompts, responses, ended, mask, torch.zeros(mask.shape), None, k)
 
 
 def grid_like(mask, seed=5):
@@ -243,7 +317,7 @@ def test_at_the_first_minibatch_the_ratio_is_1_to_the_bit(share_value, temperatu
 def gradient(policy, episodes, cfg, ptx_batches=None, micro_tokens=16384):
     """The policy's gradient of one whole-batch step, taken from what SGD with lr 1 does to its weights."""
     models = Models(policy, policy, value_head_on(make_model(2)), None)
-    everything = list(range(len(episodes.prompts)))
+    everything = list(range(len(episodes.groups)))
     ppo.evaluate_tokens(episodes, models, [everything], cfg)
     episodes.advantages, episodes.returns = grid_like(episodes.mask), grid_like(episodes.mask, 6)
     before = [p.detach().clone() for p in policy.parameters()]
@@ -255,6 +329,49 @@ def gradient(policy, episodes, cfg, ptx_batches=None, micro_tokens=16384):
         for p, b in zip(policy.parameters(), before):
             p.copy_(b)
     return result
+
+
+def test_packed_in_groups_or_alone_the_gradient_is_the_same():
+    """Of four prompts with three responses each: as four groups of three, and as twelve of one."""
+    policy, cfg = make_model(0), ppo.Config()
+    grouped = sampled(policy, n=4, k=3)
+    alone = replace(grouped, k=1)
+    assert [len(responses) for _, responses in grouped.groups] == [3] * 4 and len(alone.groups) == 12
+    assert grouped.n_tokens == alone.n_tokens - 2 * sum(len(prompt) for prompt in grouped.prompts[::3])
+    for a, b in zip(gradient(policy, grouped, cfg), gradient(policy, alone, cfg)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    for name in ("logprobs", "ref_logprobs", "values", "kl", "entropy"):
+        torch.testing.assert_close(getattr(grouped, name), getattr(alone, name), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", GROUP_ESTIMATORS)
+def test_an_update_without_a_value_model_is_the_policy_gradient(estimator):
+    """At π = π_old the gradient is −Σ_b A_b ∇log π(y_b|x_b) / n_tokens, and that of K equal rewards is 0."""
+    policy, cfg = make_model(0), ppo.Config(k=3, micro_tokens=30, grad_clip=1e9)
+    episodes = sampled(policy, n=4, k=3)
+    models = Models(policy, make_model(1), None, None)
+    minibatch = [2, 0, 3, 1]
+    ppo.evaluate_tokens(episodes, models, [[2], [0, 3], [1]], cfg)
+    assert episodes.values is None
+    scores = torch.randn(12)
+    scores[:3] = 0.0  # the first group's are equal
+    weights = estimator(scores.view(4, 3)).flatten()
+    batch = pack(episodes.groups)
+    loss = -(weights * per_sequence(policy.logprobs(batch), batch)).sum() / episodes.mask.sum()
+    expected = torch.autograd.grad(loss, list(policy.parameters()))
+    without_first = pack(episodes.groups[1:])
+    loss = -(weights[3:] * per_sequence(policy.logprobs(without_first), without_first)).sum()
+    without_first = torch.autograd.grad(loss / episodes.mask.sum(), list(policy.parameters()))
+
+    rewards = on_last_token(scores, episodes.mask)
+    episodes.advantages = group_advantages(rewards, episodes.mask, estimator, 3)
+    before = [p.detach().clone() for p in policy.parameters()]
+    optimizers = {"policy": torch.optim.SGD(policy.parameters(), lr=1.0)}
+    stats = ppo.update(run_of(cfg), models, optimizers, episodes, [[minibatch]], {"policy": 1.0})
+    assert "value_loss" not in stats and stats["loss"] == stats["policy_loss"]
+    for p, b, e, w in zip(policy.parameters(), before, expected, without_first):
+        torch.testing.assert_close(b - p.detach(), e, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(e, w, atol=1e-6, rtol=1e-4)
 
 
 def test_the_ptx_gradient_is_the_sum_of_the_two():
@@ -311,6 +428,34 @@ def test_a_rollout_is_what_the_policy_generates_and_what_reward_fn_says_of_it():
     assert episodes.sampler_logprobs is None  # on a CPU the policy itself has sampled
 
 
+def test_a_rollout_samples_k_responses_to_each_prompt():
+    """Whose prompt the model runs once; reward_fn gets it with every response."""
+    policy, asked = make_model(), []
+
+    def reward_fn(prompts, responses):
+        asked.append((prompts, responses))
+        return torch.zeros(length_mask(responses).shape)
+    torch.manual_seed(0)
+    episodes = ppo.rollout(policy, [[1, 2, 3], [4]], reward_fn, EOS_IS_3, ppo.Config(max_new_tokens=12, k=3))
+    assert episodes.prompts == [[1, 2, 3]] * 3 + [[4]] * 3
+    assert asked == [(episodes.prompts, episodes.responses)]
+    assert len(set(map(tuple, episodes.responses))) > 2  # each has noise of its own
+    assert [(prompt, len(responses)) for prompt, responses in episodes.groups] == [([1, 2, 3], 3), ([4], 3)]
+
+
+def test_epochs_go_through_whole_groups():
+    epochs = ppo.shuffled_epochs(ppo.Config(batch_size=24, k=3, minibatches=2, epochs=2))
+    assert [[len(minibatch) for minibatch in epoch] for epoch in epochs] == [[4, 4], [4, 4]]
+    assert all(sorted(epoch[0] + epoch[1]) == list(range(8)) for epoch in epochs)
+
+
+def test_the_reward_model_scores_a_group_as_it_scores_its_responses_alone():
+    reward_model, episodes = value_head_on(make_model(3)), sampled(make_model(), n=3, k=4)
+    alone = ppo.reward_model_reward(reward_model, ppo.Config())(episodes.prompts, episodes.responses)
+    grouped = ppo.reward_model_reward(reward_model, ppo.Config(k=4))(episodes.prompts, episodes.responses)
+    torch.testing.assert_close(grouped, alone, atol=1e-5, rtol=1e-5)
+
+
 def test_a_reward_fn_that_draws_random_numbers_does_not_move_those_of_the_run():
     policy, cfg = make_model(), ppo.Config(max_new_tokens=12)
 
@@ -354,35 +499,41 @@ def test_a_reward_function_that_answers_wrongly_is_named(rewards, message):
 
 # ------------------------------------------------------------------------------------------ the closed form
 
+@pytest.mark.parametrize("advantage", ["gae", "rloo"])
 @pytest.mark.parametrize("seed, beta", [(0, 1.0), (1, 0.5)])
-def test_ppo_reaches_the_closed_form(seed, beta):
+def test_ppo_reaches_the_closed_form(seed, beta, advantage):
     """Sampled rollouts of two tokens of three: KL(π‖π*) falls below 0.02, π* ∝ π_ref exp(r/β)."""
     policy = make_model(seed, vocab_size=3, block_size=3, n_layer=1, n_head=2, n_embd=32, scale=8.0)
     every = pack([([0], [list(r) for r in product(range(3), repeat=2)])], 19)
     reward = torch.randn(9)
-    ref_policy, value_model = copy.deepcopy(policy), value_head_on(copy.deepcopy(policy))
+    ref_policy = copy.deepcopy(policy)
+    models = Models(policy, ref_policy, None, None)
+    optimizers = {"policy": torch.optim.Adam(policy.parameters(), lr=3e-3)}
+    if advantage == "gae":
+        models.value_model = value_head_on(copy.deepcopy(policy))
+        optimizers["value"] = torch.optim.Adam(models.value_model.parameters(), lr=3e-3)
     with torch.no_grad():
         ref_logp = per_sequence(policy.logprobs(every), every)
     optimum = (ref_logp + reward / beta).log_softmax(0)
 
     def reward_fn(prompts, responses):
         return on_last_token(reward[torch.tensor([3 * a + b for a, b in responses])], length_mask(responses))
-    models = Models(policy, ref_policy, value_model, None)
-    optimizers = {"policy": torch.optim.Adam(policy.parameters(), lr=3e-3),
-                  "value": torch.optim.Adam(value_model.parameters(), lr=3e-3)}
-    B, steps = 256, 100
-    cfg = ppo.Config(max_new_tokens=2, kl_coef=beta, clip=0.2, batch_size=B, epochs=2, minibatches=2)
+    B, steps, k = 256, 100, 1 if advantage == "gae" else 8
+    cfg = ppo.Config(max_new_tokens=2, kl_coef=beta, clip=0.2, batch_size=B, epochs=2, minibatches=2, k=k)
     no_eos = SimpleNamespace(eot_token=None)  # every response is of two tokens
     for step in range(steps):
-        episodes = ppo.rollout(policy, [[0]] * B, reward_fn, no_eos, cfg)
+        episodes = ppo.rollout(policy, [[0]] * (B // k), reward_fn, no_eos, cfg)
         epochs = ppo.shuffled_epochs(cfg)
         ppo.evaluate_tokens(episodes, models, epochs[0], cfg)
         total = dense_reward(episodes.rewards, episodes.logprobs, episodes.ref_logprobs, torch.ones(B).bool(),
                              episodes.mask, beta)
-        advantages, episodes.returns = compute_gae(total, episodes.values, episodes.mask, 1.0, 0.95)
-        episodes.advantages = whiten(advantages, episodes.mask)
+        if advantage == "gae":
+            advantages, episodes.returns = compute_gae(total, episodes.values, episodes.mask, 1.0, 0.95)
+            episodes.advantages = whiten(advantages, episodes.mask)
+        else:
+            episodes.advantages = group_advantages(total, episodes.mask, rloo_advantages, k)
         lr = 3e-3 * (1 - step / steps)
-        ppo.update(run_of(cfg), models, optimizers, episodes, epochs, {"policy": lr, "value": lr})
+        ppo.update(run_of(cfg), models, optimizers, episodes, epochs, dict.fromkeys(optimizers, lr))
     logp = per_sequence(policy.logprobs(every), every).detach()
     kl = (logp.exp() * (logp - optimum)).sum().item()
     assert kl < 0.02 < (ref_logp.exp() * (ref_logp - optimum)).sum().item(), kl

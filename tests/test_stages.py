@@ -95,7 +95,8 @@ def ppo_settings(start, **options):
 
 
 @pytest.mark.parametrize("options", [dict(share_value=True), dict(value_init="sft"), dict(reward="gold"), dict(whiten_rewards=True, reward_clip=1.0),
-                                     dict(normalize_reward=True), dict(ptx_coef=1.0), dict(stop_kl=0.0), dict(temperature=0.7)])
+                                     dict(normalize_reward=True), dict(ptx_coef=1.0), dict(stop_kl=0.0), dict(temperature=0.7), dict(k=2),
+                                     dict(advantage="rloo", k=4, whiten_rewards=True), dict(advantage="grpo", k=2, share_value=True, ptx_coef=1.0)])
 def test_the_options_of_ppo_run(start, small_world, options):
     ppo.train(ppo_settings(start, **options))
     log = log_of(start / "a")
@@ -112,6 +113,23 @@ def test_the_policy_and_the_value_model_have_learning_rates_of_their_own(start, 
     changed = {name for name, w in value_model.items() if not torch.equal(after["value_model"][name], w)}
     assert {"scalar_head.weight", "h.0.mlp.c_fc.weight", "wte.weight"} <= changed
     assert [r["lr"] for r in log_of(start / "a")] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_without_a_value_model_none_is_trained_or_saved(advantage, start, small_world):
+    """Nor logged; and a run that is resumed is the run that was not."""
+    settings = dict(advantage=advantage, k=4, steps=4)
+    ppo.train(ppo_settings(start, **settings))
+    ppo.train(ppo_settings(start, **settings, out=str(start / "b"), ckpt_every=2))
+    (start / "b" / "ckpt.pt").unlink()
+    ppo.train(ppo_settings(start, **settings, out=str(start / "b"), ckpt_every=2, resume=True))
+    a, b = load_checkpoint(str(start / "a")), load_checkpoint(str(start / "b"))
+    assert not any(key.startswith("value") for key in a) and a["model_config"]["n_scalars"] == 0
+    assert all(torch.equal(b["model"][name], weight) for name, weight in a["model"].items())
+    log = log_of(start / "a")
+    assert log == log_of(start / "b") and [record["step"] for record in log] == [1, 2, 3, 4]
+    assert not {"value_loss", "explained_variance", "value_grad_norm"} & set(log[0])
+    assert {"policy_loss", "clip_frac", "kl", "score", "grad_norm"} <= set(log[0])
 
 
 def test_any_callable_is_a_reward(start, small_world):
@@ -160,6 +178,11 @@ def test_settings_that_ppo_cannot_run_get_one_line(start, small_world, monkeypat
             (dict(reward="god"), "unknown reward 'god'; did you mean 'gold'"),
             (dict(value_init="rm"), "unknown value_init 'rm'"),
             (dict(minibatches=3), "--batch_size=8 is not a multiple of --minibatches=3"),
+            (dict(k=3, minibatches=1), "--batch_size=8 is not a multiple of --minibatches=1 times --k=3"),
+            (dict(k=4, minibatches=4), "--batch_size=8 is not a multiple of --minibatches=4 times --k=4"),
+            (dict(advantage="rloo"), "--advantage=rloo compares a response with others to the same prompt: it needs --k=2 or more"),
+            (dict(advantage="grpo"), "--advantage=grpo .* needs --k=2 or more"),
+            (dict(advantage="gea"), "unknown advantage 'gea'; did you mean 'gae'"),
             (dict(max_new_tokens=64), "--max_new_tokens=64 leaves no room for a prompt in --max_len=64"),
             (dict(reward="gold", data=str(start / "mine.jsonl")),
              "--reward=gold: the true reward of --data=.*mine.jsonl is not known"),
@@ -354,6 +377,15 @@ def assert_one_run(a, b):
             if name.endswith("c_attn.bias"):  # no softmax sees a key's bias: its gradient is rounding alone, of which Adam makes a step
                 weight, b[model][name] = (w[[*range(16), *range(32, 48)]] for w in (weight, b[model][name]))
             torch.testing.assert_close(weight, b[model][name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_sample_whole_groups(fsdp, start):
+    """A prompt's responses are in one process's share, and the run is that of one process."""
+    options = ["--steps=6", "--lr=1e-3", "--micro_tokens=60", "--advantage=rloo", "--k=2", "--minibatches=2"]
+    here("ppo", start, "a", *options)
+    on_two_processes(command("ppo", start, "b", *options, f"--fsdp={fsdp}"))
+    assert_one_run(start / "a", start / "b")
 
 
 @pytest.mark.parametrize("stage, fsdp", [("sft", False), ("dpo", False), ("ppo", False), ("sft", True), ("reward", True), ("ppo", True),
