@@ -85,7 +85,7 @@ def test_ppo_from_nothing_to_a_table(tmp_path, monkeypatch, small_world, capsys)
     assert log[0]["kl"] == log[0]["kl_k1"] == log[0]["kl_k3"] == 0 and log[2]["kl"] > 0 and log[2]["kl_k3"] > 0
     evaluate.main(["out/sft-animals", "out/ppo-animals", "--n=10"])
     assert "score" in capsys.readouterr().out  # by the reward model that the run was trained against
-    with pytest.raises(SystemExit, match="out/reward-animals: a reward model writes no text"):
+    with pytest.raises(SystemExit, match="out/reward-animals: a reward model, which scores text"):
         evaluate.main(["out/reward-animals"])
 
 
