@@ -193,7 +193,7 @@ def test_settings_that_ppo_cannot_run_get_one_line(start, small_world, monkeypat
         with pytest.raises(SystemExit, match=message) as error:
             ppo.train(ppo_settings(start, **options))
         assert "\n" not in str(error.value)
-    with pytest.raises(SystemExit, match="--k=4: .* holds pairs, K is 2"):
+    with pytest.raises(SystemExit, match="--k=4: .* ranks at most 2 responses"):
         reward.train(reward.Config(**TINY, k=4, data=str(start / "mine.jsonl"), init=str(start / "start"), out=str(start / "r")))
 
 
