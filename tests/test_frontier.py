@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import make_model
 
+import common.frontier
 import evaluate
+from common.frontier import (MIN_ESS, best_of, best_of_kl, best_of_kl_without_ties, extrapolate, frontier, gap,
+                             optimum_at, tilt)
 from engine.packing import pack, per_sequence
-from evaluate import best_of, frontier, gap, tilt
 
 
 def test_tilt_by_hand():
@@ -64,7 +66,7 @@ def test_the_optimum_agrees_with_the_exact_one(problem):
     for row in optimum:
         _, r, kl = exact(logp, reward, row["beta"])
         assert abs(row["gold"] - r) < 3 * row["gold_se"] + 1e-3 and abs(row["kl"] - kl) < 3 * row["kl_se"] + 1e-3
-        assert row["ess"] >= evaluate.MIN_ESS
+        assert row["ess"] >= MIN_ESS
     assert all(a["kl"] < b["kl"] and a["gold"] < b["gold"] for a, b in zip(optimum, optimum[1:]))
 
 
@@ -77,11 +79,11 @@ def test_the_optimum_has_no_gap_and_no_policy_has_a_negative_one(problem):
     logp, reward, samples = problem
     _, _, dual = frontier(samples, "gold")
     for beta in (2.0, 1.0, 0.5):
-        mean, se = gap(dual, *columns(logp, reward, exact(logp, reward, beta)[0]))
-        assert abs(mean) < 2 * se + 1e-3
+        mean, se, is_bound = gap(dual, *columns(logp, reward, exact(logp, reward, beta)[0]))
+        assert abs(mean) < 2 * se + 1e-3 and not is_bound
     g = torch.Generator().manual_seed(1)
     for _ in range(20):
-        mean, se = gap(dual, *columns(logp, reward, (logp + torch.randn(9, generator=g, dtype=torch.float64)).log_softmax(0)))
+        mean, se, _ = gap(dual, *columns(logp, reward, (logp + torch.randn(9, generator=g, dtype=torch.float64)).log_softmax(0)))
         assert mean > -2 * se
     assert gap(dual, *columns(logp, reward, (logp - reward).log_softmax(0)))[0] > 0.5  # tilted the wrong way
 
@@ -95,14 +97,14 @@ def test_the_gap_is_beta_times_the_kl_to_the_optimum(problem):
     dual = {b: b * (logp + reward / b).logsumexp(0)[None].expand(2) for b in betas}
     beta = min(betas, key=lambda b: abs(exact(logp, reward, b)[2] - kl))
     optimum = exact(logp, reward, beta)[0]
-    mean, _ = gap(dual, [(policy.exp() * reward).sum().item()] * 2, [kl] * 2)
+    mean, _, _ = gap(dual, [(policy.exp() * reward).sum().item()] * 2, [kl] * 2)
     assert mean == pytest.approx(beta * (policy.exp() * (policy - optimum)).sum().item(), rel=1e-3)
 
 
 def test_best_of_n_lies_below_the_optimum(problem):
     _, _, samples = problem
     optimum, best, dual = frontier(samples, "gold")
-    assert [row["checkpoint"] for row in best] == [f"best of {2**i}" for i in range(10)] and best[0]["kl"] == 0
+    assert [row["checkpoint"] for row in best] == [f"best of {2**i}" for i in range(8)] and best[0]["kl"] == 0
     for row in best[:5]:
         bound = min(beta * row["kl"] + z.mean().item() for beta, z in dual.items())
         assert row["gold"] < bound + 2 * row["gold_se"]
@@ -114,14 +116,14 @@ def test_frontier_command(start, small_world, capsys):
     folder = str(start / "start")
     evaluate.main([folder, folder, "--n=12", "--frontier", "--samples=32", f"--json={start}/rows.json"])
     out = capsys.readouterr().out
-    assert "from 32 samples per prompt" in out and "gap" in out and "best of 32" in out
+    assert "from 32 samples per prompt" in out and "gap" in out and "best of 8" in out and "best of 16" not in out
     rows = json.load(open(start / "rows.json"))
     assert len({tuple(row) for row in rows}) == 1 and {"gap", "gap_se", "beta", "ess", "gold", "kl_se"} <= set(rows[0])
     assert rows[0]["kl"] == 0 and rows[0]["gap"] > -2 * rows[0]["gap_se"] and rows[2]["beta"] > rows[3]["beta"]
 
 
 def test_frontier_by_the_reward_model_where_nobody_knows_gold(start, capsys):
-    evaluate.main([str(start / "start"), "--n=2", "--frontier", "--samples=16", f"--data={start}/mine.jsonl", f"--reward_model={start}/reward"])
+    evaluate.main([str(start / "start"), "--n=2", "--frontier", "--samples=32", f"--data={start}/mine.jsonl", f"--reward_model={start}/reward"])
     out = capsys.readouterr().out
     assert "the reward model's score is used instead" in out and "the most score that any policy" in out
 
@@ -129,7 +131,7 @@ def test_frontier_by_the_reward_model_where_nobody_knows_gold(start, capsys):
 def test_pictures(start, small_world, capsys):
     pytest.importorskip("matplotlib")
     folder, run = str(start / "start"), start / "ppo-run"
-    evaluate.main([folder, "--n=5", "--frontier", "--samples=16", f"--plot={start}/frontier.png"])
+    evaluate.main([folder, "--n=5", "--frontier", "--samples=32", f"--plot={start}/frontier.png"])
     run.mkdir()
     (run / "log.jsonl").write_text("".join(json.dumps({"step": k, "kl": k / 10, "score": k / 5, "gold": 1 - k / 9}) + "\n" for k in range(12)))
     evaluate.main([str(run), "--overoptimization", f"--plot={start}/over.png"])
@@ -145,8 +147,8 @@ def test_what_cannot_be_drawn_gets_one_line(start, small_world, monkeypatch):
         change(changed)
         torch.save(changed, start / name / "ckpt.pt")
     for argv, message in [
-            ([folder, "--frontier", "--n=1"], "--frontier needs at least two prompts .--n. and 16 --samples of each"),
-            ([folder, "--frontier", "--samples=4"], "--frontier needs at least two prompts .--n. and 16 --samples of each"),
+            ([folder, "--frontier", "--n=1"], "--frontier needs at least two prompts .--n. and 32 --samples of each, a multiple of 4"),
+            ([folder, "--frontier", "--samples=34"], "--frontier needs at least two prompts .--n. and 32 --samples of each, a multiple of 4"),
             ([folder, "--plot=x.png"], "--plot draws --frontier, --overoptimization or --curves: say which"),
             ([folder, "--overoptimization"], "takes one run of ppo.py and --plot=FILE"),
             ([folder, str(start / "nameless")], "nameless/ckpt.pt: not a checkpoint of this repository, or damaged"),
