@@ -55,6 +55,7 @@ def test_from_nothing_to_a_table(tmp_path, monkeypatch, small_world, capsys):
         assert set(rows[0]) == {"checkpoint", *evaluate.KEYS, *(k + "_se" for k in evaluate.KEYS)}
         assert rows[0]["kl"] == 0 and 0 < rows[0]["win_rate"] < 1 and rows[1]["kl"] > 0
     assert [r["step"] for r in log_of("out/dpo-animals")] == list(range(1, 11))
+    assert log_of("out/dpo-animals")[0]["accuracy"] == 0.5  # at the reference every pair ties
     assert set(log_of("out/dpo-animals", ())[0]) == {
         "step", "loss", "lr", "grad_norm", "tokens_per_s", "time_s",
         "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp"}
