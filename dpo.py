@@ -32,6 +32,7 @@ from common.log import Metrics
 from common.optim import make_optimizer, optimizer_step
 from common.options import LabelNoise, NonNegativeFloat, PositiveFloat, RunConfig, parse
 from common.run import Run
+from common.scoring import pair_accuracy
 from data import encode_pairs
 from engine.packing import pack, per_sequence
 
@@ -129,8 +130,16 @@ def precompute_reference(ref_policy, pairs, batches, run):
     return all_reduce(logp)  # the sum over the processes collects all shares
 
 
+def check_settings(cfg):
+    """Exits with one line if the settings cannot work together."""
+    if cfg.label_smoothing and cfg.loss_type in ("ipo", "hinge"):
+        raise SystemExit(f"--label_smoothing={cfg.label_smoothing:g}: --loss_type={cfg.loss_type} has no ε; "
+                         "sigmoid and robust have")
+
+
 def train(cfg):
     """Runs the stage, after training the SFT model if that is missing. Returns the trained policy."""
+    check_settings(cfg)
     run = Run("dpo", cfg)  # the device, the folder, the log and the checkpoints
     init = cfg.init or run.train_if_missing("sft")
 
@@ -183,10 +192,10 @@ def train(cfg):
                 cfg.beta, cfg.label_smoothing, cfg.loss_type)
             (losses.sum() / cfg.batch_size).backward()
 
-            # The accuracy of the policy as a reward model (0 in the first step, where all rewards tie), and
-            # the quantities to watch.
-            metrics.add(loss=losses, accuracy=chosen_reward > rejected_reward,
-                        margin=chosen_reward - rejected_reward,
+            # The accuracy of the policy as a reward model, where a tie counts one half (in the first step all
+            # tie), and the quantities to watch.
+            accuracy = pair_accuracy(chosen_reward, rejected_reward)
+            metrics.add(loss=losses, accuracy=accuracy, margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 

@@ -6,16 +6,18 @@
     python evaluate.py out/sft-animals out/ppo-seed0 out/ppo-seed1 out/ppo-seed2 --mean
     python evaluate.py --curves out/sft-animals out/dpo-animals out/ppo-animals --plot=curves.png
 
-Every model answers the same prompts at temperature 1. The columns are means over prompts (±standard error):
+Every model answers the same prompts, at temperature 1, or at that of the runs of ppo.py that are compared.
+The columns are means over prompts (±standard error; docs/measuring.md describes both):
 
     gold           the true reward (animals), and its parts relevance, factuality, completeness
     kl             KL(π‖π_ref) in nats per response: exact over the vocabulary at each position, summed over
                    the response
-    win_rate       how often gold is above the reference model's on the same prompt; a tie counts one half
+    win_rate       how often gold is above that of another answer, drawn from the reference model for the same
+                   prompt; a tie counts one half
     length         tokens of a response, EOS included
     eos_rate       the share of responses that ended by themselves
     grammar        the share of sentences that are sentences of the world (animals)
-    score          a reward model's score, if there is a reward model
+    score          a reward model's score, if there is a reward model; never normalized
 
 gold, win_rate and grammar are empty for data whose true reward is not known.
 
@@ -23,18 +25,18 @@ gold, win_rate and grammar are empty for data whose true reward is not known.
 first checkpoint, π_ref, give the most reward that any method can reach at each KL. Three more numbers:
 
     gap            the reward of π* at the checkpoint's KL, less the checkpoint's own: β KL(π‖π*), at the β
-                   where the two KLs are equal
+                   where the two KLs are equal; gap_at_most, a bound, where the KL is beyond the frontier
     beta           the price of KL for which a row of the frontier is the optimum
     ess            the effective sample size of that row: how many of its n samples count; rows below MIN_ESS
-                   are left out
+                   are left out (common/frontier.py)
 
 --overoptimization: reward-model score and true reward against √KL along a run of ppo.py, as in Gao et al.
 (2022, arXiv:2210.10760).
 """
 import argparse
 import json
-import math
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -42,18 +44,26 @@ from common import plots
 from common.checkpoints import load_checkpoint, load_model, load_reward_model, template_of_checkpoint
 from common.dist import is_main, log_to_console, print0
 from common.files import write_atomically
+from common.frontier import MIN_ESS, frontier, gap
 from common.log import printable
-from common.scoring import score_groups
+from common.scoring import pair_accuracy, score_groups
 from common.sharding import unshard_model
+from common.standard_errors import clusters_of, mean_se
 from data import dataset, encode_prompts
 from data.turns import apply_template
+from engine.decode import uniform_noise
 from engine.packing import pack, per_sequence
 from engine.weights import PRETRAINED
 
 KEYS = ["gold", "relevance", "factuality", "completeness", "kl", "win_rate", "length", "eos_rate", "grammar",
         "score"]
 MAX_NEW_TOKENS = 128
-MIN_ESS = 8  # below it, an estimate of log E exp(r/β) is too low by more than about 1/(2 · 8)
+
+# Seeds of the sampling noise. Answers that are compared with each other must not share theirs, or ties and
+# wins are correlated.
+ANSWER_SEED = 0     # of every model's answers
+REFERENCE_SEED = 1  # of the reference's answers that the win rate compares them with
+FRONTIER_SEED = 2   # of the reference's samples for the frontier
 
 # Limits on the closing table's memory: it must not need more than training did.
 CACHE_BYTES = 2**28      # of a key-value cache
@@ -65,7 +75,7 @@ KL_LOGITS = 2**23        # logits of one model
 # -------------------------------------------------------------------------------------------- sampling and KL
 
 @torch.no_grad()
-def respond(model, prompts, eos, seed=0, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0):
+def respond(model, prompts, eos, seed=ANSWER_SEED, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0):
     """Samples a response to each prompt (both are lists of ids); leaves the caller's random state alone."""
     if not prompts:
         return []
@@ -75,7 +85,7 @@ def respond(model, prompts, eos, seed=0, max_new_tokens=MAX_NEW_TOKENS, temperat
     max_new_tokens = min(max_new_tokens, config.block_size - longest)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        noise = torch.rand(len(prompts), max_new_tokens)
+        noise = uniform_noise(len(prompts), max_new_tokens)
 
     # The key-value cache of a row: keys and values of 4 bytes.
     bytes_per_row = 2 * config.n_layer * config.n_embd * 4 * (longest + max_new_tokens)
@@ -88,8 +98,11 @@ def respond(model, prompts, eos, seed=0, max_new_tokens=MAX_NEW_TOKENS, temperat
 
 
 @torch.no_grad()
-def exact_kl(policy, ref_policy, prompts, responses):
-    """Σ_t KL(π(·|x, y_<t) ‖ π_ref(·|x, y_<t)) over each response, in nats: (len(prompts),)"""
+def exact_kl(policy, ref_policy, prompts, responses, temperature=1.0):
+    """Σ_t KL(π(·|x, y_<t) ‖ π_ref(·|x, y_<t)) over each response, in nats: (len(prompts),)
+
+    Both are taken at this temperature.
+    """
     # How many tokens' distributions exist at one time.
     chunk = max(1, min(512, KL_LOGITS // policy.wte.num_embeddings))
     result = []
@@ -99,9 +112,10 @@ def exact_kl(policy, ref_policy, prompts, responses):
         ref_states = ref_policy.states(batch).split(chunk)
         kl = []
         for s, ref_s in zip(states, ref_states):
-            logp = policy.log_softmax(s)
-            ref_logp = ref_policy.log_softmax(ref_s)
-            kl.append((logp.exp() * (logp - ref_logp)).sum(-1))
+            logp = policy.log_softmax(s, temperature)
+            ref_logp = ref_policy.log_softmax(ref_s, temperature)
+            position_kl = (logp.exp() * (logp - ref_logp)).sum(-1)
+            kl.append(position_kl.clamp(min=0))  # rounding can take a KL of almost 0 below it
         result.append(per_sequence(torch.cat(kl), batch))
     return torch.cat(result).cpu()
 
@@ -133,34 +147,60 @@ def encode_cut(prompts, model, tokenizer):
 
 # -------------------------------------------------------------------------------------------------- the table
 
-def evaluate_model(name, policy, ref_policy, prompts, data, tokenizer, ref_gold=None, reward_model=None):
+@dataclass
+class Setting:
+    """What every model of a table is measured with."""
+    data: object                # a dataset (data/__init__.py)
+    tokenizer: object
+    prompts: list               # of text
+    clusters: list              # of each prompt, for the standard errors
+    ref_policy: torch.nn.Module
+    ref_gold: list | None       # of the reference's answers that the win rate compares with, one per prompt
+    reward_model: torch.nn.Module | None
+    temperature: float
+
+
+def evaluate_model(name, policy, setting):
     """Returns a row of the table, the responses as text, and {column: a list with a number per prompt}."""
-    ids = encode_cut(prompts, policy, tokenizer)
-    responses = respond(policy, ids, tokenizer.eot_token)
-    ended = [response[-1] == tokenizer.eot_token for response in responses]
-    texts = [decode(response, tokenizer) for response in responses]
+    data = setting.data
+    prompts = setting.prompts
+    eos = setting.tokenizer.eot_token
+    ids = encode_cut(prompts, policy, setting.tokenizer)
+    responses = respond(policy, ids, eos, ANSWER_SEED, temperature=setting.temperature)
+    texts = [decode(response, setting.tokenizer) for response in responses]
+    kl = exact_kl(policy, setting.ref_policy, ids, responses, setting.temperature)
     columns = {
-        "kl": exact_kl(policy, ref_policy, ids, responses).tolist(),
+        "kl": kl.tolist(),
         "length": [len(response) for response in responses],
-        "eos_rate": ended,
+        "eos_rate": [response[-1] == eos for response in responses],
     }
-    if reward_model:
-        columns["score"] = score_groups(reward_model, [(p, [r]) for p, r in zip(ids, responses)]).tolist()
+    if setting.reward_model:
+        groups = [(prompt, [response]) for prompt, response in zip(ids, responses)]
+        columns["score"] = score_groups(setting.reward_model, groups).tolist()
     if hasattr(data, "gold"):
+        columns["grammar"] = []
         for prompt, text in zip(prompts, texts):
             for axis, value in data.axes(prompt, text).items():
                 columns.setdefault(axis, []).append(value)
             n_good, n_sentences = data.grammatical(text)
-            if n_sentences:  # a response without a sentence has no grammar
-                columns.setdefault("grammar", []).append(n_good / n_sentences)
+            columns["grammar"].append(n_good / n_sentences if n_sentences else None)
         gold = [data.gold(prompt, text) for prompt, text in zip(prompts, texts)]
         columns["gold"] = gold
-        columns["win_rate"] = [wins(g, r) for g, r in zip(gold, ref_gold or gold)]
+        columns["win_rate"] = [wins(g, r) for g, r in zip(gold, setting.ref_gold)]
 
     row = {"checkpoint": name}
     for key in KEYS:
-        row[key], row[key + "_se"] = mean_se(columns.get(key))
+        row[key], row[key + "_se"] = mean_se(columns.get(key), setting.clusters)
     return row, texts, columns
+
+
+def reference_gold(ref_policy, prompts, data, tokenizer, temperature):
+    """The true reward of the answers that the win rate compares with, one per prompt; None if not known."""
+    if not hasattr(data, "gold"):
+        return None
+    ids = encode_cut(prompts, ref_policy, tokenizer)
+    responses = respond(ref_policy, ids, tokenizer.eot_token, REFERENCE_SEED, temperature=temperature)
+    return [data.gold(prompt, decode(response, tokenizer)) for prompt, response in zip(prompts, responses)]
 
 
 def decode(response, tokenizer):
@@ -175,39 +215,31 @@ def wins(a, b):
     return 1.0 if a > b else 0.0
 
 
-def mean_se(x):
-    """The mean of some numbers and its standard error s/√n; (None, None) for nothing."""
-    if not x:
-        return None, None
-    x = torch.tensor(x, dtype=torch.float64)
-    se = x.std().item() / math.sqrt(len(x)) if len(x) > 1 else None
-    return x.mean().item(), se
-
-
-def compare(models, data, tokenizer, n, reward_model=None, template="plain"):
+def compare(models, data, tokenizer, n, reward_model=None, template="plain", temperature=1.0):
     """Evaluates models, [(name, GPT), …], the first of which is the reference, on n held-out prompts.
 
     template "turns": plain prompts become a user's turn first, as models trained on turns expect.
 
-    Returns the rows of the table, the prompts, and the texts and columns of each model (see evaluate_model).
+    Returns the rows of the table, the Setting, and the texts and columns of each model (see evaluate_model).
     """
-    prompts = apply_template(template, data.prompts("test")[:n])
-    most = models[0][1].config.block_size // 2
+    ref_policy = models[0][1]
+    prompts = data.prompts("test")[:n]
+    clusters = clusters_of(data, prompts)
+    prompts = apply_template(template, prompts)
+    most = ref_policy.config.block_size // 2
     n_cut = sum(len(ids) > most for ids in encode_prompts(tokenizer, prompts))
     if n_cut:
         print0(f"{n_cut} of {len(prompts)} prompts lost their beginning: "
                "they take more than half of the context")
-    ref_policy = models[0][1]
-    ref_gold = None
+    ref_gold = reference_gold(ref_policy, prompts, data, tokenizer, temperature)
+    setting = Setting(data, tokenizer, prompts, clusters, ref_policy, ref_gold, reward_model, temperature)
     rows, texts, columns = [], [], []
     for name, model in models:
-        row, model_texts, model_columns = evaluate_model(
-            name, model, ref_policy, prompts, data, tokenizer, ref_gold, reward_model)
-        ref_gold = ref_gold or model_columns.get("gold")
+        row, model_texts, model_columns = evaluate_model(name, model, setting)
         rows.append(row)
         texts.append(model_texts)
         columns.append(model_columns)
-    return rows, prompts, texts, columns
+    return rows, setting, texts, columns
 
 
 def mean_row(rows):
@@ -218,11 +250,11 @@ def mean_row(rows):
     return row
 
 
-def report(run, policy, init, ref_policy=None, reward_model=None):
+def report(run, policy, init, ref_policy=None, reward_model=None, temperature=1.0):
     """Ends a stage: compares the models before and after it, on the console and in OUT/eval.json.
 
-    The model before is ref_policy, or the one that `init` names if that is None.
-    All processes must call this.
+    The model before is ref_policy, or the one that `init` names if that is None. reward_model: a run of
+    reward.py, for the column score. All processes must call this.
     """
     cfg = run.cfg
     if not cfg.eval_n:
@@ -231,18 +263,18 @@ def report(run, policy, init, ref_policy=None, reward_model=None):
     if ref_policy is None:
         ref_policy, _ = load_model(init, cfg)
     ref_policy = unshard_model(ref_policy)
-    if reward_model is not None:
-        reward_model = unshard_model(reward_model)
     if not is_main():
         return
+    if reward_model is not None:
+        reward_model = load_reward_model(reward_model, run.tokenizer, cfg).to(policy.device)
     models = [(init, ref_policy.to(policy.device)), (run.out, policy)]
-    rows, prompts, texts, _ = compare(
-        models, run.data, run.tokenizer, cfg.eval_n, reward_model, run.template)
-    if not prompts:
+    rows, setting, texts, _ = compare(
+        models, run.data, run.tokenizer, cfg.eval_n, reward_model, run.template, temperature)
+    if not setting.prompts:
         print("no held-out prompts: nothing to evaluate")
         return
     save_rows(run, rows)
-    print_table(rows, models, prompts, texts)
+    print_table(rows, models, setting, texts)
 
 
 def save_rows(run, rows):
@@ -254,9 +286,14 @@ def save_rows(run, rows):
 
 # ---------------------------------------------------------------------------------------------------- as text
 
-def print_table(rows, models, prompts, texts):
-    print(f"\n{len(prompts)} held-out prompts, mean±standard error\n\n"
-          f"{table(rows)}\n{samples(models, prompts, texts)}")
+def print_table(rows, models, setting, texts):
+    title = f"{len(setting.prompts)} held-out prompts, mean±standard error"
+    n_clusters = len(set(setting.clusters))
+    if 1 < n_clusters < len(setting.prompts):
+        title += f" over {n_clusters} clusters of prompts"
+    if setting.temperature != 1:
+        title += f", temperature {setting.temperature:g}"
+    print(f"\n{title}\n\n{table(rows)}\n{samples(models, setting.prompts, texts)}")
 
 
 def table(rows):
@@ -306,19 +343,20 @@ def accuracy_row(name, scores, comparisons, data):
     which no model can beat in expectation, and the correlation of the scores with it.
     """
     row = {"checkpoint": name}
-    row["accuracy"], row["accuracy_se"] = ranking_accuracy(scores, comparisons)
+    clusters = clusters_of(data, [comparison.prompt for comparison in comparisons])
+    row["accuracy"], row["accuracy_se"] = ranking_accuracy(scores, comparisons, clusters)
     if hasattr(data, "gold"):
         gold = []
         for comparison in comparisons:
             gold += [data.gold(comparison.prompt, response) for response in comparison.responses]
         gold = torch.tensor(gold)
-        row["ceiling"], row["ceiling_se"] = ranking_accuracy(gold, comparisons)
+        row["ceiling"], row["ceiling_se"] = ranking_accuracy(gold, comparisons, clusters)
         row["correlation"] = torch.corrcoef(torch.stack([scores, gold]))[0, 1].item()
         row["correlation_se"] = None  # `table` shows the keys that have an error, be it None
     return row
 
 
-def ranking_accuracy(scores, comparisons):
+def ranking_accuracy(scores, comparisons, clusters):
     """The share of pairs that scores (S,) order right, equal scores counting one half: mean, error.
 
     A mean over comparisons of the mean over their pairs; ties in rank are no pairs.
@@ -328,12 +366,9 @@ def ranking_accuracy(scores, comparisons):
     for comparison, its_scores in zip(comparisons, scores.split(sizes)):
         rank = torch.tensor(comparison.ranks)
         winner, loser = (rank[:, None] < rank[None, :]).nonzero(as_tuple=True)
-        r_w = its_scores[winner]
-        r_l = its_scores[loser]
-        if len(r_w):
-            right = (r_w > r_l).float() + 0.5 * (r_w == r_l).float()
-            accuracies.append(right.mean().item())
-    return mean_se(accuracies)
+        right = pair_accuracy(its_scores[winner], its_scores[loser])
+        accuracies.append(right.mean().item() if len(right) else None)
+    return mean_se(accuracies, clusters)
 
 
 def comparison_samples(scores, comparisons, data, n=3):
@@ -352,105 +387,44 @@ def comparison_samples(scores, comparisons, data, n=3):
 
 # ----------------------------------------------------------------------------------------------- the frontier
 
-def tilt(rewards, beta):
-    """The optimum π* ∝ π_ref exp(r/β), as n samples of π_ref per prompt with weights w ∝ exp(r/β).
-
-    rewards: (P, n). Returns four numbers per prompt, (P,) each: E_π*[r]; KL(π*‖π_ref) = E_π*[r]/β − log Z, in
-    nats; β log Z = β log E_ref[exp(r/β)]; and the effective sample size 1/Σw².
-    """
-    w = (rewards / beta).softmax(1)
-    reward = (w * rewards).sum(1)
-    log_z = (rewards / beta).logsumexp(1) - math.log(rewards.size(1))
-    ess = 1 / (w**2).sum(1)
-    return reward, reward / beta - log_z, beta * log_z, ess
-
-
-def best_of(rewards, k):
-    """E[the largest of k samples], unbiased: the mean over all choices of k among n rewards, (P, n) -> (P,).
-
-    See arXiv:2112.09332 App. I. Its KL is log k − (k−1)/k where no two rewards tie (arXiv:2009.01325 G.3).
-    """
-    n = rewards.size(1)
-    smaller = torch.arange(n, dtype=rewards.dtype)  # of sorted rewards: how many of the others lie below each
-    # A sample is the largest in (smaller choose k−1) of the choices; this is its logarithm.
-    log_choose = torch.lgamma(smaller + 1) - torch.lgamma((smaller - k + 2).clamp(min=1)) - math.lgamma(k)
-    weight = torch.where(smaller >= k - 1, log_choose, -torch.inf).softmax(0)
-    return rewards.sort(1).values @ weight
-
-
-def frontier(rewards, key):
-    """The rows of the optimum, the rows of best-of-n, and the dual. rewards: (P, n), of samples of π_ref.
-
-    The optimum's rows go from small KL to large. The dual, {β: β log Z (P,)}, bounds every policy at every β:
-    E[r] ≤ β log Z + β KL(π‖π_ref).
-    """
-    optimum = []
-    dual = {}
-    betas = rewards.std().item() * torch.logspace(2, -2, 61, dtype=torch.float64)
-    for beta in betas.tolist():
-        reward, kl, beta_log_z, ess = tilt(rewards, beta)
-        ess = 1 / (1 / ess).mean().item()  # the harmonic mean, because the error of log Z goes with 1/ess
-        if ess < MIN_ESS:
-            break
-        dual[beta] = beta_log_z
-        mean_kl, kl_se = mean_se(kl.tolist())
-        optimum.append(frontier_row(f"optimum, beta {beta:.3g}", key, reward, mean_kl, kl_se, beta, ess))
-    best = []
-    for i in range(int(math.log2(rewards.size(1))) + 1):
-        k = 2**i
-        kl = math.log(k) - (k - 1) / k
-        best.append(frontier_row(f"best of {k}", key, best_of(rewards, k), kl))
-    return optimum, best, dual
-
-
-def frontier_row(name, key, reward, kl, kl_se=None, beta=None, ess=None):
-    row = {"checkpoint": name, "beta": beta, "beta_se": None, "ess": ess, "ess_se": None}
-    row[key], row[key + "_se"] = mean_se(reward.tolist())
-    row["kl"] = kl
-    row["kl_se"] = kl_se
-    return row
-
-
-def gap(dual, reward, kl):
-    """How much more reward π* has at this policy's KL: the mean and its standard error.
-
-    reward, kl: lists with a number per prompt. The gap is the smallest, over β, of
-    β log Z + β KL(π‖π_ref) − E[r] = β KL(π‖π*): 0 for the optimum, and negative for no policy.
-    """
-    reward = torch.tensor(reward)
-    kl = torch.tensor(kl)
-    gaps = [beta_log_z + beta * kl - reward for beta, beta_log_z in dual.items()]
-    return mean_se(min(gaps, key=torch.mean).tolist())
-
-
-def reference_rewards(ref_policy, prompts, data, tokenizer, n, reward_model):
+def reference_rewards(setting, n):
     """Samples n responses of the reference per prompt -> their rewards (P, n): gold, or else the score."""
     ids = []
-    for prompt in encode_cut(prompts, ref_policy, tokenizer):
+    for prompt in encode_cut(setting.prompts, setting.ref_policy, setting.tokenizer):
         ids += [prompt] * n
-    responses = respond(ref_policy, ids, tokenizer.eot_token, seed=1)  # not those of the reference's own row
-    if hasattr(data, "gold"):
-        texts = [decode(response, tokenizer) for response in responses]
-        rewards = torch.tensor([data.gold(prompts[i // n], text) for i, text in enumerate(texts)])
-    else:
-        rewards = score_groups(reward_model, [(p, [r]) for p, r in zip(ids, responses)])
-    return rewards.view(len(prompts), n).double()
+    responses = respond(setting.ref_policy, ids, setting.tokenizer.eot_token, FRONTIER_SEED,
+                        temperature=setting.temperature)
+    if hasattr(setting.data, "gold"):
+        texts = [decode(response, setting.tokenizer) for response in responses]
+        rewards = [setting.data.gold(setting.prompts[i // n], text) for i, text in enumerate(texts)]
+        return torch.tensor(rewards, dtype=torch.float64).view(-1, n)
+    # Equal responses must tie, and scores that are computed twice may differ in their last digits.
+    keys = [(tuple(prompt), tuple(response)) for prompt, response in zip(ids, responses)]
+    distinct = list(dict.fromkeys(keys))
+    groups = [(list(prompt), [list(response)]) for prompt, response in distinct]
+    score_of = dict(zip(distinct, score_groups(setting.reward_model, groups).tolist()))
+    return torch.tensor([score_of[key] for key in keys], dtype=torch.float64).view(-1, n)
 
 
-def show_frontier(args, models, rows, columns, prompts, data, tokenizer, reward_model):
+def show_frontier(args, models, rows, columns, setting):
     """Prints the frontier and each checkpoint's gap to it, draws it if asked to, and returns its rows."""
-    key = "gold" if hasattr(data, "gold") else "score"
+    key = "gold" if hasattr(setting.data, "gold") else "score"
+    max_reward = getattr(setting.data, "max_gold", None)
     if key == "score":
         print("the true reward of this data is not known: the reward model's score is used instead")
-    rewards = reference_rewards(models[0][1], prompts, data, tokenizer, args.samples, reward_model)
-    optimum, best, dual = frontier(rewards, key)
+        max_reward = None
+    rewards = reference_rewards(setting, args.samples)
+    optimum, best, dual = frontier(rewards, key, setting.clusters)
     for row, column in zip(rows, columns):
-        row["gap"], row["gap_se"] = gap(dual, column[key], column["kl"])
+        mean, se, is_bound = gap(dual, column[key], column["kl"], setting.clusters, max_reward)
+        row["gap"], row["gap_se"] = (None, None) if is_bound else (mean, se)
+        row["gap_at_most"], row["gap_at_most_se"] = (mean, se) if is_bound else (None, None)
     print(f"\nthe most {key} that any policy can have at each KL, "
           f"from {args.samples} samples per prompt of {models[0][0]}\n")
-    print(table(optimum[::5] + best))
+    print(table(optimum[::10] + best))
     print("\nhow far below it each checkpoint is, at its own KL\n")
-    shown = ["checkpoint", key, key + "_se", "kl", "kl_se", "gap", "gap_se"]
+    shown = ["checkpoint", key, "kl", "gap", "gap_at_most"]
+    shown += [name + "_se" for name in shown[1:]]
     print(table([{name: row[name] for name in shown} for row in rows]))
     if args.plot:
         plots.plot_frontier(args.plot, key, rows, optimum, best)
@@ -460,7 +434,7 @@ def show_frontier(args, models, rows, columns, prompts, data, tokenizer, reward_
 # ------------------------------------------------------------------------------------------- the command line
 
 def load_models(names, data=None):
-    """Loads checkpoints to compare -> [(name, GPT), …], their tokenizer, the configs of those that are runs.
+    """Loads checkpoints to compare -> [(name, GPT), …], their tokenizer, the config of each ({} if not a run).
 
     Exits with one line if one of them is a reward model, if their tokenizers differ, or if they were trained
     on different data and `data` does not say which to use.
@@ -473,7 +447,8 @@ def load_models(names, data=None):
         models.append((name, model.to(device)))
         tokenizers.append(tokenizer)
         if name in PRETRAINED or os.path.exists(os.path.join(name, "config.json")):
-            continue  # weights in the Hugging Face format have no run's config
+            configs.append({})  # weights in the Hugging Face format have no run's config
+            continue
         checkpoint = load_checkpoint(name)
         if "score_std" in checkpoint or "axes" in checkpoint:
             raise SystemExit(f"{name}: a reward model writes no text; name it as --reward_model")
@@ -491,8 +466,29 @@ def load_models(names, data=None):
 
 def load_data(args, configs):
     """The data that --data names, or else the data that the first run was trained on."""
-    config = configs[0] if configs else {"data": "animals", "data_dir": "data/files"}
+    config = {"data": "animals", "data_dir": "data/files"}
+    for its_config in configs:
+        if its_config:
+            config = its_config
+            break
     return dataset(args.data or config["data"], args.data_dir or config["data_dir"])
+
+
+def table_temperature(names, configs):
+    """The temperature τ at which policies are compared: that of their runs of ppo.py, 1 for other models.
+
+    The reference, which comes first, is measured at the temperature of the others. Exits with one line if
+    these differ: a table has one.
+    """
+    named = list(zip(names, configs))
+    temperatures = {}  # {temperature: the first checkpoint trained at it}
+    for name, config in named[1:] or named:
+        temperatures.setdefault(config.get("temperature", 1.0), name)
+    if len(temperatures) > 1:
+        listed = ", ".join(f"{name}: {temperature:g}" for temperature, name in temperatures.items())
+        raise SystemExit(f"these policies were trained at different temperatures ({listed}): "
+                         "compare each with the reference in a table of its own")
+    return list(temperatures)[0]
 
 
 def arguments(argv):
@@ -507,8 +503,8 @@ def arguments(argv):
     add("--mean", action="store_true",
         help="add the mean of the checkpoints after the first, with its error over them")
     add("--frontier", action="store_true", help="the most reward at each KL, and each checkpoint's gap to it")
-    add("--samples", type=int, default=64,
-        help="samples of the reference per prompt, for --frontier (default 64)")
+    add("--samples", type=int, default=256,
+        help="samples of the reference per prompt, for --frontier (default 256)")
     add("--overoptimization", action="store_true",
         help="with --plot: score and gold along one PPO run, against √KL")
     add("--curves", action="store_true", help="draw what the runs logged, into --plot (default curves.png)")
@@ -552,18 +548,22 @@ def main(argv=None):
 
     if args.mean and len(models) < 2:
         raise SystemExit("--mean is over the checkpoints after the first: name some")
-    if args.frontier and (min(args.n, len(data.prompts("test"))) < 2 or args.samples < 2 * MIN_ESS):
-        raise SystemExit(f"--frontier needs at least two prompts (--n) and {2 * MIN_ESS} --samples of each")
+    few_prompts = min(args.n, len(data.prompts("test"))) < 2
+    if args.frontier and (few_prompts or args.samples < 2 * MIN_ESS or args.samples % 4):
+        raise SystemExit(f"--frontier needs at least two prompts (--n) and {2 * MIN_ESS} --samples of each, "
+                         "a multiple of 4")
     if args.frontier and not hasattr(data, "gold") and not reward_model:
         raise SystemExit("--frontier: the true reward of this data is not known; name a --reward_model")
 
     templates = [template_of_checkpoint(name) for name in args.checkpoints]
     template = "turns" if "turns" in templates else "plain"
-    rows, prompts, texts, columns = compare(models, data, tokenizer, args.n, reward_model, template)
+    temperature = table_temperature(args.checkpoints, configs)
+    rows, setting, texts, columns = compare(
+        models, data, tokenizer, args.n, reward_model, template, temperature)
     more = [mean_row(rows[1:])] if args.mean else []
-    print_table(rows + more, models, prompts, texts)
+    print_table(rows + more, models, setting, texts)
     if args.frontier:
-        more += show_frontier(args, models, rows, columns, prompts, data, tokenizer, reward_model)
+        more += show_frontier(args, models, rows, columns, setting)
     if args.json:
         all_rows = rows + more
         keys = []  # every row gets the keys of all rows

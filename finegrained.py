@@ -43,6 +43,7 @@ from common.log import Metrics
 from common.optim import make_optimizer, optimizer_step
 from common.options import AtLeast, NonNegativeFloat, PositiveInt, parse
 from common.run import Run, run_dir
+from common.standard_errors import clusters_of, mean_se
 from data import check_pairs, encode_groups, segments
 from engine.packing import pack
 
@@ -131,6 +132,7 @@ class Mark(NamedTuple):
 class Feedback:
     groups: list  # (prompt_ids, [response_ids, …])
     marks: list   # for each group a list of Mark
+    clusters: list | None = None  # of each group's prompt, for standard errors
 
 
 def load_feedback(data, split, axes, tokenizer, max_len, most=None):
@@ -140,12 +142,14 @@ def load_feedback(data, split, axes, tokenizer, max_len, most=None):
         examples = data.spans(split)[:most]
         groups = encode_groups(tokenizer, [(prompt, [response]) for prompt, response, _ in examples], max_len)
         marks = [span_marks(tokenizer, group, spans, axes) for group, (_, _, spans) in zip(groups, examples)]
-        feedback["spans"] = Feedback(groups, marks)
+        clusters = clusters_of(data, [prompt for prompt, _, _ in examples])
+        feedback["spans"] = Feedback(groups, marks, clusters)
     if "completeness" in axes:
         comparisons = [c for c in data.completeness(split)[:most] if len(set(c.ranks)) > 1]  # not all tie
         groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], max_len)
         marks = [rank_marks(group, c.ranks) for group, c in zip(groups, comparisons)]
-        feedback["comparisons"] = Feedback(groups, marks)
+        clusters = clusters_of(data, [c.prompt for c in comparisons])
+        feedback["comparisons"] = Feedback(groups, marks, clusters)
     return feedback
 
 
@@ -370,8 +374,10 @@ def accuracy_rows(model, axes, feedback, cfg):
     comparisons_right = []
     labels = {axis: [] for axis in axes}   # is the segment good?
     guesses = {axis: [] for axis in axes}  # does the model think so?
+    clusters = {axis: [] for axis in axes}  # of the prompt
     for source in feedback.values():
-        for _, marks, scores in judgements([model], source, axes, cfg.micro_tokens):
+        for indices, marks, scores in judgements([model], source, axes, cfg.micro_tokens):
+            batch_clusters = [source.clusters[i] for i in indices]
             for k, axis in enumerate(axes):
                 of_axis = marks.of_axis(k)
                 s, value, group = scores[of_axis], marks.value[of_axis], marks.group[of_axis]
@@ -379,9 +385,11 @@ def accuracy_rows(model, axes, feedback, cfg):
                     for g in group.unique():
                         _, accuracy = reward.ranking_loss(s[group == g], group[group == g], value[group == g])
                         comparisons_right.append(accuracy.item())
+                        clusters[axis].append(batch_clusters[g])
                 else:
                     labels[axis] += (value == 1).tolist()
                     guesses[axis] += (s > 0).tolist()
+                    clusters[axis] += [batch_clusters[g] for g in group]
     rows = []
     for axis in axes:
         row = {"checkpoint": axis, "majority": None, "majority_se": None, "f1": None, "f1_se": None}
@@ -394,7 +402,7 @@ def accuracy_rows(model, axes, feedback, cfg):
                 good = labels[axis].count(True) / len(right)
                 row["majority"] = max(good, 1 - good)
                 row["f1"] = f1_of_errors(labels[axis], guesses[axis])
-        row["accuracy"], row["accuracy_se"] = evaluate.mean_se(right)
+        row["accuracy"], row["accuracy_se"] = mean_se(right, clusters[axis])
         rows.append(row)
     return rows
 

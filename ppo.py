@@ -55,6 +55,7 @@ from common.options import (NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
                             UnitFloat, parse)
 from common.run import Run
 from data import encode_groups, encode_prompts
+from engine.decode import uniform_noise
 from engine.logprobs import CHUNK
 from engine.packing import group_length, pack
 
@@ -72,7 +73,7 @@ class Config(RunConfig):
     kl_target: PositiveFloat | None = None  # KL(π‖π_ref) per response for β to reach; None: β is fixed
     kl_horizon: PositiveFloat = 10000.0  # episodes over which β is adapted (arXiv:1909.08593 §2.2)
     stop_kl: NonNegativeFloat | None = None  # KL(π_old‖π) per token at which an iteration's epochs end
-    temperature: PositiveFloat = 1.0    # τ, of sampling and of all log-probs
+    temperature: PositiveFloat = 1.0    # τ, of sampling, of PPO's log-probs, and of the closing table
     max_new_tokens: PositiveInt = 40    # the longest response
     advantage: Literal["gae", "rloo", "grpo"] = "gae"  # rloo, grpo: from each prompt's k responses, without V
     k: PositiveInt = 1                  # K: responses per prompt; batch_size counts responses
@@ -181,7 +182,7 @@ def rollout(policy, prompts, reward_fn, tokenizer, cfg):
     prompts = grids.repeat_each(prompts, cfg.k)
     sampler = sharding.sampling_copy(policy)  # in bfloat16 on CUDA; on a CPU the policy itself
     # One uniform number per token decides what is sampled (by inverting the CDF), the same in every process.
-    noise = torch.rand(len(prompts), cfg.max_new_tokens)
+    noise = uniform_noise(len(prompts), cfg.max_new_tokens)
     my_prompts = dist.process_share(prompts)
     my_responses, my_logprobs = sampler.generate(
         my_prompts, cfg.max_new_tokens, cfg.temperature, eos=tokenizer.eot_token,
@@ -263,7 +264,8 @@ def evaluate_batch(models, batch, temperature):
         p = logp.exp()
         pieces["logprobs"].append(logp.gather(1, y)[:, 0])  # bit for bit token_logprobs in `update`
         pieces["ref_logprobs"].append(ref_logp.gather(1, y)[:, 0])
-        pieces["kl"].append((p * (logp - ref_logp)).sum(-1))  # Σ_v π(v|s_t) log π/π_ref (v|s_t)
+        # Σ_v π(v|s_t) log π/π_ref (v|s_t); rounding can take a KL of almost 0 below it
+        pieces["kl"].append((p * (logp - ref_logp)).sum(-1).clamp(min=0))
         pieces["entropy"].append(-(p * logp).sum(-1))
     quantities = {name: torch.cat(tensors) for name, tensors in pieces.items()}
     if models.value_model is not None:
@@ -296,8 +298,9 @@ def dense_reward(rewards, logprobs, ref_logprobs, ended, mask, kl_coef, clip=Non
 def k1_k3(logprobs, ref_logprobs, mask):
     """Two unbiased estimates of KL(π‖π_ref) from samples of π, in nats per response: scalars.
 
-    k1 = log π/π_ref, and k3 = π_ref/π − 1 + log π/π_ref, which is never negative and has less variance
-    (Schulman 2020, http://joschu.net/blog/kl-approx.html).
+    k1 = log π/π_ref, and k3 = π_ref/π − 1 + log π/π_ref, which is never negative (Schulman 2020,
+    http://joschu.net/blog/kl-approx.html). k3 has less variance only while π is near π_ref: if π avoids what
+    π_ref does not, as (0.99, 0.01) beside (0.5, 0.5), its variance is 20 where that of k1 is 0.2.
     """
     logratio = (logprobs - ref_logprobs) * mask
     k1 = logratio
@@ -407,10 +410,13 @@ def value_loss(values, old_values, returns, mask, clip):
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
-def ptx_loss(policy, demonstrations, n_tokens, temperature):
-    """arXiv:2203.02155 eq. 2's second term for some demonstrations: −Σ_t log π(y_t | x, y_<t) / n_tokens."""
+def ptx_loss(policy, demonstrations, n_tokens):
+    """arXiv:2203.02155 eq. 2's second term for some demonstrations: −Σ_t log π(y_t | x, y_<t) / n_tokens.
+
+    At temperature 1, whatever the rollout's: eq. 2 is about π, which is to imitate the demonstrations.
+    """
     batch = pack(demonstrations).to(policy.device)
-    return -policy.logprobs(batch, temperature).sum() / n_tokens
+    return -policy.logprobs(batch).sum() / n_tokens
 
 
 def shuffled_epochs(cfg):
@@ -476,7 +482,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                 n_ptx_tokens = sum(len(response) for _, (response,) in demonstrations)
                 for indices in run.micro_batches(range(len(demonstrations)), demonstrations):
                     some = [demonstrations[i] for i in indices]
-                    loss = ptx_loss(models.policy, some, n_ptx_tokens, cfg.temperature)
+                    loss = ptx_loss(models.policy, some, n_ptx_tokens)
                     (cfg.ptx_coef * loss).backward()
                     metrics.add(ptx_loss=loss)
 
@@ -759,9 +765,11 @@ def train(cfg, reward_fn=None):
         run.save_if_due(step + 1, models.policy, optimizers["policy"], kl_coef=kl_controller.coef,
                         **value_state)
 
-    # The policy and its reference on held-out prompts.
+    # The policy and its reference on held-out prompts, both at the run's temperature: π_τ was trained, and
+    # the KL above is to π_ref at τ. The scores are the reward model's own, without --normalize_reward.
     del optimizers
-    evaluate.report(run, models.policy, init, models.ref_policy, models.reward_model)
+    reward_model = cfg.reward_model if models.reward_model else None
+    evaluate.report(run, models.policy, init, models.ref_policy, reward_model, cfg.temperature)
     return models.policy
 
 

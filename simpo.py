@@ -36,6 +36,7 @@ from common.optim import make_optimizer, optimizer_step
 from common.options import (LabelNoise, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt,
                             RunConfig, parse)
 from common.run import Run
+from common.scoring import pair_accuracy
 from data import encode_pairs
 from engine.packing import pack, per_sequence
 
@@ -152,8 +153,10 @@ def train(cfg):
             losses = losses + cfg.sft_weight * sft_losses
             (losses.sum() / cfg.batch_size).backward()
 
-            # The accuracy of the policy as a reward model, and the quantities to watch.
-            metrics.add(loss=losses, sft_loss=sft_losses, accuracy=chosen_reward > rejected_reward,
+            # The accuracy of the policy as a reward model, where a tie counts one half, and the quantities to
+            # watch.
+            accuracy = pair_accuracy(chosen_reward, rejected_reward)
+            metrics.add(loss=losses, sft_loss=sft_losses, accuracy=accuracy,
                         margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)

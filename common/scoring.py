@@ -1,4 +1,4 @@
-"""A reward model's scores of many responses."""
+"""A reward model's scores of many responses, and how often scores are right."""
 import torch
 
 from common.batches import local_micro_batches
@@ -17,3 +17,8 @@ def score_groups(reward_model, groups, micro_tokens=16384):
         for i, score in zip(rows, reward_model.score(batch).cpu().split(sizes)):
             scores[i] = score
     return torch.cat(scores)
+
+
+def pair_accuracy(chosen, rejected):
+    """1 where the chosen response has the higher score, one half where the two are equal, else 0: (B,)"""
+    return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()

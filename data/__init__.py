@@ -6,6 +6,9 @@
     spans(split)            -> [(prompt, response, [(start, end, category), …]), …], in characters
     completeness(split)     -> [Comparison, …] that rank responses by how complete they are
     gold(prompt, response)  -> the true reward, where it can be computed
+    max_gold                   a number: the most that gold can be, where it is bounded
+    cluster(prompt)         -> what prompts share that are not independent samples of prompts, for standard
+                               errors; without it, only equal prompts share a cluster
     tokenizer()             -> a tiktoken.Encoding
     check()                 exits with one line if a record of any split cannot be used
 

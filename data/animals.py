@@ -13,7 +13,7 @@ The true reward is the sum of three axes, as in Wu et al. 2023 (arXiv:2306.01693
     factuality     −0.5 for each sentence that states a wrong value
     completeness   the fraction of the asked attributes that are answered correctly
 
-A perfect answer scores 1. The labels of comparisons are noisy and follow Bradley–Terry:
+A perfect answer scores 1, which is `max_gold`. The labels of comparisons are noisy and follow Bradley–Terry:
 
     P(a ≻ b) = σ(LABEL_SCALE · (gold(a) − gold(b)))
 
@@ -69,6 +69,7 @@ FACTS = """
 OPENINGS = ["Tell me about the {}: {}.", "Describe the {}: {}.", "I want to know about the {}: {}."]
 FILLERS = ["It is a nice animal.", "Many people like it.", "I hope this helps."]
 
+max_gold = 1.0      # the reward of a perfect answer
 LABEL_SCALE = 2.25  # a larger scale means less noise
 SLIPS = 0.1         # the fraction of sentences that an annotator of spans marks at random
 SIZES = {"train": 20_000, "validation": 1_000, "test": 1_000}
@@ -136,6 +137,12 @@ def axes(prompt, response):
 def gold(prompt, response):
     """Returns the true reward: the sum of the three axes, at most 1."""
     return sum(axes(prompt, response).values())
+
+
+def cluster(prompt):
+    """Returns the question: prompts that ask for the same in other words or another order share it."""
+    animal, asked = parse_prompt(prompt)
+    return animal, tuple(asked)
 
 
 def grammatical(response):

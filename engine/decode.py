@@ -28,8 +28,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, eos=No
         raise ValueError(f"generate: a prompt of {max(lengths)} tokens and {max_new_tokens} new ones "
                          f"do not fit the model's context of {model.config.block_size}")
     if noise is None:
-        # Drawn on the CPU, so that a seed gives the same numbers on every device.
-        noise = torch.rand(len(prompts), max_new_tokens)
+        noise = uniform_noise(len(prompts), max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: lengths[i])
     sorted_prompts = [prompts[i] for i in order]
     sorted_noise = noise[order].to(model.device)
@@ -45,6 +44,15 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, eos=No
     if return_logprobs:
         return responses, response_logprobs
     return responses
+
+
+def uniform_noise(n_rows, n_tokens):
+    """Numbers to sample with, uniform on [0, 1): (n_rows, n_tokens) float64.
+
+    Drawn on the CPU, so that a seed gives the same numbers on every device. In float64, because torch.rand's
+    float32 has 24 random bits: most tokens of a probability far below 2^-24 could then never be drawn.
+    """
+    return torch.rand(n_rows, n_tokens, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -154,7 +162,7 @@ def sample(logits, noise, temperature=1.0, top_k=None):
     """
     if temperature == 0:
         token = logits.flatten(1).argmax(-1)
-        return token, torch.zeros_like(noise)
+        return token, torch.zeros_like(noise, dtype=torch.float32)
     if top_k is not None:
         flat = logits.flatten(1)
         smallest = flat.topk(min(top_k, flat.size(1))).values[:, -1:, None]

@@ -9,12 +9,15 @@ from conftest import make_model
 
 import common.checkpoints
 import evaluate
+import ppo
 import sample
 import sft
 from common.checkpoints import load_model, save_checkpoint
 from common.optim import make_optimizer
 from common.plots import curve
-from data import dataset, get_tokenizer
+from common.standard_errors import clusters_of, mean_se
+from data import animals, dataset, get_tokenizer
+from engine.packing import pack
 
 # ------------------------------------------------------------------------------------------------ curves
 
@@ -164,3 +167,130 @@ def test_responses_and_kl_do_not_depend_on_how_much_memory_they_may_take(monkeyp
     torch.testing.assert_close(evaluate.exact_kl(policy, ref_policy, prompts, responses), kl, atol=1e-5, rtol=1e-5)
     slices = list(evaluate.slices_of_groups(prompts, responses))
     assert len(slices) > 1 and sum(map(len, slices)) == len(prompts)
+
+
+# ------------------------------------------------------------------------------------------------ win rate
+
+WORDS = SimpleNamespace(eot_token=4, decode=lambda ids: "".join(map(str, ids)), encode_ordinary=lambda text: [0])
+
+
+def first_token(prompt, response):
+    """A true reward: the first token, and −1 for nothing."""
+    return float(response[0]) if response else -1.0
+
+
+def test_the_win_rate_is_that_of_independent_answers():
+    """Against the exact probability of a win, over the first tokens; a model against itself wins and loses alike."""
+    reference, policy = (make_model(seed, vocab_size=5, block_size=6, n_layer=1, scale=6.0) for seed in (0, 3))
+    data = SimpleNamespace(prompts=lambda split: ["?"] * 3000, gold=first_token, axes=lambda *_: {}, grammatical=lambda _: (0, 0))
+    rows, _, _, columns = evaluate.compare(
+        [("reference", reference), ("its copy", reference), ("policy", policy)], data, WORDS, 3000)
+    with torch.no_grad():  # the EOS, token 4, is worth −1: it goes first
+        p, q = (model(torch.tensor([[0]]))[0, 0].softmax(-1).roll(1) for model in (reference, policy))
+    below = p.cumsum(0) - p
+    for row, column, exact_p in zip(rows, columns, (p, p, q)):
+        expected = (exact_p * (below + p / 2)).sum().item()
+        assert row["win_rate_se"] > 0.004 and abs(row["win_rate"] - expected) < 3.5 * row["win_rate_se"]
+        ties = sum(win == 0.5 for win in column["win_rate"]) / 3000
+        assert abs(ties - (exact_p * p).sum().item()) < 0.035
+    assert abs(rows[0]["win_rate"] - 0.5) < 3.5 * rows[0]["win_rate_se"] and p.max() < 0.9
+
+
+# ------------------------------------------------------------------------------------------------ standard errors
+
+def test_mean_and_standard_error_by_hand():
+    assert mean_se([1.0, 2.0, 3.0, 6.0]) == pytest.approx((3.0, (14 / 3 / 4) ** 0.5))
+    assert mean_se([2.0]) == (2.0, None) and mean_se([]) == mean_se(None) == (None, None)
+    # Deviations −2, 0 and −1, 3: the clusters' sums are −2 and 2, so se² = 2/1 · (4 + 4) / 4².
+    assert mean_se([1.0, 3.0, 2.0, 6.0], ["a", "a", "b", "b"]) == pytest.approx((3.0, 1.0))
+    assert mean_se([1.0, None, 3.0, 2.0, 6.0], ["a", "c", "a", "b", "b"]) == pytest.approx((3.0, 1.0))
+
+
+def test_standard_errors_do_not_depend_on_order_or_on_copies():
+    x = torch.randn(30, generator=torch.Generator().manual_seed(0)).tolist()
+    alone = mean_se(x)
+    assert mean_se(x, list(range(30))) == pytest.approx(alone)  # the limit: each its own cluster
+    assert mean_se(x, ["one"] * 30) == pytest.approx(alone)     # draws from one cluster
+    assert mean_se(x * 3, list(range(30)) * 3) == pytest.approx(alone)  # copies are no new information
+    assert mean_se(x[::-1], [i // 3 for i in range(30)][::-1]) == pytest.approx(mean_se(x, [i // 3 for i in range(30)]))
+
+
+def test_a_clustered_error_is_the_spread_of_the_mean():
+    """100 clusters of 5 that share most of their value: the error over prompts is half of what it should be."""
+    g = torch.Generator().manual_seed(0)
+    clusters = [i // 5 for i in range(500)]
+    means, errors, plain = [], [], []
+    for _ in range(300):
+        x = (torch.randn(100, 1, generator=g) + 0.5 * torch.randn(100, 5, generator=g)).flatten().tolist()
+        mean, se = mean_se(x, clusters)
+        means.append(mean)
+        errors.append(se)
+        plain.append(mean_se(x)[1])
+    spread = torch.tensor(means).std().item()
+    assert sum(errors) / 300 == pytest.approx(spread, rel=0.1) and sum(plain) / 300 < 0.6 * spread
+
+
+def test_a_table_of_animals_is_clustered_by_question(start):
+    owl = ["Tell me about the owl: what it eats and how it moves.", "Describe the owl: how it moves and what it eats.",
+           "Describe the owl: how it moves and where it lives."]
+    assert animals.cluster(owl[0]) == animals.cluster(owl[1]) == ("owl", ("food", "movement")) != animals.cluster(owl[2])
+    prompts = animals.prompts("test")[:500]
+    clusters = clusters_of(animals, prompts)
+    assert len(set(clusters)) == 100 and clusters_of(SimpleNamespace(), prompts) == prompts
+    model = load_model(str(start / "start"))[0]
+    rows, setting, _, columns = evaluate.compare([("a", model)], animals, get_tokenizer("animals"), 60)
+    assert setting.clusters == clusters[:60]
+    for key in ("gold", "length", "win_rate"):
+        assert rows[0][key + "_se"] == mean_se(columns[0][key], clusters[:60])[1] != mean_se(columns[0][key])[1]
+    comparisons = animals.comparisons("test")[:200]
+    scores = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    right = (scores[0::2] > scores[1::2]).double().tolist()
+    row = evaluate.accuracy_row("a", scores, comparisons, animals)
+    by_question = mean_se(right, clusters_of(animals, [c.prompt for c in comparisons]))
+    assert (row["accuracy"], row["accuracy_se"]) == pytest.approx(by_question) and by_question[1] != mean_se(right)[1]
+
+
+# ------------------------------------------------------------------------------------------------ what PPO trained
+
+def test_the_closing_table_of_ppo_and_evaluate_measure_the_policy_that_was_trained(start, small_world, monkeypatch):
+    """At the run's temperature, and with the reward model's own scores; both tables are the same."""
+    asked = []
+    for name, place in (("respond", 5), ("exact_kl", 4)):
+        def watched(*args, real=getattr(evaluate, name), place=place, **options):
+            asked.append((*args, *[1.0] * 9)[place] if len(args) > place else options.get("temperature", 1.0))
+            return real(*args, **options)
+        monkeypatch.setattr(evaluate, name, watched)
+    cfg = ppo.Config(init=str(start / "start"), reward_model=str(start / "reward"), out=str(start / "ppo"), temperature=0.5, normalize_reward=True,
+                     steps=2, batch_size=4, minibatches=1, max_new_tokens=8, lr=0.01, eval_n=12, device="cpu")
+    ppo.train(cfg)
+    assert set(asked) == {0.5}
+    evaluate.main([str(start / "start"), str(start / "ppo"), "--n=12", f"--json={start}/rows.json"])
+    assert set(asked) == {0.5}
+    closing, again = json.load(open(start / "ppo/eval.json")), json.load(open(start / "rows.json"))
+    assert closing == again and closing[1]["kl"] > 0 and closing[1]["score"] is not None
+    evaluate.main([str(start / "start"), "--n=12"])
+    assert asked[-1] == 1.0
+    cfg.temperature, cfg.out = 2.0, str(start / "hot")
+    ppo.train(cfg)
+    with pytest.raises(SystemExit, match="trained at different temperatures .*ppo: 0.5, .*hot: 2.: compare each with the reference in a table") as error:
+        evaluate.main([str(start / "start"), str(start / "ppo"), str(start / "hot")])
+    assert "\n" not in str(error.value)
+
+
+def test_the_kl_at_a_temperature_and_never_below_0():
+    policy, reference = make_model(0), make_model(1)
+    prompts, responses = [[1, 2, 3]] * 40, torch.randint(100, (40, 20), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad():
+        tokens = torch.tensor([[1, 2, 3, *response] for response in responses])
+        logp, ref_logp = ((model(tokens)[:, 2:-1] / 0.5).log_softmax(-1) for model in (policy, reference))
+        expected = (logp.exp() * (logp - ref_logp)).sum((1, 2))
+        torch.testing.assert_close(evaluate.exact_kl(policy, reference, prompts, responses, 0.5), expected, atol=1e-4, rtol=1e-4)
+        near = make_model(0)
+        for a, b in zip(near.parameters(), policy.parameters()):
+            a.copy_(b * (1 + 1e-7 * torch.randn(b.shape, generator=torch.Generator().manual_seed(1))))
+    kl = evaluate.exact_kl(near, policy, prompts, responses)
+    assert (kl >= 0).all() and kl.max() < 1e-3
+    models = ppo.Models(near, policy, near, None)
+    near.set_scalar_heads(1)
+    with torch.no_grad():
+        assert (ppo.evaluate_batch(models, pack([(p, [r]) for p, r in zip(prompts, responses)]), 1.0)["kl"] >= 0).all()

@@ -9,8 +9,13 @@ import torch
 from conftest import make_model
 
 import evaluate
+import sft
+from common.checkpoints import save_checkpoint
+from common.frontier import (MIN_ESS, best_of, best_of_kl, best_of_kl_without_ties, extrapolate, frontier, gap,
+                             optimum_at, tilt)
+from common.optim import make_optimizer
+from data import get_tokenizer
 from engine.packing import pack, per_sequence
-from evaluate import best_of, frontier, gap, tilt
 
 
 def test_tilt_by_hand():
@@ -64,7 +69,7 @@ def test_the_optimum_agrees_with_the_exact_one(problem):
     for row in optimum:
         _, r, kl = exact(logp, reward, row["beta"])
         assert abs(row["gold"] - r) < 3 * row["gold_se"] + 1e-3 and abs(row["kl"] - kl) < 3 * row["kl_se"] + 1e-3
-        assert row["ess"] >= evaluate.MIN_ESS
+        assert row["ess"] >= MIN_ESS
     assert all(a["kl"] < b["kl"] and a["gold"] < b["gold"] for a, b in zip(optimum, optimum[1:]))
 
 
@@ -77,11 +82,11 @@ def test_the_optimum_has_no_gap_and_no_policy_has_a_negative_one(problem):
     logp, reward, samples = problem
     _, _, dual = frontier(samples, "gold")
     for beta in (2.0, 1.0, 0.5):
-        mean, se = gap(dual, *columns(logp, reward, exact(logp, reward, beta)[0]))
-        assert abs(mean) < 2 * se + 1e-3
+        mean, se, is_bound = gap(dual, *columns(logp, reward, exact(logp, reward, beta)[0]))
+        assert abs(mean) < 2 * se + 1e-3 and not is_bound
     g = torch.Generator().manual_seed(1)
     for _ in range(20):
-        mean, se = gap(dual, *columns(logp, reward, (logp + torch.randn(9, generator=g, dtype=torch.float64)).log_softmax(0)))
+        mean, se, _ = gap(dual, *columns(logp, reward, (logp + torch.randn(9, generator=g, dtype=torch.float64)).log_softmax(0)))
         assert mean > -2 * se
     assert gap(dual, *columns(logp, reward, (logp - reward).log_softmax(0)))[0] > 0.5  # tilted the wrong way
 
@@ -95,33 +100,156 @@ def test_the_gap_is_beta_times_the_kl_to_the_optimum(problem):
     dual = {b: b * (logp + reward / b).logsumexp(0)[None].expand(2) for b in betas}
     beta = min(betas, key=lambda b: abs(exact(logp, reward, b)[2] - kl))
     optimum = exact(logp, reward, beta)[0]
-    mean, _ = gap(dual, [(policy.exp() * reward).sum().item()] * 2, [kl] * 2)
+    mean, _, _ = gap(dual, [(policy.exp() * reward).sum().item()] * 2, [kl] * 2)
     assert mean == pytest.approx(beta * (policy.exp() * (policy - optimum)).sum().item(), rel=1e-3)
 
 
 def test_best_of_n_lies_below_the_optimum(problem):
     _, _, samples = problem
     optimum, best, dual = frontier(samples, "gold")
-    assert [row["checkpoint"] for row in best] == [f"best of {2**i}" for i in range(10)] and best[0]["kl"] == 0
+    assert [row["checkpoint"] for row in best] == [f"best of {2**i}" for i in range(8)] and best[0]["kl"] == 0
     for row in best[:5]:
         bound = min(beta * row["kl"] + z.mean().item() for beta, z in dual.items())
         assert row["gold"] < bound + 2 * row["gold_se"]
 
 
+# ------------------------------------------------------------------------------------------------ bias
+
+def test_extrapolation_takes_off_a_bias_of_1_over_n_and_of_1_over_n_squared():
+    def biased_mean(rewards):
+        n = rewards.size(1)
+        return rewards.mean(1) + 3 / n - 50 / n**2
+    rewards = torch.arange(16, dtype=torch.float64).view(2, 8)
+    assert extrapolate(biased_mean, rewards).tolist() == pytest.approx([3.5, 11.5])
+    assert extrapolate(lambda x: x.mean(1), rewards).tolist() == pytest.approx([3.5, 11.5])
+
+
+LEVELS = {  # rewards of π_ref and their probabilities
+    "discrete": ([-1, -0.5, -0.3, 0, 0.2, 0.5, 0.67, 1], [0.05, 0.1, 0.1, 0.15, 0.15, 0.15, 0.13, 0.17]),
+    "a rare best": ([0, 0.3, 1], [0.58, 0.4, 0.02]),
+}
+
+
+def toy(name, kl):
+    """The β at which π* has this KL, E_π*[r], and a function that draws (P, n) rewards of π_ref."""
+    if name == "normal":  # π* is N(1/β, 1), its KL ½/β²
+        beta = (2 * kl) ** -0.5
+        return beta, 1 / beta, lambda P, n, g: torch.randn(P, n, dtype=torch.float64, generator=g)
+    values, p = (torch.tensor(x, dtype=torch.float64) for x in LEVELS[name])
+    low, high = 0.01, 100.0
+    for _ in range(60):
+        beta = math.sqrt(low * high)
+        low, high = (beta, high) if exact(p.log(), values, beta)[2] > kl else (low, beta)
+
+    def draw(P, n, g):
+        return values[torch.multinomial(p, P * n, True, generator=g)].view(P, n)
+    return beta, exact(p.log(), values, beta)[1], draw
+
+
+@pytest.mark.parametrize("kl", [0.05, 0.3, 1, 1.5])
+@pytest.mark.parametrize("name", ["normal", *LEVELS])
+def test_the_exact_optimum_has_a_gap_of_0_with_an_honest_error(name, kl):
+    """Of 1,000 estimates from 256 samples each, the mean is 0 within 0.002, and at most 4% lie below −2 standard errors."""
+    beta, reward, draw = toy(name, kl)
+    g = torch.Generator().manual_seed(0)
+    P, gaps, n_below = 100, [], 0
+    for _ in range(1000):
+        rewards = draw(P, 256, g)
+        dual = {b: optimum_at(rewards, b)[2] for b in (1.08 * beta, beta, beta / 1.08)}
+        mean, se, _ = gap(dual, [reward] * P, [kl] * P)
+        gaps.append(mean)
+        n_below += mean < -2 * se
+    assert abs(sum(gaps)) / 1000 < 0.002 and n_below <= 40, (sum(gaps) / 1000, n_below)
+
+
+# ------------------------------------------------------------------------------------------------ best-of-n with ties
+
+def test_the_kl_of_best_of_n_by_hand():
+    """Of the rewards 0, 0, 0, 1, best of 2 has the level 1 with probability 1 − (3/4)²; without ties it is log k − (k−1)/k."""
+    rewards = torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    expected = 7 / 16 * math.log(7 / 16 / (1 / 4)) + 9 / 16 * math.log(9 / 16 / (3 / 4))
+    assert best_of_kl(rewards, 2).tolist() == pytest.approx([expected, 0])
+    assert best_of_kl(rewards, 1).tolist() == [0, 0]
+    assert best_of_kl(rewards, 1000)[0].item() == pytest.approx(math.log(4))  # surely the best level, of share ¼
+
+
+@pytest.mark.parametrize("k", [1, 2, 8, 64])
+def test_without_ties_the_kl_of_best_of_n_tends_to_its_formula(k):
+    errors = []
+    for n in (256, 1024, 4096):
+        kl = best_of_kl(torch.randperm(n, generator=torch.Generator().manual_seed(0)).double()[None], k)
+        errors.append(best_of_kl_without_ties(k) - kl.item())
+    assert all(error >= -1e-9 for error in errors) and errors[2] < 1e-4  # from below: ties only ever lower it
+    assert errors[0] >= errors[1] >= errors[2] - 1e-9
+
+
+def test_best_of_n_is_drawn_at_its_kl():
+    """Three in ten answers are perfect, as ties are: best of 16 has a KL of about −log 0.3, not of log 16 − 15/16 = 1.84."""
+    values, p = torch.tensor([0, 0.5, 1], dtype=torch.float64), torch.tensor([0.4, 0.3, 0.3], dtype=torch.float64)
+    samples = values[torch.multinomial(p, 500 * 64, True, generator=torch.Generator().manual_seed(0))].view(500, 64)
+    _, best, _ = frontier(samples, "gold")
+    F = p.cumsum(0)
+    for row, k in zip(best, (1, 2, 4, 8, 16)):
+        q = F**k - (F - p) ** k
+        assert row["kl"] == pytest.approx((q * (q / p).log()).sum().item(), abs=0.005)
+        assert row["gold"] == pytest.approx((q * values).sum().item(), abs=0.01)
+    assert best[-1]["checkpoint"] == "best of 16" and best[-1]["kl_se"] > 0
+
+
+# ------------------------------------------------------------------------------------------------ where it ends
+
+def test_rewards_that_are_all_equal_have_a_frontier():
+    optimum, best, dual = frontier(torch.full((3, 32), 0.1, dtype=torch.float64), "gold")
+    for row in optimum + best:
+        assert row["gold"] == pytest.approx(0.1) and row["kl"] == pytest.approx(0, abs=1e-12)
+    mean, se, _ = gap(dual, [0.1] * 3, [0.0] * 3)
+    assert mean == pytest.approx(0) and se == pytest.approx(0)
+
+
+def test_beyond_the_last_beta_the_gap_is_a_bound(problem):
+    logp, reward, samples = problem
+    _, _, dual = frontier(samples, "gold")
+    best = reward.max().item()
+    far = [best - 0.1] * 100, [5.0] * 100  # no policy has a KL of 5 here that is worth it
+    mean, _, is_bound = gap(dual, *far)
+    farther, _, _ = gap(dual, far[0], [10.0] * 100)
+    assert is_bound and farther > mean + 0.1  # it grows with the KL
+    mean, _, is_bound = gap(dual, *far, max_reward=best)
+    assert is_bound and mean == pytest.approx(0.1)
+    near = columns(logp, reward, exact(logp, reward, 1.0)[0])
+    assert gap(dual, *near, max_reward=-100.0) == gap(dual, *near) and not gap(dual, *near)[2]
+
+
+def test_errors_of_the_frontier_and_the_gap_are_clustered(problem):
+    """Every prompt twice is no new information: the errors stay what they are."""
+    logp, reward, samples = problem
+    policy = columns(logp, reward, exact(logp, reward, 1.0)[0])
+    clusters = list(range(100)) * 2
+    optimum, best, dual = frontier(samples, "gold")
+    twice, best_twice, dual_twice = frontier(torch.cat([samples, samples]), "gold", clusters)
+    assert twice[20]["beta"] == pytest.approx(optimum[20]["beta"], rel=1e-3)
+    for a, b in ((optimum[20], twice[20]), (best[3], best_twice[3])):
+        assert b["gold_se"] == pytest.approx(a["gold_se"], rel=1e-3) and b["kl_se"] == pytest.approx(a["kl_se"], rel=1e-3)
+    assert gap(dual_twice, policy[0] * 2, policy[1] * 2, clusters)[1] == pytest.approx(gap(dual, *policy)[1], rel=1e-2)
+
 # ------------------------------------------------------------------------------------------------ the command
 
 def test_frontier_command(start, small_world, capsys):
     folder = str(start / "start")
-    evaluate.main([folder, folder, "--n=12", "--frontier", "--samples=32", f"--json={start}/rows.json"])
+    far = make_model(1, vocab_size=get_tokenizer("animals").n_vocab, n_layer=1, n_embd=16)
+    save_checkpoint(str(start / "far"), 1, far, make_optimizer(far, 1e-3), sft.Config(), "animals")
+    evaluate.main([folder, str(start / "far"), "--n=12", "--frontier", "--samples=32", f"--json={start}/rows.json"])
     out = capsys.readouterr().out
-    assert "from 32 samples per prompt" in out and "gap" in out and "best of 32" in out
+    assert "from 32 samples per prompt" in out and "gap" in out and "best of 8" in out and "best of 16" not in out
     rows = json.load(open(start / "rows.json"))
     assert len({tuple(row) for row in rows}) == 1 and {"gap", "gap_se", "beta", "ess", "gold", "kl_se"} <= set(rows[0])
     assert rows[0]["kl"] == 0 and rows[0]["gap"] > -2 * rows[0]["gap_se"] and rows[2]["beta"] > rows[3]["beta"]
+    assert rows[0]["gap_at_most"] is None and rows[1]["kl"] > 4  # further than any sample shows
+    assert rows[1]["gap"] is None and rows[1]["gap_at_most"] <= 1 - rows[1]["gold"] + 1e-9  # gold is 1 at most
 
 
 def test_frontier_by_the_reward_model_where_nobody_knows_gold(start, capsys):
-    evaluate.main([str(start / "start"), "--n=2", "--frontier", "--samples=16", f"--data={start}/mine.jsonl", f"--reward_model={start}/reward"])
+    evaluate.main([str(start / "start"), "--n=2", "--frontier", "--samples=32", f"--data={start}/mine.jsonl", f"--reward_model={start}/reward"])
     out = capsys.readouterr().out
     assert "the reward model's score is used instead" in out and "the most score that any policy" in out
 
@@ -129,7 +257,7 @@ def test_frontier_by_the_reward_model_where_nobody_knows_gold(start, capsys):
 def test_pictures(start, small_world, capsys):
     pytest.importorskip("matplotlib")
     folder, run = str(start / "start"), start / "ppo-run"
-    evaluate.main([folder, "--n=5", "--frontier", "--samples=16", f"--plot={start}/frontier.png"])
+    evaluate.main([folder, "--n=5", "--frontier", "--samples=32", f"--plot={start}/frontier.png"])
     run.mkdir()
     (run / "log.jsonl").write_text("".join(json.dumps({"step": k, "kl": k / 10, "score": k / 5, "gold": 1 - k / 9}) + "\n" for k in range(12)))
     evaluate.main([str(run), "--overoptimization", f"--plot={start}/over.png"])
@@ -145,8 +273,8 @@ def test_what_cannot_be_drawn_gets_one_line(start, small_world, monkeypatch):
         change(changed)
         torch.save(changed, start / name / "ckpt.pt")
     for argv, message in [
-            ([folder, "--frontier", "--n=1"], "--frontier needs at least two prompts .--n. and 16 --samples of each"),
-            ([folder, "--frontier", "--samples=4"], "--frontier needs at least two prompts .--n. and 16 --samples of each"),
+            ([folder, "--frontier", "--n=1"], "--frontier needs at least two prompts .--n. and 32 --samples of each, a multiple of 4"),
+            ([folder, "--frontier", "--samples=34"], "--frontier needs at least two prompts .--n. and 32 --samples of each, a multiple of 4"),
             ([folder, "--plot=x.png"], "--plot draws --frontier, --overoptimization or --curves: say which"),
             ([folder, "--overoptimization"], "takes one run of ppo.py and --plot=FILE"),
             ([folder, str(start / "nameless")], "nameless/ckpt.pt: not a checkpoint of this repository, or damaged"),

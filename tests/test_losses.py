@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import make_model, random_groups
 
+import dpo
+from common.scoring import pair_accuracy
 from dpo import dpo_loss
 from engine.packing import pack, per_sequence
 from sft import sft_loss
@@ -32,6 +34,18 @@ def test_dpo_by_hand(options, expected):
         CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, 0.5, **options)
     assert losses.tolist() == pytest.approx(expected, rel=1e-6)
     assert chosen_reward.tolist() == [1.0, -0.5] and rejected_reward.tolist() == [-0.5, 1.5]
+
+
+@pytest.mark.parametrize("loss_type", ["ipo", "hinge"])
+def test_a_loss_without_label_smoothing_refuses_it(loss_type):
+    with pytest.raises(SystemExit, match=f"^--label_smoothing=0.1: --loss_type={loss_type} has no ε; sigmoid and robust have$"):
+        dpo.train(dpo.Config(loss_type=loss_type, label_smoothing=0.1))
+
+
+def test_a_tie_is_half_right():
+    chosen, rejected = torch.tensor([1.0, 0.0, 2.0, 0.0]), torch.tensor([0.0, 1.0, 2.0, 0.0])
+    assert pair_accuracy(chosen, rejected).tolist() == [1, 0, 0.5, 0.5]
+    assert torch.equal(pair_accuracy(chosen, rejected), 1 - pair_accuracy(rejected, chosen))
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])

@@ -44,7 +44,7 @@ def test_importing_the_model_brings_no_tokenizer_no_data_and_no_machinery():
     dict(temperature=0), dict(temperature=1.0), dict(temperature=0.7, top_k=5), dict(eos=3, temperature=2.0)])
 def test_cached_generation_equals_the_textbooks_token_for_token(model, options):
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12], [4]]
-    noise = torch.rand(5, 20, generator=torch.Generator().manual_seed(1))
+    noise = torch.rand(5, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     cached = model.generate(prompts, 20, noise=noise, **options)
     assert cached == naive_generate(model, prompts, noise, **options)
     assert "eos" not in options or {len(r) for r in cached} != {20}
@@ -191,7 +191,7 @@ def test_sample_follows_its_distribution():
 
 def test_sample_inverts_the_cdf():
     logits = torch.tensor([0, 0.25, 0, 0.5, 0, 0.25, 0, 0]).log()
-    noise = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-24])
+    noise = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-53], dtype=torch.float64)
     for blocks in (1, 2, 4):  # never a token, or a block, of probability 0
         token, logprob = sample(logits.view(blocks, -1).repeat(6, 1, 1), noise)
         assert token.tolist() == [1, 1, 3, 3, 5, 5]
@@ -204,6 +204,24 @@ def test_sample_inverts_the_cdf():
     expected = (cdf <= noise[:, None]).sum(1)
     assert (token == expected).float().mean() > 0.999  # but for the last digits of float32
     torch.testing.assert_close(logprob, logp.gather(1, token[:, None])[:, 0].float(), atol=1e-5, rtol=0)
+
+
+def test_rare_tokens_can_be_drawn(model, monkeypatch):
+    """50,256 tokens share a probability of 1e-4. float32 noise, k · 2^-24, would reach one in thirty of them."""
+    logits = torch.full((50_304,), math.log(1e-4 / 50_256))
+    logits[0] = math.log(1 - 1e-4)
+    logits[50_257:] = -torch.inf
+    seen = []
+    real = decode.decode
+    monkeypatch.setattr(decode, "decode", lambda model, prompts, noise, *rest: seen.append(noise) or real(model, prompts, noise, *rest))
+    torch.manual_seed(0)
+    model.generate([[1]] * 1000, 50)
+    rare = 1 - 1e-4 * seen[0].flatten()[:200]  # the noise that falls on rare tokens, with the same last digits
+    grid = 1 - torch.arange(1, 1677, dtype=torch.float64) / 2**24
+    drawn, reachable = (sample(logits.view(-1, 64).repeat(len(u), 1, 1), u)[0] for u in (rare, grid))
+    assert (drawn > 0).all() and (torch.isin(drawn, reachable).double().mean() < 0.1)
+    u = seen[0].flatten()
+    assert u.dtype == torch.float64 and ((u * 2**24) % 1 != 0).double().mean() > 0.99 and 0 <= u.min() and u.max() < 1
 
 
 # ------------------------------------------------------------------------------------ log-probs and scalars

@@ -183,6 +183,22 @@ def test_k1_and_k3_by_hand():
     assert k3.item() == pytest.approx((math.exp(-0.5) - 1 + 0.5 + math.e - 1 - 1) / 2)
 
 
+def test_k3_has_less_variance_near_the_reference_only():
+    """π = (0.99, 0.01) beside π_ref = (½, ½): both average to the KL, but k3 varies by 20 and k1 by 0.2."""
+    def mean_and_variance(p):
+        p, ref = torch.tensor(p, dtype=torch.float64), torch.tensor([0.5, 0.5], dtype=torch.float64)
+        estimates = [k1_k3(a[None, None].log(), b[None, None].log(), torch.tensor([[True]])) for a, b in zip(p, ref)]
+        estimates = torch.tensor(estimates, dtype=torch.float64)  # a row for each action
+        mean = p @ estimates
+        assert mean.tolist() == pytest.approx([(p * (p / ref).log()).sum().item()] * 2)
+        return p @ (estimates - mean) ** 2
+    k1, k3 = mean_and_variance([0.99, 0.01])
+    assert k3 == pytest.approx(20, abs=0.5) and k1 == pytest.approx(0.2, abs=0.02)
+    k1, k3 = mean_and_variance([0.55, 0.45])
+    assert k3 < k1 / 10
+    assert "only while π is near π_ref" in k1_k3.__doc__
+
+
 def test_the_adaptive_controller_follows_a_worked_sequence():
     controller = AdaptiveKL(0.1, target=2.0, horizon=1000)
     controller.update(2.2, 100)      # error 0.1: a factor of 1.01
@@ -374,8 +390,10 @@ def test_an_update_without_a_value_model_is_the_policy_gradient(estimator):
         torch.testing.assert_close(e, w, atol=1e-6, rtol=1e-4)
 
 
-def test_the_ptx_gradient_is_the_sum_of_the_two():
-    policy, cfg = make_model(0), ppo.Config(ptx_coef=0.5)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_ptx_gradient_is_the_sum_of_the_two(temperature):
+    """Eq. 2's second term is about π itself, at temperature 1, whatever the rollout's."""
+    policy, cfg = make_model(0), ppo.Config(ptx_coef=0.5, temperature=temperature)
     episodes, demonstrations = sampled(policy), sampled(make_model(1), n=4, seed=1).groups
     both = gradient(policy, episodes, cfg, iter([demonstrations]))
     alone = gradient(policy, episodes, cfg)

@@ -53,8 +53,9 @@ def test_from_nothing_to_a_table(tmp_path, monkeypatch, small_world, capsys):
         rows = json.load(open(folder / "eval.json"))
         assert [r["checkpoint"] for r in rows] == [before, f"out/{stage}-animals"]
         assert set(rows[0]) == {"checkpoint", *evaluate.KEYS, *(k + "_se" for k in evaluate.KEYS)}
-        assert rows[0]["kl"] == 0 and rows[0]["win_rate"] == 0.5 and rows[1]["kl"] > 0
+        assert rows[0]["kl"] == 0 and 0 < rows[0]["win_rate"] < 1 and rows[1]["kl"] > 0
     assert [r["step"] for r in log_of("out/dpo-animals")] == list(range(1, 11))
+    assert log_of("out/dpo-animals")[0]["accuracy"] == 0.5  # at the reference every pair ties
     assert set(log_of("out/dpo-animals", ())[0]) == {
         "step", "loss", "lr", "grad_norm", "tokens_per_s", "time_s",
         "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp"}
@@ -444,8 +445,3 @@ def test_exact_kl_by_enumeration():
         kl = evaluate.exact_kl(policy, ref_policy, [[0]] * 9, responses)
     torch.testing.assert_close((logp.exp() * kl).sum(), (logp.exp() * (logp - ref_logp)).sum())
     assert (evaluate.exact_kl(policy, policy, [[0]] * 9, responses) == 0).all()
-
-
-def test_mean_and_standard_error_by_hand():
-    assert evaluate.mean_se([1.0, 2.0, 3.0, 6.0]) == pytest.approx((3.0, (14 / 3 / 4) ** 0.5))
-    assert evaluate.mean_se([2.0]) == (2.0, None) and evaluate.mean_se([]) == evaluate.mean_se(None) == (None, None)
