@@ -43,6 +43,7 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # eq. 7 or a variant, see dpo_loss
     label_smoothing: LabelNoise = 0.0  # ε: the share of labels assumed to be flipped, for sigmoid and robust
     precompute_ref: bool = True     # ask the reference once, before training; False keeps it in memory
+    reward_model: str | None = None  # a run of reward.py, for scores and win rates in the closing table
     lr: NonNegativeFloat = 1e-3     # peak learning rate: reached by a linear warm-up, then half a cosine to 0
 
 
@@ -153,6 +154,9 @@ def train(cfg):
     run.print0(f"dpo: {len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # the first one; and warns of what looks wrong
 
+    # Held-out comparisons, for the table at the end.
+    held_out, held_out_groups = run.held_out_comparisons()
+
     # The reference π_ref is the policy before its first step, and so before a checkpoint of this run is loaded
     # into it. reference(indices) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs, (b,) each.
     ref_logp = None
@@ -173,6 +177,7 @@ def train(cfg):
         def reference(indices):
             return pair_logp(ref_policy, [pairs[i] for i in indices])
 
+    held_out_ref_logp = run.logp_groups(policy, held_out_groups)  # (S,): still of π_ref
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     run.start_or_resume(policy, optimizer, CONSOLE)  # with --resume, continues from the last checkpoint
 
@@ -209,10 +214,12 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer, ref_logp=ref_logp)
 
-    # The policy before and after, on held-out prompts: KL, length, and gold reward and win rate where the
-    # true reward is known. The optimizer's memory is freed for that.
-    del optimizer
-    evaluate.report(run, policy, init)
+    # The policy before and after. On held-out prompts: KL, length, and gold reward and win rate where the true
+    # reward is known. On held-out comparisons: how its implicit rewards β log π/π_ref order the responses.
+    del optimizer  # its memory is free for that
+    rewards = cfg.beta * (run.logp_groups(policy, held_out_groups) - held_out_ref_logp)
+    evaluate.report(run, policy, init, reward_model=cfg.reward_model,
+                    preferences=(held_out, torch.zeros_like(rewards), rewards))
     return policy
 
 

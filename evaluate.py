@@ -12,14 +12,14 @@ The columns are means over prompts (±standard error; docs/measuring.md describe
     gold           the true reward (animals), and its parts relevance, factuality, completeness
     kl             KL(π‖π_ref) in nats per response: exact over the vocabulary at each position, summed over
                    the response
-    win_rate       how often gold is above that of another answer, drawn from the reference model for the same
-                   prompt; a tie counts one half
+    win_rate       how often the reward is above that of another answer, drawn from the reference model for
+                   the same prompt; a tie counts one half. The reward is gold, or else score
     length         tokens of a response, EOS included
     eos_rate       the share of responses that ended by themselves
     grammar        the share of sentences that are sentences of the world (animals)
     score          a reward model's score, if there is a reward model; never normalized
 
-gold, win_rate and grammar are empty for data whose true reward is not known.
+gold and grammar are empty for data whose true reward is not known.
 
 --frontier: max E[r] − β KL(π‖π_ref) has the optimum π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). So samples of the
 first checkpoint, π_ref, give the most reward that any method can reach at each KL. Three more numbers:
@@ -46,7 +46,8 @@ from common.dist import is_main, log_to_console, print0
 from common.files import write_atomically
 from common.frontier import MIN_ESS, frontier, gap
 from common.log import printable
-from common.scoring import pair_accuracy, score_groups
+from common.preferences import preference_row
+from common.scoring import score_groups
 from common.sharding import unshard_model
 from common.standard_errors import clusters_of, mean_se
 from data import dataset, encode_prompts
@@ -155,7 +156,7 @@ class Setting:
     prompts: list               # of text
     clusters: list              # of each prompt, for the standard errors
     ref_policy: torch.nn.Module
-    ref_gold: list | None       # of the reference's answers that the win rate compares with, one per prompt
+    ref_rewards: list | None    # of the reference's answers that the win rate compares with, one per prompt
     reward_model: torch.nn.Module | None
     temperature: float
 
@@ -178,15 +179,19 @@ def evaluate_model(name, policy, setting):
         groups = [(prompt, [response]) for prompt, response in zip(ids, responses)]
         columns["score"] = score_groups(setting.reward_model, groups).tolist()
     if hasattr(data, "gold"):
-        columns["grammar"] = []
+        columns["gold"] = [data.gold(prompt, text) for prompt, text in zip(prompts, texts)]
+    if hasattr(data, "axes"):
         for prompt, text in zip(prompts, texts):
             for axis, value in data.axes(prompt, text).items():
                 columns.setdefault(axis, []).append(value)
+    if hasattr(data, "grammatical"):
+        columns["grammar"] = []
+        for text in texts:
             n_good, n_sentences = data.grammatical(text)
             columns["grammar"].append(n_good / n_sentences if n_sentences else None)
-        gold = [data.gold(prompt, text) for prompt, text in zip(prompts, texts)]
-        columns["gold"] = gold
-        columns["win_rate"] = [wins(g, r) for g, r in zip(gold, setting.ref_gold)]
+    if setting.ref_rewards:
+        rewards = columns.get("gold") or columns["score"]
+        columns["win_rate"] = [wins(reward, other) for reward, other in zip(rewards, setting.ref_rewards)]
 
     row = {"checkpoint": name}
     for key in KEYS:
@@ -194,13 +199,23 @@ def evaluate_model(name, policy, setting):
     return row, texts, columns
 
 
-def reference_gold(ref_policy, prompts, data, tokenizer, temperature):
-    """The true reward of the answers that the win rate compares with, one per prompt; None if not known."""
-    if not hasattr(data, "gold"):
-        return None
-    ids = encode_cut(prompts, ref_policy, tokenizer)
-    responses = respond(ref_policy, ids, tokenizer.eot_token, REFERENCE_SEED, temperature=temperature)
-    return [data.gold(prompt, decode(response, tokenizer)) for prompt, response in zip(prompts, responses)]
+def reference_rewards(setting, n, seed):
+    """Samples n responses of the reference per prompt -> their rewards (P, n): gold, or else the score."""
+    ids = []
+    for prompt in encode_cut(setting.prompts, setting.ref_policy, setting.tokenizer):
+        ids += [prompt] * n
+    responses = respond(setting.ref_policy, ids, setting.tokenizer.eot_token, seed,
+                        temperature=setting.temperature)
+    if hasattr(setting.data, "gold"):
+        texts = [decode(response, setting.tokenizer) for response in responses]
+        rewards = [setting.data.gold(setting.prompts[i // n], text) for i, text in enumerate(texts)]
+        return torch.tensor(rewards, dtype=torch.float64).view(-1, n)
+    # Equal responses must tie, and scores that are computed twice may differ in their last digits.
+    keys = [(tuple(prompt), tuple(response)) for prompt, response in zip(ids, responses)]
+    distinct = list(dict.fromkeys(keys))
+    groups = [(list(prompt), [list(response)]) for prompt, response in distinct]
+    score_of = dict(zip(distinct, score_groups(setting.reward_model, groups).tolist()))
+    return torch.tensor([score_of[key] for key in keys], dtype=torch.float64).view(-1, n)
 
 
 def decode(response, tokenizer):
@@ -231,8 +246,9 @@ def compare(models, data, tokenizer, n, reward_model=None, template="plain", tem
     if n_cut:
         print0(f"{n_cut} of {len(prompts)} prompts lost their beginning: "
                "they take more than half of the context")
-    ref_gold = reference_gold(ref_policy, prompts, data, tokenizer, temperature)
-    setting = Setting(data, tokenizer, prompts, clusters, ref_policy, ref_gold, reward_model, temperature)
+    setting = Setting(data, tokenizer, prompts, clusters, ref_policy, None, reward_model, temperature)
+    if prompts and (hasattr(data, "gold") or reward_model):
+        setting.ref_rewards = reference_rewards(setting, 1, REFERENCE_SEED)[:, 0].tolist()
     rows, texts, columns = [], [], []
     for name, model in models:
         row, model_texts, model_columns = evaluate_model(name, model, setting)
@@ -250,11 +266,12 @@ def mean_row(rows):
     return row
 
 
-def report(run, policy, init, ref_policy=None, reward_model=None, temperature=1.0):
+def report(run, policy, init, ref_policy=None, reward_model=None, temperature=1.0, preferences=None):
     """Ends a stage: compares the models before and after it, on the console and in OUT/eval.json.
 
     The model before is ref_policy, or the one that `init` names if that is None. reward_model: a run of
-    reward.py, for the column score. All processes must call this.
+    reward.py, for the column score. preferences: (comparisons, rewards before, rewards after), with a reward
+    for each of their responses (S,), for a second table. All processes must call this.
     """
     cfg = run.cfg
     if not cfg.eval_n:
@@ -273,8 +290,15 @@ def report(run, policy, init, ref_policy=None, reward_model=None, temperature=1.
     if not setting.prompts:
         print("no held-out prompts: nothing to evaluate")
         return
-    save_rows(run, rows)
     print_table(rows, models, setting, texts)
+    if preferences is not None and preferences[0]:
+        comparisons, rewards_before, rewards_after = preferences
+        preference_rows = [preference_row(init, rewards_before, comparisons, run.data),
+                           preference_row(run.out, rewards_after, comparisons, run.data)]
+        print(f"\n{len(comparisons)} held-out comparisons: are the chosen responses rewarded more?\n\n"
+              f"{table(preference_rows)}")
+        rows = [row | more for row, more in zip(rows, preference_rows)]
+    save_rows(run, rows)
 
 
 def save_rows(run, rows):
@@ -334,77 +358,7 @@ def samples(models, prompts, texts, k=3):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------- a reward model's table
-
-def accuracy_row(name, scores, comparisons, data):
-    """A row of the reward model's table: the accuracy of its scores (S,), one per response.
-
-    Where the true reward is known, also the accuracy that the true reward itself has on these noisy labels,
-    which no model can beat in expectation, and the correlation of the scores with it.
-    """
-    row = {"checkpoint": name}
-    clusters = clusters_of(data, [comparison.prompt for comparison in comparisons])
-    row["accuracy"], row["accuracy_se"] = ranking_accuracy(scores, comparisons, clusters)
-    if hasattr(data, "gold"):
-        gold = []
-        for comparison in comparisons:
-            gold += [data.gold(comparison.prompt, response) for response in comparison.responses]
-        gold = torch.tensor(gold)
-        row["ceiling"], row["ceiling_se"] = ranking_accuracy(gold, comparisons, clusters)
-        row["correlation"] = torch.corrcoef(torch.stack([scores, gold]))[0, 1].item()
-        row["correlation_se"] = None  # `table` shows the keys that have an error, be it None
-    return row
-
-
-def ranking_accuracy(scores, comparisons, clusters):
-    """The share of pairs that scores (S,) order right, equal scores counting one half: mean, error.
-
-    A mean over comparisons of the mean over their pairs; ties in rank are no pairs.
-    """
-    accuracies = []
-    sizes = [len(comparison.responses) for comparison in comparisons]
-    for comparison, its_scores in zip(comparisons, scores.split(sizes)):
-        rank = torch.tensor(comparison.ranks)
-        winner, loser = (rank[:, None] < rank[None, :]).nonzero(as_tuple=True)
-        right = pair_accuracy(its_scores[winner], its_scores[loser])
-        accuracies.append(right.mean().item() if len(right) else None)
-    return mean_se(accuracies, clusters)
-
-
-def comparison_samples(scores, comparisons, data, n=3):
-    """The first n comparisons as text, a line per response: score, true reward, response."""
-    lines = []
-    scores = iter(scores.tolist())
-    for comparison in comparisons[:n]:
-        lines.append("\n" + printable(comparison.prompt))
-        for response in comparison.responses:
-            gold = ""
-            if hasattr(data, "gold"):
-                gold = f"   gold {data.gold(comparison.prompt, response):5.2f}"
-            lines.append(f"  score {next(scores):6.3f}{gold} | {printable(response)}")
-    return "\n".join(lines)
-
-
 # ----------------------------------------------------------------------------------------------- the frontier
-
-def reference_rewards(setting, n):
-    """Samples n responses of the reference per prompt -> their rewards (P, n): gold, or else the score."""
-    ids = []
-    for prompt in encode_cut(setting.prompts, setting.ref_policy, setting.tokenizer):
-        ids += [prompt] * n
-    responses = respond(setting.ref_policy, ids, setting.tokenizer.eot_token, FRONTIER_SEED,
-                        temperature=setting.temperature)
-    if hasattr(setting.data, "gold"):
-        texts = [decode(response, setting.tokenizer) for response in responses]
-        rewards = [setting.data.gold(setting.prompts[i // n], text) for i, text in enumerate(texts)]
-        return torch.tensor(rewards, dtype=torch.float64).view(-1, n)
-    # Equal responses must tie, and scores that are computed twice may differ in their last digits.
-    keys = [(tuple(prompt), tuple(response)) for prompt, response in zip(ids, responses)]
-    distinct = list(dict.fromkeys(keys))
-    groups = [(list(prompt), [list(response)]) for prompt, response in distinct]
-    score_of = dict(zip(distinct, score_groups(setting.reward_model, groups).tolist()))
-    return torch.tensor([score_of[key] for key in keys], dtype=torch.float64).view(-1, n)
-
 
 def show_frontier(args, models, rows, columns, setting):
     """Prints the frontier and each checkpoint's gap to it, draws it if asked to, and returns its rows."""
@@ -413,7 +367,7 @@ def show_frontier(args, models, rows, columns, setting):
     if key == "score":
         print("the true reward of this data is not known: the reward model's score is used instead")
         max_reward = None
-    rewards = reference_rewards(setting, args.samples)
+    rewards = reference_rewards(setting, args.samples, FRONTIER_SEED)
     optimum, best, dual = frontier(rewards, key, setting.clusters)
     for row, column in zip(rows, columns):
         mean, se, is_bound = gap(dual, column[key], column["kl"], setting.clusters, max_reward)
@@ -450,8 +404,6 @@ def load_models(names, data=None):
             configs.append({})  # weights in the Hugging Face format have no run's config
             continue
         checkpoint = load_checkpoint(name)
-        if "score_std" in checkpoint or "axes" in checkpoint:
-            raise SystemExit(f"{name}: a reward model writes no text; name it as --reward_model")
         configs.append(checkpoint["config"])
         trained_on.setdefault(checkpoint["config"]["data"], name)
     if len({tokenizer.name for tokenizer in tokenizers}) > 1:

@@ -625,6 +625,14 @@ def check_settings(cfg, data, has_reward_fn):
         raise SystemExit(f"--reward=gold: the true reward of --data={cfg.data} is not known")
 
 
+def stage_name(cfg, reward_fn):
+    """The first part of the folder's name, out/STAGE-RECIPE: runs with unlike settings do not share one."""
+    stage = "ppo" if cfg.advantage == "gae" else cfg.advantage
+    if cfg.reward == "gold" and reward_fn is None:
+        stage += "-gold"
+    return stage
+
+
 def encode_rollout_prompts(run, tokenizer):
     """The training prompts as lists of ids, cut on the left to leave room for max_new_tokens."""
     cfg = run.cfg
@@ -660,7 +668,7 @@ def train(cfg, reward_fn=None):
 
     reward_fn(prompts, responses) -> (B, R) replaces cfg.reward, if given; the top of this page describes it.
     """
-    run = Run("ppo", cfg)  # the device, the folder, the log and the checkpoints
+    run = Run(stage_name(cfg, reward_fn), cfg)  # the device, the folder, the log and the checkpoints
     data = run.data
     check_settings(cfg, data, reward_fn is not None)
     init = cfg.init or run.train_if_missing("sft")

@@ -32,6 +32,7 @@ from common.dist import sync_gradients
 from common.log import Metrics
 from common.optim import make_optimizer, optimizer_step
 from common.options import AtLeast, NonNegativeFloat, NonNegativeInt, PositiveInt, RunConfig, parse
+from common.preferences import comparison_samples, preference_row
 from common.run import Run
 from data import check_pairs, encode_groups
 from engine.packing import pack
@@ -133,11 +134,6 @@ def center_scores(reward_model, scores):
     return scores.std().item()
 
 
-def encode_comparisons(tokenizer, comparisons, max_len):
-    """Groups (prompt_ids, [response_ids, …]) of comparisons."""
-    return encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], max_len)
-
-
 def train(cfg):
     """Runs the stage, after training the SFT model if that is missing. Returns the trained reward model."""
     run = Run("reward", cfg)  # the device, the folder, the log and the checkpoints
@@ -150,11 +146,10 @@ def train(cfg):
     reward_model = run.prepare(reward_model)  # moved to the device; sharded or compiled if asked for
     comparisons = data.comparisons("train", cfg.k)
     comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # each has a pair that does not tie
-    groups = encode_comparisons(tokenizer, comparisons, cfg.max_len)
+    groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], cfg.max_len)
     # Identical responses cannot be told apart: prints how many pairs are identical, and exits if all are.
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
-    validation = data.comparisons("validation", cfg.k)[:cfg.eval_n]
-    validation_groups = encode_comparisons(tokenizer, validation, cfg.max_len)
+    validation, validation_groups = run.held_out_comparisons(cfg.k)
     batches = run.shuffled_batches(groups)  # for each step a list of indices into groups
     run.print0(f"reward: {len(groups)} comparisons of {cfg.data}, {init} -> {run.out} on {run.device}")
     last_tokens = [[len(response) - 1] for response in groups[0][1]]  # where scores are read
@@ -214,15 +209,15 @@ def train(cfg):
         score_std = center_scores(reward_model, run.score_groups(reward_model, demonstrations))
         run.save(cfg.steps, reward_model, optimizer, score_std=score_std)
 
-    # The accuracy on held-out comparisons, before and after.
+    # How well scores order held-out comparisons, before and after.
     if validation:
         scores = run.score_groups(reward_model, validation_groups)
-        before = evaluate.accuracy_row(init, scores_before, validation, data)
-        after = evaluate.accuracy_row(run.out, scores, validation, data)
+        before = preference_row(init, scores_before, validation, data)
+        after = preference_row(run.out, scores, validation, data)
         evaluate.save_rows(run, [before, after])
         run.print0(f"\n{len(validation)} held-out comparisons; demonstrations score 0 ± {score_std:.3f}\n\n"
                    f"{evaluate.table([before, after])}\n"
-                   f"{evaluate.comparison_samples(scores, validation, data)}")
+                   f"{comparison_samples(scores, validation, data)}")
     return reward_model
 
 

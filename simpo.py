@@ -48,6 +48,7 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
     gamma_beta_ratio: NonNegativeFloat | None = None  # γ/β, as the authors' scripts give it; overrides gamma
     sft_weight: NonNegativeFloat = 0.5  # weight of the SFT term, −log π of the chosen responses
     label_smoothing: LabelNoise = 0.0  # ε: the share of labels assumed to be flipped
+    reward_model: str | None = None  # a run of reward.py, for scores and win rates in the closing table
     lr: NonNegativeFloat = 3e-4     # peak learning rate
     sample_every: PositiveInt = 25  # steps between samples of the length
     sample_n: NonNegativeInt = 64   # validation prompts that are sampled for it
@@ -93,6 +94,14 @@ def pair_logp(policy, pairs):
     return logp[0::2], logp[1::2], length[0::2], length[1::2]
 
 
+def response_rewards(policy, groups, run, beta):
+    """β/|y| log π(y|x) of every response of groups (prompt_ids, [response_ids, …]): (S,)."""
+    lengths = []
+    for _, responses in groups:
+        lengths += map(len, responses)
+    return beta / torch.tensor(lengths) * run.logp_groups(policy, groups)
+
+
 def mean_chosen_length(pairs):
     """The mean length of the chosen responses, in tokens."""
     return sum(len(chosen) for _, (chosen, _) in pairs) / len(pairs)
@@ -129,6 +138,10 @@ def train(cfg):
     run.show_data(pairs, ["chosen", "rejected"])  # the first one; and warns of what looks wrong
     # Held-out prompts to watch the length on; a prompt longer than half of the context loses its beginning.
     sample_prompts = evaluate.encode_cut(run.data.prompts("validation")[:cfg.sample_n], policy, tokenizer)
+
+    # Held-out comparisons, and the rewards of their responses, for the table at the end.
+    held_out, held_out_groups = run.held_out_comparisons()
+    rewards_before = response_rewards(policy, held_out_groups, run, cfg.beta)
 
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     run.start_or_resume(policy, optimizer, CONSOLE)  # with --resume, continues from the last checkpoint
@@ -178,9 +191,12 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), **lengths, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
-    # The policy before and after, on held-out prompts. The optimizer's memory is freed for that.
-    del optimizer
-    evaluate.report(run, policy, init)
+    # The policy before and after: its answers to held-out prompts, and how its rewards β/|y| log π order the
+    # responses of held-out comparisons.
+    del optimizer  # its memory is free for that
+    rewards = response_rewards(policy, held_out_groups, run, cfg.beta)
+    evaluate.report(run, policy, init, reward_model=cfg.reward_model,
+                    preferences=(held_out, rewards_before, rewards))
     return policy
 
 

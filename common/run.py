@@ -6,8 +6,8 @@ import torch
 
 from common.batches import local_micro_batches, micro_batches, shuffled_batches
 from common.checkpoints import (checkpoint_files, is_finished, load_checkpoint, load_model, load_optimizer,
-                                load_reward_model, load_to_resume, load_weights, remove_checkpoints,
-                                resume, save_checkpoint, template_of_checkpoint)
+                                load_reward_model, load_to_resume, load_weights, no_checkpoint,
+                                remove_checkpoints, resume, save_checkpoint, template_of_checkpoint)
 from common.device import choose_device
 from common.digests import examples_digest, file_digest, weights_digest
 from common.dist import join_processes, log_to_console, n_processes, print0
@@ -16,10 +16,10 @@ from common.files import append_to
 from common.log import Log
 from common.optim import lr_schedule
 from common.options import check_config
-from common.scoring import score_groups
+from common.scoring import logp_groups, score_groups
 from common.sharding import compile_blocks, is_sharded, shard_model
 from common.stop import StopSignal, resume_command
-from data import dataset
+from data import check_contract, dataset, encode_groups
 from data.turns import apply_template, template_of
 from engine.packing import group_length
 
@@ -47,6 +47,7 @@ class Run:
         log_to_console()
         self.cfg = cfg
         self.data = dataset(cfg.data, cfg.data_dir)
+        check_contract(self.data, stage, cfg.data)
         if hasattr(self.data, "check"):
             self.data.check()  # a bad record is an error now, not after training
         self.out = cfg.out or run_dir(stage, cfg)
@@ -57,6 +58,9 @@ class Run:
         if cfg.warmup > cfg.steps / 2:
             print0(f"warning: --warmup={cfg.warmup} takes most of --steps={cfg.steps}, so the learning rate "
                    "is hardly ever near its peak")
+        reward_model = getattr(cfg, "reward_model", None)
+        if reward_model and not checkpoint_files(reward_model):
+            raise SystemExit(no_checkpoint(reward_model))
         # The checkpoint that this run goes on from, or an empty dict.
         self.checkpoint = load_to_resume(self.out, cfg) if cfg.resume else {}
         # What this run is made of (common/digests.py): kept in its checkpoints, compared by --resume.
@@ -200,6 +204,18 @@ class Run:
         print0(first_example(self.tokenizer, groups[0], labels, loss_tokens))
         for line in warnings(self.tokenizer, groups):
             print0(f"warning: {line}")
+
+    def held_out_comparisons(self, k=2):
+        """The first cfg.eval_n validation comparisons, and their groups (prompt_ids, [response_ids, …])."""
+        comparisons = []
+        if hasattr(self.data, "comparisons"):
+            comparisons = self.data.comparisons("validation", k)[:self.cfg.eval_n]
+        examples = [(comparison.prompt, comparison.responses) for comparison in comparisons]
+        return comparisons, encode_groups(self.tokenizer, examples, self.cfg.max_len)
+
+    def logp_groups(self, policy, groups):
+        """log π(y|x) of every response of `groups`, in their order, summed over tokens: (S,) on the CPU."""
+        return logp_groups(policy, groups, self.cfg.micro_tokens)
 
     def score_groups(self, reward_model, groups):
         """A reward model's score of every response of `groups`, in their order: (S,) on the CPU."""

@@ -1,4 +1,6 @@
-"""Datasets and tokenizers. A dataset is a module or an object with some of these functions:
+"""Datasets and tokenizers. A dataset is a module or an object with some of these functions.
+
+Every stage needs prompts and tokenizer; a stage that needs more says so when it starts.
 
     demonstrations(split)   -> [(prompt, response), …]
     comparisons(split, k=2) -> [Comparison(prompt, responses, ranks), …], each of k responses
@@ -6,6 +8,8 @@
     spans(split)            -> [(prompt, response, [(start, end, category), …]), …], in characters
     completeness(split)     -> [Comparison, …] that rank responses by how complete they are
     gold(prompt, response)  -> the true reward, where it can be computed
+    axes(prompt, response)  -> its parts, {"relevance": …, "factuality": …, "completeness": …}, if it has them
+    grammatical(response)   -> how many sentences are well formed, and how many there are
     max_gold                   a number: the most that gold can be, where it is bounded
     cluster(prompt)         -> what prompts share that are not independent samples of prompts, for standard
                                errors; without it, only equal prompts share a cluster
@@ -24,6 +28,16 @@ from data.jsonl import Jsonl
 from data.qa_feedback import QAFeedback
 from data.tldr import TLDR
 from data.tokenizers import encode_groups, encode_prompts, get_tokenizer
+
+
+NEEDED = {"sft": "demonstrations", "reward": "comparisons", "dpo": "comparisons", "simpo": "comparisons"}
+
+
+def check_contract(data, stage, name):
+    """Exits with one line if a dataset lacks a function that a stage needs. name: that of --data."""
+    for function in ("prompts", "tokenizer", NEEDED.get(stage, "prompts")):
+        if not hasattr(data, function):
+            raise SystemExit(f"--data={name}: {stage} needs its function {function} (data/__init__.py)")
 
 
 def dataset(name, data_dir="data/files"):

@@ -15,6 +15,7 @@ import sft
 from common.checkpoints import load_model, save_checkpoint
 from common.optim import make_optimizer
 from common.plots import curve
+from common.preferences import preference_row
 from common.standard_errors import clusters_of, mean_se
 from data import animals, dataset, get_tokenizer
 from engine.packing import pack
@@ -245,7 +246,7 @@ def test_a_table_of_animals_is_clustered_by_question(start):
     comparisons = animals.comparisons("test")[:200]
     scores = torch.randn(400, generator=torch.Generator().manual_seed(0))
     right = (scores[0::2] > scores[1::2]).double().tolist()
-    row = evaluate.accuracy_row("a", scores, comparisons, animals)
+    row = preference_row("a", scores, comparisons, animals)
     by_question = mean_se(right, clusters_of(animals, [c.prompt for c in comparisons]))
     assert (row["accuracy"], row["accuracy_se"]) == pytest.approx(by_question) and by_question[1] != mean_se(right)[1]
 
