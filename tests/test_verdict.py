@@ -1,4 +1,6 @@
 """Was a run good? Held-out preferences before and after, scores and win rates, and folders that say what is in them."""
+import importlib
+import io
 import json
 import math
 from types import SimpleNamespace
@@ -6,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_stages import here
+from conftest import make_model
+from test_datasets import needs_gpt2
+from test_stages import ROOT, here
 
 import dpo
 import evaluate
@@ -14,7 +18,7 @@ import ppo
 import reward
 import simpo
 from common.checkpoints import load_checkpoint, load_model
-from common.options import RunConfig
+from common.options import RunConfig, parse
 from common.preferences import calibration_slope, differences, preference_row
 from common.run import Run
 from common.scoring import logp_groups
@@ -142,3 +146,50 @@ def test_a_stage_that_the_data_cannot_serve_makes_no_folder(start, monkeypatch):
     with pytest.raises(SystemExit, match="--data=animals: dpo needs its function comparisons"):
         Run("dpo", RunConfig(out=str(start / "a")))
     assert not (start / "a").exists() and reward.RECIPES["hh"]["k"] == 2
+
+
+# --------------------------------------------------------------------------------- the practitioner's path of docs/data.md
+
+def commands_of_the_docs():
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    section = text[text.index("## From a file to a verdict"):]
+    return [line.strip() for line in section.split("\n") if line.startswith("    python ")]
+
+
+def some_records(kind):
+    for i in range(200):
+        good, bad = f"It is {i + 1}.", "I do not know" + " at all" * (i % 3)
+        question = f"What comes after {i}?"
+        if kind == "plain":
+            yield {"prompt": question, "chosen": " " + good, "rejected": " " + bad}
+        elif kind == "ranked":
+            yield {"prompt": question, "responses": [" " + good, " It is.", " " + bad], "ranks": [0, 1, 1]}
+        else:
+            user = {"role": "user", "content": question}
+            yield {"prompt": question, "chosen": [user, {"role": "assistant", "content": good}], "rejected": [user, {"role": "assistant", "content": bad}]}
+
+
+@needs_gpt2
+@pytest.mark.parametrize("kind", ["plain", "chat", "ranked"])
+def test_from_a_file_to_a_verdict(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_model(vocab_size=50257, block_size=64, n_layer=1, n_head=2, n_embd=16).save_pretrained("small-gpt2")
+    with open("mine.jsonl", "w") as f:
+        f.writelines(json.dumps(record) + "\n" for record in some_records(kind))
+    monkeypatch.setattr("sys.stdin", io.StringIO("What comes after 7?\nAnd then?\n"))
+    commands = commands_of_the_docs()
+    assert len(commands) == 6
+    for command in commands:
+        script, *argv = command.replace("=gpt2", "=small-gpt2").removeprefix("python ").split()
+        module = importlib.import_module(script.removesuffix(".py"))
+        if script in ("evaluate.py", "sample.py"):
+            module.main(argv)
+        else:
+            argv += ["--max_len=32", "--steps=60", "--batch_size=16", "--lr=1e-2", "--warmup=5", "--eval_n=10"]
+            module.train(parse(module.Config, module.RECIPES, argv))
+    out = capsys.readouterr().out
+    assert out.count("the first example") == 3 and "warning" not in out
+    rows = json.load(open("out/dpo-mine/eval.json"))
+    assert rows[1]["accuracy"] == 1.0 and rows[1]["score"] > rows[0]["score"] and rows[1]["win_rate"] > 0.5
+    assert load_checkpoint("out/dpo-mine")["template"] == ("turns" if kind == "chat" else "plain")
+    assert out.count("out/sft-mine: ") == 2 == out.count("out/dpo-mine: ") and (tmp_path / "mine-for-transformers/config.json").exists()
