@@ -29,8 +29,12 @@ def choose_device(device):
         torch.backends.cudnn.allow_tf32 = True
         # cuDNN's attention makes a new plan for each shape, and each batch of prompts has another shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    elif sys.platform == "linux":
-        keep_freed_memory()
+    else:
+        # torch leaves it to MKL to use fewer threads than these when it likes, and sums of another number of
+        # parts are rounded in another way. Setting the number takes that choice from it.
+        torch.set_num_threads(torch.get_num_threads())
+        if sys.platform == "linux":
+            keep_freed_memory()
     return device
 
 

@@ -1,10 +1,12 @@
 """One seed, one run: on the CPU each stage gives the same log and the same weights, to the bit, whenever and wherever it is run."""
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import feedback, make_model, random_groups
-from test_stages import here, log_of
+from test_stages import ROOT, here, log_of
 
 from common.checkpoints import load_checkpoint
 from engine.packing import pack
@@ -74,3 +76,15 @@ def test_the_one_sum_whose_order_the_threads_change():
         torch.set_num_threads(threads)
     differ = {name for name in grads[0] if not torch.equal(grads[0][name], grads[1][name])}
     assert all(".ln_" in name or name.startswith("ln_f") for name in differ), differ
+
+
+def test_a_run_takes_the_number_of_threads_from_mkl():
+    """MKL may use fewer threads than torch asks for, as it likes, unless the number was set; then sums round in another way."""
+    code = ("import ctypes, os, torch; from common.device import choose_device\n"
+            "mkl = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), 'lib/libtorch_cpu.so'))\n"
+            "before = mkl.mkl_serv_get_dynamic(); n = torch.get_num_threads(); choose_device('cpu')\n"
+            "print(before, mkl.mkl_serv_get_dynamic(), n == torch.get_num_threads())")
+    if not torch.backends.mkl.is_available():
+        pytest.skip("a build of torch without MKL")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.split() == ["1", "0", "True"], result.stderr
