@@ -17,7 +17,9 @@ maximized in the policy itself, without a reward model and without sampling:
     python dpo.py imdb --beta=0.1                           the paper's Figure 2 (all commands: data/imdb.py)
     python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons, with the settings of hh
 
-Left out: the SFT term that some add to the loss, and the iterated and online variants.
+Left out: the SFT term that some add to the loss, and the iterated and online variants. The recipes differ
+from the paper's in the optimizer (AdamW for RMSprop), the learning rate (a cosine to 0 for a constant) and
+the largest norm of a gradient (1 for 10).
 """
 import copy
 from dataclasses import dataclass
@@ -42,13 +44,13 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
     beta: PositiveFloat = 1.0       # β of eq. 7: the price of a nat of KL
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # eq. 7 or a variant, see dpo_loss
     label_smoothing: LabelNoise = 0.0  # ε: the share of labels assumed to be flipped, for sigmoid and robust
+    ipo_average: bool = False       # with ipo: log-probs are means over tokens instead of sums
     precompute_ref: bool = True     # ask the reference once, before training; False keeps it in memory
     reward_model: str | None = None  # a run of reward.py, for scores and win rates in the closing table
     lr: NonNegativeFloat = 1e-3     # peak learning rate: reached by a linear warm-up, then half a cosine to 0
 
 
-# Config's defaults are for the animals world. The paper uses RMSprop and no decay of the learning
-# rate; here it is AdamW.
+# Config's defaults are for the animals world.
 RECIPES = {
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
     # arXiv:2305.18290 App. B: β 0.5 on TL;DR, batch 64, lr 1e-6, 150 steps of warm-up; one epoch of 92,858
@@ -70,7 +72,8 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
         sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0, otherwise cDPO (Mitchell 2023,
                                                                 ericmitchell.ai/cdpo.pdf eq. 3)
         ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17, with sums over tokens
-                                                                as there; TRL and torchtune take means
+                                                                as there; its authors advise means instead,
+                                                                as TRL takes: --ipo_average
         hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409
     Returns (B,) each: the losses, and the implicit rewards β · log-ratio of chosen and rejected, without
@@ -93,8 +96,8 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
     return losses, (beta * chosen_logratio).detach(), (beta * rejected_logratio).detach()
 
 
-def pair_logp(policy, pairs):
-    """log π(y_w|x) and log π(y_l|x), summed over response tokens: (B,) each.
+def pair_logp(policy, pairs, average=False):
+    """log π(y_w|x) and log π(y_l|x), summed over response tokens, or averaged: (B,) each.
 
     pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The two responses share a row with their prompt,
     which is computed once; neither sees the other.
@@ -102,6 +105,8 @@ def pair_logp(policy, pairs):
     batch = pack(pairs).to(policy.device)
     logprobs = policy.logprobs(batch)       # (N,): of all response tokens
     logp = per_sequence(logprobs, batch)    # (2B,): chosen, rejected, chosen, …
+    if average:
+        logp = logp / torch.bincount(batch.sequence)  # `sequence` numbers the response of each token
     return logp[0::2], logp[1::2]
 
 
@@ -122,7 +127,8 @@ def precompute_reference(ref_policy, pairs, batches, run):
         # The whole batch, though some pairs may be known: these are the micro-batches of training. With
         # several processes, each computes its share of the batch and leaves the other pairs at 0.
         for indices in run.micro_batches(batch, pairs):
-            chosen_logp, rejected_logp = pair_logp(ref_policy, [pairs[i] for i in indices])
+            chosen_logp, rejected_logp = pair_logp(
+                ref_policy, [pairs[i] for i in indices], run.cfg.ipo_average)
             for i, chosen, rejected in zip(indices, chosen_logp, rejected_logp):
                 if i not in visited:
                     logp[i, 0] = chosen
@@ -136,6 +142,8 @@ def check_settings(cfg):
     if cfg.label_smoothing and cfg.loss_type in ("ipo", "hinge"):
         raise SystemExit(f"--label_smoothing={cfg.label_smoothing:g}: --loss_type={cfg.loss_type} has no ε; "
                          "sigmoid and robust have")
+    if cfg.ipo_average and cfg.loss_type != "ipo":
+        raise SystemExit(f"--ipo_average: only --loss_type=ipo takes means, not {cfg.loss_type}")
 
 
 def train(cfg):
@@ -157,8 +165,8 @@ def train(cfg):
     # Held-out comparisons, for the table at the end.
     held_out, held_out_groups = run.held_out_comparisons()
 
-    # The reference π_ref is the policy before its first step, and so before a checkpoint of this run is loaded
-    # into it. reference(indices) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs, (b,) each.
+    # The reference π_ref is the policy before its first step, so before a checkpoint of this run is loaded into
+    # it. reference(indices) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs, (b,) each.
     ref_logp = None
     if cfg.precompute_ref:
         policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
@@ -175,7 +183,7 @@ def train(cfg):
 
         @torch.no_grad()
         def reference(indices):
-            return pair_logp(ref_policy, [pairs[i] for i in indices])
+            return pair_logp(ref_policy, [pairs[i] for i in indices], cfg.ipo_average)
 
     held_out_ref_logp = run.logp_groups(policy, held_out_groups)  # (S,): still of π_ref
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
@@ -188,7 +196,8 @@ def train(cfg):
         # indices into pairs, of at most cfg.micro_tokens tokens. With several processes, these are the
         # micro-batches of this process's share.
         for indices in run.micro_batches(batches[step], pairs):
-            chosen_logp, rejected_logp = pair_logp(policy, [pairs[i] for i in indices])  # (b,) each
+            chosen_logp, rejected_logp = pair_logp(
+                policy, [pairs[i] for i in indices], cfg.ipo_average)  # (b,) each
             ref_chosen_logp, ref_rejected_logp = reference(indices)
 
             # eq. 7: −log σ(β [log π/π_ref (y_w|x) − log π/π_ref (y_l|x)])
@@ -214,8 +223,8 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer, ref_logp=ref_logp)
 
-    # The policy before and after. On held-out prompts: KL, length, and gold reward and win rate where the true
-    # reward is known. On held-out comparisons: how its implicit rewards β log π/π_ref order the responses.
+    # The policy before and after. On held-out prompts: KL, length, and reward and win rate where a reward is
+    # known. On held-out comparisons: how its implicit rewards β log π/π_ref order the responses.
     del optimizer  # its memory is free for that
     rewards = cfg.beta * (run.logp_groups(policy, held_out_groups) - held_out_ref_logp)
     evaluate.report(run, policy, init, reward_model=cfg.reward_model,

@@ -388,7 +388,7 @@ def show_frontier(args, models, rows, columns, setting):
 # ------------------------------------------------------------------------------------------- the command line
 
 def load_models(names, data=None):
-    """Loads checkpoints to compare -> [(name, GPT), …], their tokenizer, the config of each ({} if not a run).
+    """Loads checkpoints to compare -> [(name, GPT), …], their tokenizer, their configs ({} if not a run).
 
     Exits with one line if one of them is a reward model, if their tokenizers differ, or if they were trained
     on different data and `data` does not say which to use.

@@ -27,6 +27,9 @@ Left out:
   - three separate reward models: here three heads share one trunk; --share_trunk=False has three models
   - hiding the passages from the relevance model, as the authors' code does
   - completeness labels from matching passages (see data/qa_feedback.py)
+  - settings of the authors' code that recipe qa_feedback does not share: it samples at τ = 0.7 from the 20
+    likeliest tokens, four responses to a prompt, whitens rewards, weighs the value loss by 1, does not clip
+    gradients, trains SFT on other questions and finds sentences with spaCy
 """
 import os
 from dataclasses import dataclass, replace

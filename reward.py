@@ -88,9 +88,10 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
     """The reward model's loss, arXiv:2203.02155 eq. 1: a mean over each prompt's pairs, then over prompts.
 
     scores (S,); group (S,): the prompt of each response; rank (S,): 0 is best, equal ranks are a tie and no
-    pair. A pair's loss is −log σ(r_w − r_l − margin). Each prompt adds center_coef · (2 r̄)², with r̄ the mean
-    of its scores: a sum over pairs of (r_w + r_l)² would, for K > 2, also shrink the differences. Returns the
-    loss in nats, and the accuracy: the share of pairs with r_w > r_l, equal scores counting one half.
+    pair. A pair's loss is −log σ(r_w − r_l − margin). Each prompt adds center_coef · (2 r̄)², with r̄ the
+    mean of its scores: a sum over pairs of (r_w + r_l)² would, for K > 2, also shrink the differences.
+    Returns the loss in nats, and the accuracy: the share of pairs with r_w > r_l, equal scores counting one
+    half.
     """
     losses, accuracies = [], []
     for prompt_scores, prompt_rank in split_by_prompt(scores, group, rank):

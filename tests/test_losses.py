@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from conftest import make_model, random_groups
 
 import dpo
+from common.checkpoints import load_model
 from common.scoring import pair_accuracy
+from data import encode_groups, get_tokenizer
 from dpo import dpo_loss
 from engine.packing import pack, per_sequence
 from sft import sft_loss
+from test_stages import here, log_of
 
 # β = 0.5; log-ratios: chosen 2 and −1, rejected −1 and 3; so h = 3 and −4, βh = 1.5 and −2
 CHOSEN, REJECTED = torch.tensor([-3.0, -6.0]), torch.tensor([-8.0, -4.0])
@@ -150,3 +153,20 @@ def test_dpo_reaches_the_closed_form(seed, beta):
     kl = (logp.exp() * (logp - optimum)).sum().item()
     kl_before = (ref_logp.exp() * (ref_logp - optimum)).sum().item()
     assert kl < 1e-3 < 0.02 < kl_before
+
+
+def test_ipo_may_average_over_tokens(start):
+    """Its authors' advice: what a response of n tokens sums to, over n; in the loop, in the reference, and only with ipo."""
+    tokenizer, policy = get_tokenizer("animals"), load_model(str(start / "start"))[0]
+    pairs = encode_groups(tokenizer, [("a", [" It eats mice.", " It can fly and swim."]), ("b", [" Yes.", " No."])], 64)
+    sums, means = dpo.pair_logp(policy, pairs), dpo.pair_logp(policy, pairs, average=True)
+    for i in range(2):
+        lengths = torch.tensor([len(responses[i]) for _, responses in pairs])
+        torch.testing.assert_close(sums[i] / lengths, means[i])
+    here("dpo", start, "a", "--loss_type=ipo", "--ipo_average", "--steps=1", "--beta=0.1")
+    here("dpo", start, "b", "--loss_type=ipo", "--steps=1", "--beta=0.1")
+    a, b = log_of(start / "a")[0], log_of(start / "b")[0]
+    assert a["loss"] == b["loss"] == pytest.approx(25.0) and a["margin"] == b["margin"] == 0  # at the reference
+    assert a["grad_norm"] < b["grad_norm"] / 2 and a["chosen_logp"] > b["chosen_logp"] / 2
+    with pytest.raises(SystemExit, match="--ipo_average: only --loss_type=ipo takes means, not sigmoid"):
+        here("dpo", start, "c", "--ipo_average")
