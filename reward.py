@@ -42,7 +42,7 @@ from engine.packing import pack
 class Config(RunConfig):
     k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9)
     margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m), a constant (arXiv:2307.09288 eq. 2)
-    center_coef: NonNegativeFloat = 0.05  # of (2 r̄)², which keeps a prompt's mean score near 0
+    center_coef: NonNegativeFloat = 0.01  # of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1600           # optimizer steps
     batch_size: PositiveInt = 16        # prompts per step, each with its K responses, over all processes
     micro_tokens: PositiveInt = 1024    # the most tokens in a forward pass; a larger batch is accumulated
