@@ -93,3 +93,20 @@ def test_the_equations_of_a_fork_still_stand_in_their_functions(fork):
     for row in equations.ROWS:
         equations.test_the_quoted_line_stands_in_its_function(*row)
     equations.test_every_row_quotes_a_line_and_every_stage_has_a_row()
+
+
+def test_a_loss_of_ones_own_in_the_three_steps_of_the_readme(fork, start, tmp_path):
+    readme = (fork / "README.md").read_text(encoding="utf-8")
+    assert 'cp dpo.py mine.py' in readme and 'Run("dpo", cfg) to Run("mine", cfg)' in readme
+    page = (fork / "dpo.py").read_text(encoding="utf-8")
+    page = page.replace('Run("dpo", cfg)', 'Run("mine", cfg)')
+    changed = page.replace("losses = F.relu(1 - beta * h)", "losses = torch.exp(-beta * h)")  # another loss of the margin
+    assert changed != page
+    (fork / "mine.py").write_text(changed, encoding="utf-8")
+    options = [*(f"--{name}={value}" for name, value in TINY.items()), "--max_len=64", "--warmup=0", "--lr=1e-3", "--loss_type=hinge"]
+    run(fork, tmp_path, fork / "mine.py", *options, f"--data={start}/mine.jsonl", f"--init={start}/start", "--steps=3", "--eval_n=0")
+    log = [json.loads(line) for line in open(tmp_path / "out/mine-mine/log.jsonl")]
+    assert log[0]["loss"] == 1.0 and log[2]["loss"] < 1.0  # exp(0) at the reference
+    out = run(fork, tmp_path, fork / "evaluate.py", f"{start}/start", "out/mine-mine", f"--data={start}/mine.jsonl",
+              f"--reward_model={start}/reward", "--frontier", "--n=3", "--samples=64")
+    assert "out/mine-mine" in out and "gap" in out
