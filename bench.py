@@ -38,7 +38,6 @@ import numpy as np
 import torch
 
 import dpo
-import evaluate
 import ppo
 import reward
 import simpo
@@ -47,6 +46,7 @@ from common.batches import micro_batches
 from common.device import choose_device
 from common.files import write_atomically
 from common.optim import make_optimizer, optimizer_step
+from common.tables import aligned
 from engine.packing import group_length, pack
 from engine.weights import PRETRAINED
 from model import GPT, GPTConfig
@@ -403,7 +403,7 @@ def table(rows):
         vs_naive = "" if row["vs_naive"] is None else f"{row['vs_naive']:.1f}x"
         lines.append([row["path"], f"{row['tokens_per_s']:,.0f}", f"{row['seconds']:.3f}",
                       f"{row['memory_gb']:.2f} GB", limit, vs_naive])
-    return evaluate.aligned(lines)
+    return aligned(lines)
 
 
 def arguments(argv):

@@ -50,6 +50,7 @@ from common.preferences import preference_row
 from common.scoring import score_groups
 from common.sharding import unshard_model
 from common.standard_errors import clusters_of, mean_se
+from common.tables import table
 from data import dataset, encode_prompts
 from data.turns import apply_template
 from engine.decode import uniform_noise
@@ -320,33 +321,6 @@ def print_table(rows, models, setting, texts):
     print(f"\n{title}\n\n{table(rows)}\n{samples(models, setting.prompts, texts)}")
 
 
-def table(rows):
-    """The rows as aligned text, mean±se; columns without a value are left out."""
-    columns = [key for key in rows[0] if key + "_se" in rows[0]]
-    keys = [key for key in columns if any(row[key] is not None for row in rows)]
-    lines = [["", *keys]]
-    for row in rows:
-        cells = [mean_and_error(row[key], row[key + "_se"]) for key in keys]
-        lines.append([row["checkpoint"], *cells])
-    return aligned(lines)
-
-
-def aligned(lines):
-    """Lists of cells as aligned text, the first column to the left and the others to the right."""
-    width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = []
-    for first, *others in lines:
-        cells = [first.ljust(width[0])] + [cell.rjust(w) for cell, w in zip(others, width[1:])]
-        text.append("  ".join(cells))
-    return "\n".join(text)
-
-
-def mean_and_error(mean, se):
-    if mean is None:
-        return ""
-    return f"{mean:.3f}" if se is None else f"{mean:.3f}±{se:.3f}"
-
-
 def samples(models, prompts, texts, k=3):
     """The first k prompts with every model's answer."""
     width = max(len(name) for name, _ in models)
@@ -388,7 +362,7 @@ def show_frontier(args, models, rows, columns, setting):
 # ------------------------------------------------------------------------------------------- the command line
 
 def load_models(names, data=None):
-    """Loads checkpoints to compare -> [(name, GPT), …], their tokenizer, their configs ({} if not a run).
+    """Loads checkpoints to compare -> [(name, GPT), …], their tokenizer, each one's config ({} if not a run).
 
     Exits with one line if one of them is a reward model, if their tokenizers differ, or if they were trained
     on different data and `data` does not say which to use.

@@ -47,6 +47,7 @@ from common.optim import make_optimizer, optimizer_step
 from common.options import AtLeast, NonNegativeFloat, PositiveInt, parse
 from common.run import Run, run_dir
 from common.standard_errors import clusters_of, mean_se
+from common.tables import table
 from data import check_pairs, encode_groups, segments
 from engine.packing import pack
 
@@ -361,7 +362,7 @@ def train_rewards(cfg, init, axes):
     held_out = load_feedback(data, "validation", axes, tokenizer, cfg.max_len, cfg.eval_n)
     rows = accuracy_rows(model, axes, held_out, cfg)
     evaluate.save_rows(run, rows)
-    run.print0(f"\nheld-out feedback\n\n{evaluate.table(rows)}\n")
+    run.print0(f"\nheld-out feedback\n\n{table(rows)}\n")
 
 
 def completeness_normalizer(model, feedback, axes, cfg):

@@ -34,6 +34,7 @@ from common.optim import make_optimizer, optimizer_step
 from common.options import AtLeast, NonNegativeFloat, NonNegativeInt, PositiveInt, RunConfig, parse
 from common.preferences import comparison_samples, preference_row
 from common.run import Run
+from common.tables import table
 from data import check_pairs, encode_groups
 from engine.packing import pack
 
@@ -217,7 +218,7 @@ def train(cfg):
         after = preference_row(run.out, scores, validation, data)
         evaluate.save_rows(run, [before, after])
         run.print0(f"\n{len(validation)} held-out comparisons; demonstrations score 0 ± {score_std:.3f}\n\n"
-                   f"{evaluate.table([before, after])}\n"
+                   f"{table([before, after])}\n"
                    f"{comparison_samples(scores, validation, data)}")
     return reward_model
 

@@ -14,6 +14,10 @@
     log.py          log.jsonl, the console, metrics of a step
     scoring.py      a reward model's scores of many responses
     grids.py        PPO's grid of numbers, one per response token
+    preferences.py  how well rewards order held-out comparisons
+    frontier.py     the most reward at each KL, and the gap to it
+    standard_errors.py  means over prompts, and their errors
+    tables.py       rows of numbers as text
     plots.py        pictures
     files.py        files that are written completely or not at all
 """

@@ -17,7 +17,7 @@ def mean_se(x, clusters=None):
     Numbers of one cluster may depend on each other, numbers of different clusters do not. With e_c the sum
     of the deviations from the mean in cluster c, G clusters and n numbers,
 
-        se² = G/(G−1) Σ_c e_c² / n²               (arXiv:2411.00640 §2.2, with G/(G−1) for small G)
+        se² = G/(G−1) Σ_c e_c² / n²               (arXiv:2411.00640, with G/(G−1) for small G)
 
     which is s²/n where each number is a cluster of its own: without `clusters`, and also where all numbers
     are of one cluster, as draws from it. Returns (None, None) for nothing, and no error for one number.

@@ -25,9 +25,9 @@ These commands draw the paper's frontier (Figure 2, left):
         --reward_model=out/reward-imdb --frontier --plot=f.png
 
 evaluate.py estimates the most reward at each KL from samples of the SFT model, 256 for each prefix by
-default, and goes on as long as 16 of them count. At a KL of d nats that takes at least 16 e^d samples: 320
-at 3 nats, 6,500 at 6, 130,000 at 9 and 2.6 million at 12; and 16 e^(2d) of them if the rewards are normal.
-So the curve ends below 2.8 nats, left of all four runs of PPO. Their gaps stay empty, with a bound beside
+default, and goes on as long as 24 of them count. At a KL of d nats that takes at least 24 e^d samples: 480
+at 3 nats, 9,700 at 6, 190,000 at 9 and 3.9 million at 12; and 24 e^(2d) of them if the rewards are normal.
+So the curve ends below 2.4 nats, left of all four runs of PPO. Their gaps stay empty, with a bound beside
 them.
 
 All stages use the same max_len. A longer text loses its end, and with it the EOS. sample.py samples a little

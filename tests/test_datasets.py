@@ -303,7 +303,7 @@ def test_the_sentiment_experiment_in_miniature(imdb_files, monkeypatch, capsys):
     run(dpo, "imdb", *SMALL, "--beta=0.05", "--max_len=24", "--out=out/dpo-imdb-beta0.05")
     capsys.readouterr()
     evaluate.main(["out/sft-imdb", "out/dpo-imdb-beta0.05", "--data=imdb", "--reward_model=out/reward-imdb", "--frontier", "--n=2",
-                   "--samples=16"])
+                   "--samples=48"])
     out = capsys.readouterr().out
     assert "the most score that any policy can have" in out and "out/dpo-imdb-beta0.05" in out
 

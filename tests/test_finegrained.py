@@ -14,13 +14,14 @@ from conftest import SHARED, feedback, make_model
 import common.run
 import finegrained
 import ppo
+import reward
 import sft
 from common.checkpoints import load_model, save_checkpoint
 from common.optim import make_optimizer
 from data import animals, dataset, get_tokenizer
 from data.segments import decode_with_ends, segments, sentences
-from finegrained import (AXES, Marks, RewardModels, Segment, cut_response, finegrained_reward, judge,
-                         load_feedback, pack_marks, reward_losses, segment_label)
+from finegrained import (AXES, Marks, RewardModels, Segment, accuracy_rows, cut_response, finegrained_reward,
+                         judge, load_feedback, pack_marks, reward_losses, segment_label)
 from test_stages import TINY, log_of
 
 QA = SHARED / "qa_feedback/dev_feedback.json"
@@ -204,6 +205,19 @@ def test_the_losses_do_not_depend_on_what_is_packed_together():
     alone = gradient([[i] for i in range(n)])
     torch.testing.assert_close(gradient([list(range(n))]), alone, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gradient([list(range(n))[::-1]]), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_errors_of_the_accuracies_are_clustered_by_question():
+    """Segments of one response, and responses to one question, are not independent."""
+    tokenizer, axes = get_tokenizer("animals"), list(AXES)
+    model = make_model(vocab_size=tokenizer.n_vocab, n_scalars=3)
+    feedback = load_feedback(animals, "validation", axes, tokenizer, 64, most=40)
+    assert feedback["spans"].clusters == [animals.cluster(prompt) for prompt, _, _ in animals.spans("validation")[:40]]
+    by_question = accuracy_rows(model, axes, feedback, reward.Config())
+    for source in feedback.values():
+        source.clusters = ["one"] * 40  # every number then counts as independent
+    for row, plain in zip(by_question, accuracy_rows(model, axes, feedback, reward.Config())):
+        assert row["accuracy"] == plain["accuracy"] and row["accuracy_se"] != plain["accuracy_se"]
 
 
 def test_responses_without_a_mark_have_a_loss_of_nothing():

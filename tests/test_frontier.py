@@ -149,12 +149,16 @@ def toy(name, kl):
 @pytest.mark.parametrize("kl", [0.05, 0.3, 1, 1.5])
 @pytest.mark.parametrize("name", ["normal", *LEVELS])
 def test_the_exact_optimum_has_a_gap_of_0_with_an_honest_error(name, kl):
-    """Of 1,000 estimates from 256 samples each, the mean is 0 within 0.002, and at most 4% lie below −2 standard errors."""
+    """Of 1,000 estimates, the mean is 0 within 0.002, and at most 4% lie below −2 standard errors.
+
+    From 256 samples a prompt, and at 1.5 nats from 512: there too few of 256 count to be on the curve.
+    """
     beta, reward, draw = toy(name, kl)
     g = torch.Generator().manual_seed(0)
-    P, gaps, n_below = 100, [], 0
+    P, n, gaps, n_below = 100, 512 if kl == 1.5 else 256, [], 0
+    assert 1 / (1 / tilt(draw(P, n, g), beta)[3]).mean() > MIN_ESS
     for _ in range(1000):
-        rewards = draw(P, 256, g)
+        rewards = draw(P, n, g)
         dual = {b: optimum_at(rewards, b)[2] for b in (1.08 * beta, beta, beta / 1.08)}
         mean, se, _ = gap(dual, [reward] * P, [kl] * P)
         gaps.append(mean)
@@ -238,9 +242,9 @@ def test_frontier_command(start, small_world, capsys):
     folder = str(start / "start")
     far = make_model(1, vocab_size=get_tokenizer("animals").n_vocab, n_layer=1, n_embd=16)
     save_checkpoint(str(start / "far"), 1, far, make_optimizer(far, 1e-3), sft.Config(), "animals")
-    evaluate.main([folder, str(start / "far"), "--n=12", "--frontier", "--samples=32", f"--json={start}/rows.json"])
+    evaluate.main([folder, str(start / "far"), "--n=12", "--frontier", "--samples=48", f"--json={start}/rows.json"])
     out = capsys.readouterr().out
-    assert "from 32 samples per prompt" in out and "gap" in out and "best of 8" in out and "best of 16" not in out
+    assert "from 48 samples per prompt" in out and "gap" in out and "best of 8" in out and "best of 16" not in out
     rows = json.load(open(start / "rows.json"))
     assert len({tuple(row) for row in rows}) == 1 and {"gap", "gap_se", "beta", "ess", "gold", "kl_se"} <= set(rows[0])
     assert rows[0]["kl"] == 0 and rows[0]["gap"] > -2 * rows[0]["gap_se"] and rows[2]["beta"] > rows[3]["beta"]
@@ -249,7 +253,7 @@ def test_frontier_command(start, small_world, capsys):
 
 
 def test_frontier_by_the_reward_model_where_nobody_knows_gold(start, capsys):
-    evaluate.main([str(start / "start"), "--n=2", "--frontier", "--samples=32", f"--data={start}/mine.jsonl", f"--reward_model={start}/reward"])
+    evaluate.main([str(start / "start"), "--n=2", "--frontier", "--samples=48", f"--data={start}/mine.jsonl", f"--reward_model={start}/reward"])
     out = capsys.readouterr().out
     assert "the reward model's score is used instead" in out and "the most score that any policy" in out
 
@@ -257,7 +261,7 @@ def test_frontier_by_the_reward_model_where_nobody_knows_gold(start, capsys):
 def test_pictures(start, small_world, capsys):
     pytest.importorskip("matplotlib")
     folder, run = str(start / "start"), start / "ppo-run"
-    evaluate.main([folder, "--n=5", "--frontier", "--samples=32", f"--plot={start}/frontier.png"])
+    evaluate.main([folder, "--n=5", "--frontier", "--samples=48", f"--plot={start}/frontier.png"])
     run.mkdir()
     (run / "log.jsonl").write_text("".join(json.dumps({"step": k, "kl": k / 10, "score": k / 5, "gold": 1 - k / 9}) + "\n" for k in range(12)))
     evaluate.main([str(run), "--overoptimization", f"--plot={start}/over.png"])
@@ -273,8 +277,8 @@ def test_what_cannot_be_drawn_gets_one_line(start, small_world, monkeypatch):
         change(changed)
         torch.save(changed, start / name / "ckpt.pt")
     for argv, message in [
-            ([folder, "--frontier", "--n=1"], "--frontier needs at least two prompts .--n. and 32 --samples of each, a multiple of 4"),
-            ([folder, "--frontier", "--samples=34"], "--frontier needs at least two prompts .--n. and 32 --samples of each, a multiple of 4"),
+            ([folder, "--frontier", "--n=1"], "--frontier needs at least two prompts .--n. and 48 --samples of each, a multiple of 4"),
+            ([folder, "--frontier", "--samples=50"], "--frontier needs at least two prompts .--n. and 48 --samples of each, a multiple of 4"),
             ([folder, "--plot=x.png"], "--plot draws --frontier, --overoptimization or --curves: say which"),
             ([folder, "--overoptimization"], "takes one run of ppo.py and --plot=FILE"),
             ([folder, str(start / "nameless")], "nameless/ckpt.pt: not a checkpoint of this repository, or damaged"),

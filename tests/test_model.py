@@ -44,13 +44,13 @@ def test_importing_the_model_brings_no_tokenizer_no_data_and_no_machinery():
     dict(temperature=0), dict(temperature=1.0), dict(temperature=0.7, top_k=5), dict(eos=3, temperature=2.0)])
 def test_cached_generation_equals_the_textbooks_token_for_token(model, options):
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12], [4]]
-    noise = torch.rand(5, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = torch.rand(5, 20, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     cached = model.generate(prompts, 20, noise=noise, **options)
     assert cached == naive_generate(model, prompts, noise, **options)
     assert "eos" not in options or {len(r) for r in cached} != {20}
     # whoever else is sampled beside it
     assert cached[1:3] == model.generate(prompts[1:3], 20, noise=noise[1:3], **options)
-    torch.manual_seed(1)
+    torch.manual_seed(5)
     assert cached == model.generate(prompts, 20, **options)
 
 
