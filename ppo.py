@@ -69,7 +69,7 @@ class Config(RunConfig):
     missing_eos_penalty: NonNegativeFloat = 1.0  # subtracted at the last token of a response that did not end
     value_init: Literal["reward", "sft"] = "reward"  # the value model's start; without a reward model, SFT
     share_value: bool = False           # a new value head on the policy instead of a value model
-    kl_coef: NonNegativeFloat = 0.05    # β: the price of a nat of KL; with kl_target, its first value
+    kl_coef: NonNegativeFloat = 0.1     # β: a nat's price in units of reward; with kl_target, its first value
     kl_target: PositiveFloat | None = None  # KL(π‖π_ref) per response for β to reach; None: β is fixed
     kl_horizon: PositiveFloat = 10000.0  # episodes over which β is adapted (arXiv:1909.08593 §2.2)
     stop_kl: NonNegativeFloat | None = None  # KL(π_old‖π) per token at which an iteration's epochs end

@@ -26,15 +26,11 @@ FIRST = {  # what the others start from
 METHODS = {
     "dpo-beta0.3": "dpo.py --beta=0.3",
     "dpo": "dpo.py",
-    "dpo-beta3": "dpo.py --beta=3",
     "simpo": "simpo.py",
-    "simpo-sft0": "simpo.py --sft_weight=0",
-    "ppo-kl0.05": "ppo.py --kl_coef=0.05",
     "ppo": "ppo.py",
-    "ppo-kl0.2": "ppo.py --kl_coef=0.2",
-    "ppo-gold": "ppo.py --reward=gold --kl_coef=0.05",
+    "ppo-kl0.3": "ppo.py --kl_coef=0.3",
     "rloo": "ppo.py --advantage=rloo --k=8",
-    "rloo-gold": "ppo.py --advantage=rloo --k=8 --reward=gold --kl_coef=0.05",
+    "ppo-gold": "ppo.py --reward=gold --kl_coef=0.05",
 }
 COLUMNS = ["gold", "kl", "gap", "win_rate", "length", "grammar"]
 
