@@ -286,12 +286,12 @@ def report(run, policy, init, ref_policy=None, reward_model=None, temperature=1.
     if reward_model is not None:
         reward_model = load_reward_model(reward_model, run.tokenizer, cfg).to(policy.device)
     models = [(init, ref_policy.to(policy.device)), (run.out, policy)]
-    rows, setting, texts, _ = compare(
+    rows, setting, texts, columns = compare(
         models, run.data, run.tokenizer, cfg.eval_n, reward_model, run.template, temperature)
     if not setting.prompts:
         print("no held-out prompts: nothing to evaluate")
         return
-    print_table(rows, models, setting, texts)
+    print_table(rows, models, setting, texts, columns)
     if preferences is not None and preferences[0]:
         comparisons, rewards_before, rewards_after = preferences
         preference_rows = [preference_row(init, rewards_before, comparisons, run.data),
@@ -311,24 +311,28 @@ def save_rows(run, rows):
 
 # ---------------------------------------------------------------------------------------------------- as text
 
-def print_table(rows, models, setting, texts):
+def print_table(rows, models, setting, texts, columns):
     title = f"{len(setting.prompts)} held-out prompts, mean±standard error"
     n_clusters = len(set(setting.clusters))
     if 1 < n_clusters < len(setting.prompts):
         title += f" over {n_clusters} clusters of prompts"
     if setting.temperature != 1:
         title += f", temperature {setting.temperature:g}"
-    print(f"\n{title}\n\n{table(rows)}\n{samples(models, setting.prompts, texts)}")
+    print(f"\n{title}\n\n{table(rows)}\n{samples(models, setting.prompts, texts, columns)}")
 
 
-def samples(models, prompts, texts, k=3):
-    """The first k prompts with every model's answer."""
+def samples(models, prompts, texts, columns, k=3):
+    """The first k prompts with every model's answer, and its gold or score where there is one."""
     width = max(len(name) for name, _ in models)
     lines = []
     for i, prompt in enumerate(prompts[:k]):
         lines.append("\n" + printable(prompt))
-        for (name, _), model_texts in zip(models, texts):
-            lines.append(f"  {name.rjust(width)} | {printable(model_texts[i])}")
+        for (name, _), model_texts, model_columns in zip(models, texts, columns):
+            reward = ""
+            for key in ("score", "gold"):
+                if key in model_columns:
+                    reward = f"   {key} {model_columns[key][i]:5.2f}"
+            lines.append(f"  {name.rjust(width)}{reward} | {printable(model_texts[i])}")
     return "\n".join(lines)
 
 
@@ -487,7 +491,7 @@ def main(argv=None):
     rows, setting, texts, columns = compare(
         models, data, tokenizer, args.n, reward_model, template, temperature)
     more = [mean_row(rows[1:])] if args.mean else []
-    print_table(rows + more, models, setting, texts)
+    print_table(rows + more, models, setting, texts, columns)
     if args.frontier:
         more += show_frontier(args, models, rows, columns, setting)
     if args.json:
