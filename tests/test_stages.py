@@ -52,7 +52,8 @@ def test_from_nothing_to_a_table(tmp_path, monkeypatch, small_world, capsys):
         assert {p.name for p in folder.iterdir()} == {"ckpt.pt", "log.jsonl", "eval.json"}
         rows = json.load(open(folder / "eval.json"))
         assert [r["checkpoint"] for r in rows] == [before, f"out/{stage}-animals"]
-        assert set(rows[0]) == {"checkpoint", *evaluate.KEYS, *(k + "_se" for k in evaluate.KEYS)}
+        keys = [*evaluate.KEYS, *(["accuracy", "margin", "log_loss", "slope", "ceiling", "correlation"] if stage == "dpo" else [])]
+        assert set(rows[0]) == {"checkpoint", *keys, *(k + "_se" for k in keys)}
         assert rows[0]["kl"] == 0 and 0 < rows[0]["win_rate"] < 1 and rows[1]["kl"] > 0
     assert [r["step"] for r in log_of("out/dpo-animals")] == list(range(1, 11))
     assert log_of("out/dpo-animals")[0]["accuracy"] == 0.5  # at the reference every pair ties
