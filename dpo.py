@@ -34,7 +34,6 @@ from common.log import Metrics
 from common.optim import make_optimizer, optimizer_step
 from common.options import LabelNoise, NonNegativeFloat, PositiveFloat, RunConfig, parse
 from common.run import Run
-from common.scoring import pair_accuracy
 from data import encode_pairs
 from engine.packing import pack, per_sequence
 
@@ -165,8 +164,8 @@ def train(cfg):
     # Held-out comparisons, for the table at the end.
     held_out, held_out_groups = run.held_out_comparisons()
 
-    # The reference π_ref is the policy before its first step, so before a checkpoint of this run is loaded into
-    # it. reference(indices) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs, (b,) each.
+    # The reference π_ref is the policy before its first step, so before a checkpoint of this run is loaded.
+    # reference(indices) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs, (b,) each.
     ref_logp = None
     if cfg.precompute_ref:
         policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
@@ -208,8 +207,9 @@ def train(cfg):
 
             # The accuracy of the policy as a reward model, where a tie counts one half (in the first step all
             # tie), and the quantities to watch.
-            accuracy = pair_accuracy(chosen_reward, rejected_reward)
-            metrics.add(loss=losses, accuracy=accuracy, margin=chosen_reward - rejected_reward,
+            tie = (chosen_reward == rejected_reward).float()
+            right = (chosen_reward > rejected_reward).float() + 0.5 * tie
+            metrics.add(loss=losses, accuracy=right, margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 

@@ -46,7 +46,7 @@ from common.dist import is_main, log_to_console, print0
 from common.files import write_atomically
 from common.frontier import MIN_ESS, frontier, gap
 from common.log import printable
-from common.preferences import preference_row
+from common.preferences import comparison_samples, preference_row
 from common.scoring import score_groups
 from common.sharding import unshard_model
 from common.standard_errors import clusters_of, mean_se
@@ -293,13 +293,23 @@ def report(run, policy, init, ref_policy=None, reward_model=None, temperature=1.
         return
     print_table(rows, models, setting, texts, columns)
     if preferences is not None and preferences[0]:
-        comparisons, rewards_before, rewards_after = preferences
-        preference_rows = [preference_row(init, rewards_before, comparisons, run.data),
-                           preference_row(run.out, rewards_after, comparisons, run.data)]
-        print(f"\n{len(comparisons)} held-out comparisons: are the chosen responses rewarded more?\n\n"
-              f"{table(preference_rows)}")
+        preference_rows = report_preferences(run, init, *preferences)
         rows = [row | more for row, more in zip(rows, preference_rows)]
     save_rows(run, rows)
+
+
+def report_preferences(run, init, comparisons, rewards_before, rewards_after, n_samples=0):
+    """Prints how well rewards (S,), one per response, order held-out comparisons before and after a stage.
+
+    Returns the two rows of the table. n_samples: how many comparisons are shown with their rewards.
+    """
+    rows = [preference_row(init, rewards_before, comparisons, run.data),
+            preference_row(run.out, rewards_after, comparisons, run.data)]
+    print0(f"\n{len(comparisons)} held-out comparisons: are the better responses rewarded more?\n")
+    print0(table(rows))
+    if n_samples:
+        print0(comparison_samples(rewards_after, comparisons, run.data, n_samples))
+    return rows
 
 
 def save_rows(run, rows):

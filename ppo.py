@@ -49,13 +49,12 @@ import torch
 
 import evaluate
 from common import dist, grids, scoring, sharding
+from common.batches import DemonstrationBatches
 from common.log import Metrics, SampleFile
 from common.optim import make_optimizer, optimizer_step
 from common.options import (NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig,
                             UnitFloat, parse)
 from common.run import Run
-from data import encode_groups, encode_prompts
-from engine.decode import uniform_noise
 from engine.logprobs import CHUNK
 from engine.packing import group_length, pack
 
@@ -182,7 +181,8 @@ def rollout(policy, prompts, reward_fn, tokenizer, cfg):
     prompts = grids.repeat_each(prompts, cfg.k)
     sampler = sharding.sampling_copy(policy)  # in bfloat16 on CUDA; on a CPU the policy itself
     # One uniform number per token decides what is sampled (by inverting the CDF), the same in every process.
-    noise = uniform_noise(len(prompts), cfg.max_new_tokens)
+    # In float64, since the 24 random bits of a float32 could never draw most of the rarest tokens.
+    noise = torch.rand(len(prompts), cfg.max_new_tokens, dtype=torch.float64)
     my_prompts = dist.process_share(prompts)
     my_responses, my_logprobs = sampler.generate(
         my_prompts, cfg.max_new_tokens, cfg.temperature, eos=tokenizer.eot_token,
@@ -633,36 +633,6 @@ def stage_name(cfg, reward_fn):
     return stage
 
 
-def encode_rollout_prompts(run, tokenizer):
-    """The training prompts as lists of ids, cut on the left to leave room for max_new_tokens."""
-    cfg = run.cfg
-    room = cfg.max_len - cfg.max_new_tokens
-    prompts = [ids.tolist() for ids in encode_prompts(tokenizer, run.rollout_prompts())]
-    n_cut = sum(len(ids) > room for ids in prompts)
-    if n_cut:
-        run.print0(f"{n_cut} prompts lost their beginning, to leave room for {cfg.max_new_tokens} new tokens")
-    return [ids[-room:] for ids in prompts]
-
-
-class Demonstrations:
-    """The demonstrations of eq. 2's second term: for each optimizer step as many as it has episodes."""
-
-    def __init__(self, run, tokenizer):
-        cfg = run.cfg
-        examples = [(prompt, [response]) for prompt, response in run.data.demonstrations("train")]
-        self.groups = encode_groups(tokenizer, examples, cfg.max_len)
-        self.steps_per_iteration = cfg.epochs * cfg.minibatches
-        minibatch_size = cfg.batch_size // cfg.minibatches
-        n_steps = cfg.steps * self.steps_per_iteration
-        self.order = run.shuffled_batches(self.groups, minibatch_size, n_steps, cfg.seed + 1)
-
-    def of_iteration(self, step):
-        """Yields a list of groups for each optimizer step of an iteration."""
-        first = step * self.steps_per_iteration
-        for rows in self.order[first:first + self.steps_per_iteration]:
-            yield [self.groups[i] for i in rows]
-
-
 def train(cfg, reward_fn=None):
     """Runs the stage, after training the models it needs if they are missing. Returns the trained policy.
 
@@ -687,10 +657,10 @@ def train(cfg, reward_fn=None):
         optimizers["value"] = make_optimizer(models.value_model, cfg.value_lr, cfg.weight_decay)
     kl_controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
 
-    prompts = encode_rollout_prompts(run, tokenizer)
+    prompts = run.rollout_prompts(cfg.max_new_tokens)  # lists of ids
     prompt_batches = run.shuffled_batches(prompts, cfg.batch_size // cfg.k)
     if cfg.ptx_coef:
-        demonstrations = Demonstrations(run, tokenizer)
+        demonstrations = DemonstrationBatches(run, tokenizer)  # of eq. 2's second term
     run.print0(f"ppo: {len(prompts)} prompts of {cfg.data}, {init} -> {run.out} on {run.device}")
     run.show_data([(prompt, []) for prompt in prompts])
 

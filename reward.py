@@ -32,9 +32,7 @@ from common.dist import sync_gradients
 from common.log import Metrics
 from common.optim import make_optimizer, optimizer_step
 from common.options import AtLeast, NonNegativeFloat, NonNegativeInt, PositiveInt, RunConfig, parse
-from common.preferences import comparison_samples, preference_row
 from common.run import Run
-from common.tables import table
 from data import check_pairs, encode_groups
 from engine.packing import pack
 
@@ -213,13 +211,10 @@ def train(cfg):
 
     # How well scores order held-out comparisons, before and after.
     if validation:
+        run.print0(f"\ndemonstrations score 0 ± {score_std:.3f}")
         scores = run.score_groups(reward_model, validation_groups)
-        before = preference_row(init, scores_before, validation, data)
-        after = preference_row(run.out, scores, validation, data)
-        evaluate.save_rows(run, [before, after])
-        run.print0(f"\n{len(validation)} held-out comparisons; demonstrations score 0 ± {score_std:.3f}\n\n"
-                   f"{table([before, after])}\n"
-                   f"{comparison_samples(scores, validation, data)}")
+        rows = evaluate.report_preferences(run, init, validation, scores_before, scores, n_samples=3)
+        evaluate.save_rows(run, rows)
     return reward_model
 
 

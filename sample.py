@@ -158,7 +158,7 @@ def arguments(argv):
         help="a run's folder, a ckpt.pt, a Hugging Face folder, or gpt2 …")
     add("--prompt", metavar="TEXT", help="print each model's answer to TEXT, instead of asking for lines")
     add("--raw", action="store_true", help="prompts as they are, not as turns of a conversation")
-    add("--temperature", type=float, default=1.0, help="of the answers; 0 takes the likeliest tokens (default 1)")
+    add("--temperature", type=float, default=1.0, help="of the answers; 0: the likeliest (default 1)")
     add("--max_new_tokens", type=int, default=128, help="the longest answer (default 128)")
     add("--pairs", metavar="FILE", help="write preference pairs there, made of samples of the checkpoint")
     add("--reward_model", metavar="RUN", help="for --pairs: the reward model that ranks the responses")

@@ -36,7 +36,6 @@ from common.optim import make_optimizer, optimizer_step
 from common.options import (LabelNoise, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt,
                             RunConfig, parse)
 from common.run import Run
-from common.scoring import pair_accuracy
 from data import encode_pairs
 from engine.packing import pack, per_sequence
 
@@ -168,8 +167,9 @@ def train(cfg):
 
             # The accuracy of the policy as a reward model, where a tie counts one half, and the quantities to
             # watch.
-            accuracy = pair_accuracy(chosen_reward, rejected_reward)
-            metrics.add(loss=losses, sft_loss=sft_losses, accuracy=accuracy,
+            tie = (chosen_reward == rejected_reward).float()
+            right = (chosen_reward > rejected_reward).float() + 0.5 * tie
+            metrics.add(loss=losses, sft_loss=sft_losses, accuracy=right,
                         margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)

@@ -5,6 +5,7 @@ import torch.distributed as dist
 
 from common.dist import all_reduce, n_processes, process, process_share
 from common.sharding import is_sharded
+from data import encode_groups
 from engine.packing import group_length
 
 
@@ -77,3 +78,22 @@ def halve_until(pieces, n):
         half = len(piece) // 2
         pieces[largest:largest + 1] = [piece[:half], piece[half:]]
     return pieces
+
+
+class DemonstrationBatches:
+    """The demonstrations of InstructGPT's eq. 2: for each optimizer step of PPO as many as it has episodes."""
+
+    def __init__(self, run, tokenizer):
+        cfg = run.cfg
+        examples = [(prompt, [response]) for prompt, response in run.data.demonstrations("train")]
+        self.groups = encode_groups(tokenizer, examples, cfg.max_len)
+        self.steps_per_iteration = cfg.epochs * cfg.minibatches
+        minibatch_size = cfg.batch_size // cfg.minibatches
+        n_steps = cfg.steps * self.steps_per_iteration
+        self.order = run.shuffled_batches(self.groups, minibatch_size, n_steps, cfg.seed + 1)
+
+    def of_iteration(self, step):
+        """Yields a list of groups for each optimizer step of an iteration."""
+        first = step * self.steps_per_iteration
+        for indices in self.order[first:first + self.steps_per_iteration]:
+            yield [self.groups[i] for i in indices]

@@ -19,7 +19,7 @@ from common.options import check_config
 from common.scoring import logp_groups, score_groups
 from common.sharding import compile_blocks, is_sharded, shard_model
 from common.stop import StopSignal, resume_command
-from data import check_contract, dataset, encode_groups
+from data import check_contract, dataset, encode_groups, encode_prompts
 from data.turns import apply_template, template_of
 from engine.packing import group_length
 
@@ -113,9 +113,15 @@ class Run:
         if template_of_checkpoint(init) == "turns":
             self.template = "turns"
 
-    def rollout_prompts(self):
-        """The training prompts as text, in this run's template."""
-        return apply_template(self.template, self.data.prompts("train"))
+    def rollout_prompts(self, max_new_tokens):
+        """The training prompts in this run's template, as lists of ids, cut on the left to leave room."""
+        room = self.cfg.max_len - max_new_tokens
+        texts = apply_template(self.template, self.data.prompts("train"))
+        prompts = [ids.tolist() for ids in encode_prompts(self.tokenizer, texts)]
+        n_cut = sum(len(ids) > room for ids in prompts)
+        if n_cut:
+            print0(f"{n_cut} prompts lost their beginning, to leave room for {max_new_tokens} new tokens")
+        return [ids[-room:] for ids in prompts]
 
     def load_reward_model(self, path, normalize=False):
         """Loads a frozen reward model of this run's tokenizer; normalize: its scores get variance 1."""

@@ -7,6 +7,7 @@ A run that is finished is skipped, so this may be stopped and started again, and
 needs matplotlib). Everything lies in out/frontier/SEED. ± is the standard error over seeds.
 """
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from common.plots import plot_frontier  # noqa: E402
 from common.standard_errors import mean_se  # noqa: E402
+from data.animals import LABEL_SCALE  # noqa: E402
 
 FOLDER = "out/frontier"
 FIRST = {  # what the others start from
@@ -33,6 +35,10 @@ METHODS = {
     "ppo-gold": "ppo.py --reward=gold --kl_coef=0.05",
 }
 COLUMNS = ["gold", "kl", "gap", "win_rate", "length", "grammar"]
+# The β of each method in units of gold. The labels are σ(LABEL_SCALE · difference of gold), so the rewards that
+# DPO fits and the reward model's scores are about LABEL_SCALE · gold.
+BETA = {"dpo-beta0.3": 0.3 / LABEL_SCALE, "dpo": 1 / LABEL_SCALE, "ppo": 0.1 / LABEL_SCALE, "rloo": 0.1 / LABEL_SCALE,
+        "ppo-kl0.3": 0.3 / LABEL_SCALE, "ppo-gold": 0.05}
 
 
 def run(seed, name, command):
@@ -74,14 +80,24 @@ def mean_over_seeds(name, rows):
     return row
 
 
-def markdown(rows):
+def aim(name, optimum):
+    """Gold and KL of the optimum of a method's own β, as text; empty where the curve does not reach it."""
+    beta = BETA.get(name)
+    if beta is None or beta < min(row["beta"] for row in optimum):
+        return ""
+    nearest = min(optimum, key=lambda row: abs(math.log(row["beta"] / beta)))
+    return f"{nearest['gold']:.2f} at {nearest['kl']:.2f}"
+
+
+def markdown(rows, optimum):
     """The table, with the command of each row."""
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (len(COLUMNS) + 1)]
+    lines = ["| | " + " | ".join(COLUMNS) + " | its β aims at |", "|" + "---|" * (len(COLUMNS) + 2)]
     for row in rows:
         command = (FIRST | METHODS)[row["checkpoint"]]
         cells = []
         for key in COLUMNS:
             cells.append("" if row[key] is None else f"{row[key]:.3f}±{row[key + '_se'] or 0:.3f}")
+        cells.append(aim(row["checkpoint"], optimum))
         lines.append(f"| `python {command}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -102,11 +118,11 @@ def main():
         same = [table[i] for table in tables]
         kind = same[0]["checkpoint"]
         if all(row["checkpoint"].startswith("optimum") for row in same):
-            optimum.append(mean_over_seeds(kind, same))
+            optimum.append(mean_over_seeds(kind, same) | {"beta": same[0]["beta"]})
     for kind in dict.fromkeys(row["checkpoint"] for row in tables[0] if row["checkpoint"].startswith("best")):
         same = [row for table in tables for row in table if row["checkpoint"] == kind]
         best.append(mean_over_seeds(kind, same))
-    print(markdown(rows))
+    print(markdown(rows, optimum))
     plot_frontier(f"{FOLDER}/frontier.png", "gold", rows, optimum, best)
 
 
