@@ -18,8 +18,8 @@ maximized in the policy itself, without a reward model and without sampling:
     python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons, with the settings of hh
 
 Left out: the SFT term that some add to the loss, and the iterated and online variants. The recipes differ
-from the paper's in the optimizer (AdamW for RMSprop), the learning rate (a cosine to 0 for a constant) and
-the largest norm of a gradient (1 for 10).
+from the authors' code: AdamW instead of RMSprop, a cosine decay of the learning rate instead of a constant,
+gradients clipped at norm 1 instead of 10.
 """
 import copy
 from dataclasses import dataclass
@@ -139,14 +139,14 @@ def precompute_reference(ref_policy, pairs, batches, run):
 def check_settings(cfg):
     """Exits with one line if the settings cannot work together."""
     if cfg.label_smoothing and cfg.loss_type in ("ipo", "hinge"):
-        raise SystemExit(f"--label_smoothing={cfg.label_smoothing:g}: --loss_type={cfg.loss_type} has no ε; "
-                         "sigmoid and robust have")
+        raise SystemExit(f"--label_smoothing={cfg.label_smoothing:g}: --loss_type={cfg.loss_type} does not use "
+                         "ε; only sigmoid and robust use it")
     if cfg.ipo_average and cfg.loss_type != "ipo":
         raise SystemExit(f"--ipo_average: only --loss_type=ipo takes means, not {cfg.loss_type}")
 
 
 def train(cfg):
-    """Runs the stage, after training the SFT model if that is missing. Returns the trained policy."""
+    """Trains with DPO, after training the SFT model if that is missing. Returns the trained policy."""
     check_settings(cfg)
     run = Run("dpo", cfg)  # the device, the folder, the log and the checkpoints
     init = cfg.init or run.train_if_missing("sft")
@@ -159,17 +159,18 @@ def train(cfg):
     pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
     batches = run.shuffled_batches(pairs)  # for each step a list of indices into pairs
     run.print0(f"dpo: {len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
-    run.show_data(pairs, ["chosen", "rejected"])  # the first one; and warns of what looks wrong
+    run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns of suspicious data
 
     # Held-out comparisons, for the table at the end.
     held_out, held_out_groups = run.held_out_comparisons()
 
-    # The reference π_ref is the policy before its first step, so before a checkpoint of this run is loaded.
+    # The reference π_ref is the initial policy. `policy` still has those weights here: with --resume,
+    # run.checkpoint holds the last checkpoint, and run.start_or_resume below loads its weights.
     # reference(indices) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs, (b,) each.
     ref_logp = None
     if cfg.precompute_ref:
         policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
-        ref_logp = run.checkpoint.get("ref_logp")  # with --resume, the last checkpoint; otherwise empty
+        ref_logp = run.checkpoint.get("ref_logp")
         if ref_logp is None or cfg.steps > run.checkpoint["config"]["steps"]:  # more steps visit more pairs
             ref_logp = precompute_reference(policy, pairs, batches, run)
         ref_logp = ref_logp.to(run.device)
@@ -184,7 +185,7 @@ def train(cfg):
         def reference(indices):
             return pair_logp(ref_policy, [pairs[i] for i in indices], cfg.ipo_average)
 
-    held_out_ref_logp = run.logp_groups(policy, held_out_groups)  # (S,): still of π_ref
+    held_out_ref_logp = run.logp_groups(policy, held_out_groups)  # (S,), one per response: still of π_ref
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     run.start_or_resume(policy, optimizer, CONSOLE)  # with --resume, continues from the last checkpoint
 
@@ -225,7 +226,7 @@ def train(cfg):
 
     # The policy before and after. On held-out prompts: KL, length, and reward and win rate where a reward is
     # known. On held-out comparisons: how its implicit rewards β log π/π_ref order the responses.
-    del optimizer  # its memory is free for that
+    del optimizer  # frees memory for the evaluation
     rewards = cfg.beta * (run.logp_groups(policy, held_out_groups) - held_out_ref_logp)
     evaluate.report(run, policy, init, reward_model=cfg.reward_model,
                     preferences=(held_out, torch.zeros_like(rewards), rewards))

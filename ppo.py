@@ -80,7 +80,7 @@ class Config(RunConfig):
     lam: UnitFloat = 0.95               # λ of GAE
     clip: PositiveFloat = 0.2           # ε: how far the ratio may move
     value_clip: PositiveFloat = 0.2     # how far a value may move
-    vf_coef: NonNegativeFloat = 0.1     # weight of the value loss; needed with --share_value
+    vf_coef: NonNegativeFloat = 0.1     # weight of the value loss; matters mainly with --share_value
     ptx_coef: NonNegativeFloat = 0.0    # eq. 2's γ: weight of the language-model loss on demonstrations
     whiten_rewards: bool = False        # scale rewards to unit variance, keeping their mean
     whiten_advantages: bool = True      # shift and scale GAE's advantages to mean 0 and unit variance
@@ -215,7 +215,8 @@ def reward_model_reward(reward_model, cfg):
 def text_reward(function, tokenizer):
     """A reward_fn from function(prompt, response) -> a number, of two texts: on the response's last token.
 
-    A verifier is all of that, and so is the true reward: text_reward(data.gold, tokenizer).
+    A verifier needs no more than this, nor does the true reward: text_reward(data.gold, tokenizer). The
+    tokenizer is the policy's: data.get_tokenizer("gpt2") for GPT-2.
     """
     def reward_fn(prompts, responses):
         rewards = []
@@ -283,7 +284,7 @@ def values_at(models, states, batch):
 # -------------------------------------------------------------------------------- 3. reward with KL penalty
 
 def dense_reward(rewards, logprobs, ref_logprobs, ended, mask, kl_coef, clip=None, missing_eos_penalty=0.0):
-    """The reward that PPO sees: r_t − β log π/π_ref (y_t|s_t). All (B, R).
+    """The r_t that PPO sees: rewards − β log π/π_ref (y_t|s_t). All (B, R).
 
     Summed over a response, this is arXiv:1909.08593 eq. 2. rewards are clipped to ±clip. A response that has
     not `ended` (B,) pays missing_eos_penalty at its last token.
@@ -362,7 +363,7 @@ def grpo_advantages(scores):
     """GRPO, Shao et al. 2024, arXiv:2402.03300 §4.1.2: A_i = (R_i − mean(R)) / std(R). (P, K) -> (P, K).
 
     Dr. GRPO (arXiv:2503.20783) found a bias in the std: it gives more weight to prompts whose K rewards are
-    nearly equal, because they are easy or hard. Without the std, this is RLOO times (K − 1)/K.
+    nearly equal, because they are very easy or very hard. Without the std, this is RLOO times (K − 1)/K.
     """
     mean = scores.mean(1, keepdim=True)
     std = scores.std(1, keepdim=True)
@@ -527,7 +528,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
 class AdaptiveKL:
     """Ziegler's controller, arXiv:1909.08593 §2.2, which moves β until the KL per response is the target.
 
-    e = clip(KL/target − 1, ±0.2);  β ← β (1 + K e), with K = n/horizon for n episodes (0.1 in the paper).
+    e = clip(KL/target − 1, ±0.2);  β ← β (1 + e n/horizon) for n episodes (n/horizon is 0.1 in the paper).
     With target None, β is fixed.
     """
 
@@ -606,6 +607,9 @@ def check_settings(cfg, data, has_reward_fn):
     if cfg.advantage != "gae" and cfg.k == 1:
         raise SystemExit(f"--advantage={cfg.advantage} compares a response with others to the same prompt: "
                          "it needs --k=2 or more")
+    if cfg.advantage != "gae" and cfg.whiten_rewards:
+        raise SystemExit(f"--whiten_rewards: with --advantage={cfg.advantage} it would reward length, because "
+                         "it keeps the mean of every token's reward")
     if cfg.batch_size % (cfg.minibatches * cfg.k):
         raise SystemExit(f"--batch_size={cfg.batch_size} is not a multiple of "
                          f"--minibatches={cfg.minibatches} times --k={cfg.k}")
@@ -626,7 +630,7 @@ def check_settings(cfg, data, has_reward_fn):
 
 
 def stage_name(cfg, reward_fn):
-    """The first part of the folder's name, out/STAGE-RECIPE: runs with unlike settings do not share one."""
+    """The first part of the folder's name, out/STAGE-RECIPE: the estimator, and gold if that is the reward."""
     stage = "ppo" if cfg.advantage == "gae" else cfg.advantage
     if cfg.reward == "gold" and reward_fn is None:
         stage += "-gold"
@@ -690,7 +694,7 @@ def train(cfg, reward_fn=None):
             first_epoch += run.micro_batches(minibatch, episodes.groups)
         evaluate_tokens(episodes, models, first_epoch, cfg)
 
-        # 3. The reward that PPO sees: r_t − β log π/π_ref (y_t|s_t), with r(x, y) on the last token.
+        # 3. The r_t that PPO sees: −β log π/π_ref (y_t|s_t), and on the last token r(x, y).
         kl_coef = kl_controller.coef  # β
         episodes.dense_rewards = dense_reward(
             episodes.rewards, episodes.logprobs, episodes.ref_logprobs, episodes.ended, episodes.mask,
@@ -707,7 +711,7 @@ def train(cfg, reward_fn=None):
             if cfg.whiten_advantages:
                 episodes.advantages = whiten(episodes.advantages, episodes.mask)
         else:
-            # Not whitened: that would take one mean over all tokens off every group, which has a baseline.
+            # Not whitened: each group has its own baseline, and whitening would subtract one of all groups.
             estimator = rloo_advantages if cfg.advantage == "rloo" else grpo_advantages
             episodes.advantages = group_advantages(rewards, episodes.mask, estimator, cfg.k)
         score_s = time.time() - begin

@@ -71,7 +71,7 @@ RECIPES = {
 # ------------------------------------------------------------------------------------------------- the loss
 
 def ranked_pairs(scores, rank):
-    """r_w and r_l of every pair of one prompt's K responses that is not a tie: (P,) each."""
+    """r_w and r_l of every untied pair among one prompt's K responses: (P,) each."""
     better = rank[:, None] < rank[None, :]  # (K, K): does i rank above j?
     winner, loser = better.nonzero(as_tuple=True)
     return scores[winner], scores[loser]
@@ -99,7 +99,7 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
             continue  # all of its responses tie
         pair_losses = -F.logsigmoid(r_w - r_l - margin)
         centering = center_coef * (2 * prompt_scores.mean()) ** 2
-        losses.append(pair_losses.mean() + centering)  # the mean is 1/(K choose 2) of eq. 1
+        losses.append(pair_losses.mean() + centering)  # without ties, the mean is eq. 1's 1/(K choose 2)
         right = (r_w > r_l).float() + 0.5 * (r_w == r_l).float()
         accuracies.append(right.mean())
     if not losses:  # no pair at all: a zero that backward() can start from (finegrained.py needs it)
@@ -107,7 +107,7 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
 
-def score_margin(scores, group, rank):
+def score_gap(scores, group, rank):
     """The mean of r_w − r_l over each prompt's pairs (0 if all tie), one per prompt, without gradient."""
     margins = []
     for prompt_scores, prompt_rank in split_by_prompt(scores.detach(), group, rank):
@@ -155,7 +155,7 @@ def train(cfg):
     last_tokens = [[len(response) - 1] for response in groups[0][1]]  # where scores are read
     run.show_data(groups, [f"rank {rank}" for rank in comparisons[0].ranks], last_tokens)
 
-    scores_before = run.score_groups(reward_model, validation_groups)  # of the new head: chance
+    scores_before = run.score_groups(reward_model, validation_groups)  # with the untrained head: chance
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
     checkpoint = run.start_or_resume(reward_model, optimizer)  # the last checkpoint, or {}
 
@@ -171,15 +171,16 @@ def train(cfg):
             scores = reward_model.score(batch)  # (S,), read at each response's last token
             group, rank = group_and_rank([comparisons[i] for i in indices], run.device)  # (S,), same order
 
-            # eq. 1: −log σ(r(x, y_w) − r(x, y_l)), a mean over each prompt's pairs, then over prompts
+            # eq. 1: −log σ(r(x, y_w) − r(x, y_l)), a mean over each prompt's pairs, then over prompts; and a
+            # small term that holds the prompt's mean score near 0
             loss, accuracy = ranking_loss(scores, group, rank, cfg.margin, cfg.center_coef)
 
-            # A mean over the prompts of this micro-batch becomes its share of the mean over the batch. (Every
-            # prompt counts: those whose responses all tie have been left out above.)
+            # Turn the micro-batch's mean over prompts into its share of the batch's mean. (Every prompt
+            # counts: those whose responses all tie were left out above.) Metrics adds up, and mean() divides.
             n_prompts = len(indices)
             (loss * n_prompts / cfg.batch_size).backward()
             metrics.add(loss=loss * n_prompts, accuracy=accuracy * n_prompts,
-                        margin=score_margin(scores, group, rank))  # of each prompt, (n_prompts,)
+                        margin=score_gap(scores, group, rank))  # of each prompt, (n_prompts,)
 
         # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step, clear.
         sync_gradients(reward_model)
@@ -199,8 +200,8 @@ def train(cfg):
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, reward_model, optimizer)
 
-    # Center the scores: demonstrations get 0 on average. A run that is resumed after that, and has no more
-    # steps to take, finds the standard deviation of their scores in its checkpoint.
+    # Center the scores: demonstrations get 0 on average. A run that is resumed when all of that is done finds
+    # the standard deviation of their scores in its checkpoint.
     score_std = checkpoint.get("score_std")
     if score_std is None or run.start < cfg.steps:
         demonstrations = data.demonstrations("train")[:max(2, cfg.eval_n)]
@@ -210,8 +211,8 @@ def train(cfg):
         run.save(cfg.steps, reward_model, optimizer, score_std=score_std)
 
     # How well scores order held-out comparisons, before and after.
+    run.print0(f"\ndemonstrations score 0 ± {score_std:.3f}")
     if validation:
-        run.print0(f"\ndemonstrations score 0 ± {score_std:.3f}")
         scores = run.score_groups(reward_model, validation_groups)
         rows = evaluate.report_preferences(run, init, validation, scores_before, scores, n_samples=3)
         evaluate.save_rows(run, rows)

@@ -109,7 +109,7 @@ def train(cfg):
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
     batches = run.shuffled_batches(groups)  # for each step a list of indices into groups
-    run.show_data(groups)  # the first one; and warns of what looks wrong
+    run.show_data(groups)  # prints the first example, and warns of suspicious data
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     run.start_or_resume(policy, optimizer)  # with --resume, continues from the last checkpoint
 

@@ -1,8 +1,8 @@
 """Simple Preference Optimization (Meng, Xia and Chen 2024, arXiv:2405.14734): DPO without its reference.
 
-DPO's reward of a response is β log π/π_ref, a sum over its tokens. But that is not what a policy samples
-by: it samples by its own log-probs. So SimPO's reward is β times the mean log-prob of the response's tokens
-(eq. 4), and the chosen response has to win by a margin γ:
+DPO's reward of a response is β log π/π_ref, a sum over its tokens. But a policy does not generate by that: it
+generates by its own log-probs alone, so SimPO leaves π_ref out. A sum of log-probs would then favour short
+responses, so the reward is β times their mean (eq. 4). The chosen response has to win by a margin γ:
 
     r(x, y) = β/|y| log π_θ(y|x)
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
@@ -56,7 +56,7 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
 RECIPES = {
     "hh": dict(data="hh", sft_weight=0.0, steps=2500, max_len=512, lr=1e-6, warmup=150, sample_every=250,
                ckpt_every=500, eval_n=64),
-    # The paper uses neither of these. The settings of hh, one epoch
+    # Not in the paper either: the settings of hh, for one epoch
     "tldr": dict(data="tldr", sft_weight=0.0, steps=1450, max_len=640, lr=1e-6, warmup=150, sample_every=250,
                  ckpt_every=500, eval_n=64),
     "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", sft_weight=0.0, steps=2100, max_len=136,
@@ -94,7 +94,7 @@ def pair_logp(policy, pairs):
 
 
 def response_rewards(policy, groups, run, beta):
-    """β/|y| log π(y|x) of every response of groups (prompt_ids, [response_ids, …]): (S,)."""
+    """β/|y| log π(y|x) of each of the S responses of groups (prompt_ids, [response_ids, …]): (S,)."""
     lengths = []
     for _, responses in groups:
         lengths += map(len, responses)
@@ -134,11 +134,11 @@ def train(cfg):
     pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
     batches = run.shuffled_batches(pairs)  # for each step a list of indices into pairs
     run.print0(f"simpo: {len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
-    run.show_data(pairs, ["chosen", "rejected"])  # the first one; and warns of what looks wrong
+    run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns of suspicious data
     # Held-out prompts to watch the length on; a prompt longer than half of the context loses its beginning.
     sample_prompts = evaluate.encode_cut(run.data.prompts("validation")[:cfg.sample_n], policy, tokenizer)
 
-    # Held-out comparisons, and the rewards of their responses, for the table at the end.
+    # Held-out comparisons, and the rewards of their responses before training, for the table at the end.
     held_out, held_out_groups = run.held_out_comparisons()
     rewards_before = response_rewards(policy, held_out_groups, run, cfg.beta)
 
@@ -193,7 +193,7 @@ def train(cfg):
 
     # The policy before and after: its answers to held-out prompts, and how its rewards β/|y| log π order the
     # responses of held-out comparisons.
-    del optimizer  # its memory is free for that
+    del optimizer  # frees memory for the evaluation
     rewards = response_rewards(policy, held_out_groups, run, cfg.beta)
     evaluate.report(run, policy, init, reward_model=cfg.reward_model,
                     preferences=(held_out, rewards_before, rewards))

@@ -41,7 +41,7 @@ def test_dpo_by_hand(options, expected):
 
 @pytest.mark.parametrize("loss_type", ["ipo", "hinge"])
 def test_a_loss_without_label_smoothing_refuses_it(loss_type):
-    with pytest.raises(SystemExit, match=f"^--label_smoothing=0.1: --loss_type={loss_type} has no ε; sigmoid and robust have$"):
+    with pytest.raises(SystemExit, match=f"^--label_smoothing=0.1: --loss_type={loss_type} does not use ε; only sigmoid and robust use it$"):
         dpo.train(dpo.Config(loss_type=loss_type, label_smoothing=0.1))
 
 
