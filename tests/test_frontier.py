@@ -149,7 +149,7 @@ def toy(name, kl):
 @pytest.mark.parametrize("kl", [0.05, 0.3, 1, 1.5])
 @pytest.mark.parametrize("name", ["normal", *LEVELS])
 def test_the_exact_optimum_has_a_gap_of_0_with_an_honest_error(name, kl):
-    """Of 1,000 estimates, the mean is 0 within 0.002, and at most 4% lie below −2 standard errors.
+    """Of 300 estimates, the mean is 0 within 0.002, and at most 4% lie below −2 standard errors.
 
     From 256 samples a prompt, and at 1.5 nats from 512: there too few of 256 count to be on the curve.
     """
@@ -157,13 +157,13 @@ def test_the_exact_optimum_has_a_gap_of_0_with_an_honest_error(name, kl):
     g = torch.Generator().manual_seed(0)
     P, n, gaps, n_below = 100, 512 if kl == 1.5 else 256, [], 0
     assert 1 / (1 / tilt(draw(P, n, g), beta)[3]).mean() > MIN_ESS
-    for _ in range(1000):
+    for _ in range(300):
         rewards = draw(P, n, g)
         dual = {b: optimum_at(rewards, b)[2] for b in (1.08 * beta, beta, beta / 1.08)}
         mean, se, _ = gap(dual, [reward] * P, [kl] * P)
         gaps.append(mean)
         n_below += mean < -2 * se
-    assert abs(sum(gaps)) / 1000 < 0.002 and n_below <= 40, (sum(gaps) / 1000, n_below)
+    assert abs(sum(gaps)) / 300 < 0.002 and n_below <= 12, (sum(gaps) / 300, n_below)
 
 
 # ------------------------------------------------------------------------------------------------ best-of-n with ties

@@ -185,7 +185,7 @@ def test_from_a_file_to_a_verdict(kind, tmp_path, monkeypatch, capsys):
         if script in ("evaluate.py", "sample.py"):
             module.main(argv)
         else:
-            argv += ["--max_len=32", "--steps=60", "--batch_size=16", "--lr=1e-2", "--warmup=5", "--eval_n=10"]
+            argv += ["--max_len=32", "--steps=20", "--batch_size=16", "--lr=1e-2", "--warmup=2", "--eval_n=10"]
             module.train(parse(module.Config, module.RECIPES, argv))
     out = capsys.readouterr().out
     assert out.count("the first example") == 3 and "warning" not in out
