@@ -74,6 +74,8 @@ def evaluate(seed):
 def mean_over_seeds(name, rows):
     """The mean of a row of each seed, with standard errors over them; no gap where a seed has none."""
     row = {"checkpoint": name}
+    if len(rows) == 1:
+        return rows[0] | row  # with the errors of that one table
     for key in ["gold", "kl", "gap", "win_rate", "length", "grammar", "score"]:
         values = [r.get(key) for r in rows]
         row[key], row[key + "_se"] = (None, None) if None in values else mean_se(values)
