@@ -104,6 +104,7 @@ def poison(request, tmp_path):
 def test_a_run_with_a_pickle_in_it(poison, start, small_world):
     bad = start / "bad"
     bad.mkdir()
+    (bad / "ckpt.pt").write_bytes(poison)
     good = str(start / "start")
     cfg = finegrained.Config(init=good, reward_models=str(bad), device="cpu")
     run = Run("ppo", ppo.Config(reward_model=str(bad), out=str(start / "a"), device="cpu"))
