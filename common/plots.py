@@ -151,10 +151,20 @@ def plot_curves(path, runs):
     print(f"{path}: {len(panels)} panels of {', '.join(runs)}")
 
 
+def shrinking_means(points, half):
+    """Means of each point and its neighbors, `half` on either side and fewer towards both ends: (n, k)."""
+    n = len(points)
+    means = []
+    for i in range(n):
+        width = min(half, i, n - 1 - i)
+        means.append(points[i - width:i + width + 1].mean(0))
+    return torch.stack(means)
+
+
 def plot_overoptimization(path, run):
     """Draws reward-model score and true reward against √KL along a PPO run.
 
-    A point is an iteration, and the lines are means over 10 of them.
+    A point is an iteration, and the lines are running means, over fewer iterations towards both ends.
     """
     points = []
     for _, record in read_log(run):
@@ -166,7 +176,7 @@ def plot_overoptimization(path, run):
                          "on data whose true reward is known")
     points = torch.tensor(points)
     points[:, 0].sqrt_()  # d = √KL(π‖π_init), arXiv:2210.10760 §1
-    means = points.unfold(0, min(10, len(points)), 1).mean(-1)
+    means = shrinking_means(points, 5)
     plt = import_pyplot()
     figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     for i, label in ((1, "reward model's score"), (2, "true reward")):

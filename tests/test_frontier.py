@@ -293,6 +293,11 @@ def test_what_cannot_be_drawn_gets_one_line(start, small_world, monkeypatch):
         evaluate.main([folder, "--frontier", f"--plot={start}/x.png"])
 
 
+def test_running_means_shrink_towards_both_ends():
+    points = torch.arange(7.0)[:, None] ** 2
+    assert shrinking_means(points, 2)[:, 0].tolist() == pytest.approx([0, 5 / 3, (0 + 1 + 4 + 9 + 16) / 5, 11, (4 + 9 + 16 + 25 + 36) / 5, 77 / 3, 36])
+
+
 def test_overoptimization_needs_a_run_of_ppo(start):
     pytest.importorskip("matplotlib")
     message = "start/log.jsonl: cannot be read .No such file or directory.; expected a run's folder"
