@@ -85,8 +85,9 @@ class Run:
         if is_finished(out):
             checkpoint = load_checkpoint(out)
             check_prerequisite(checkpoint, out, stage, cfg)
-            trained_from = checkpoint["config"]["init"]
-            print0(f"the {KINDS[stage]} model is that of {out}, trained from {trained_from}")
+            source = checkpoint["config"]["init"]
+            trained_from = f", trained from {source}" if source else ""
+            print0(f"the {KINDS[stage]} model is that of {out}{trained_from}")
         else:
             page = importlib.import_module(stage)
             print0(f"no {KINDS[stage]} model in {out}: training it first")
