@@ -203,8 +203,8 @@ def load_to_resume(out, cfg):
     if cfg.steps < checkpoint["step"]:
         raise SystemExit(f"--steps={cfg.steps}: {out} has done {checkpoint['step']} steps already")
     if cfg.steps != settings_before["steps"]:
-        print0(f"--steps={cfg.steps}, not {settings_before['steps']} as before: from here on, the learning rate follows "
-               "the schedule of the new number")
+        print0(f"--steps={cfg.steps}, not {settings_before['steps']} as before: from here on, the learning rate "
+               "follows the schedule of the new number")
     return checkpoint
 
 

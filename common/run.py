@@ -103,7 +103,8 @@ class Run:
     def load_model(self, init, is_policy=True):
         """Loads the model that this run trains -> a GPT on the CPU, its tokenizer.
 
-        A policy cannot start from a reward model, which is refused in one line. The run's checkpoints keep the tokenizer's name and a digest of the model's weights.
+        A policy cannot start from a reward model, which is refused in one line. The run's checkpoints keep
+        the tokenizer's name and a digest of the model's weights.
         """
         model, self.tokenizer = load_model(init, self.cfg, is_policy)
         self.digests["init"] = weights_digest(model)
@@ -206,8 +207,11 @@ class Run:
 
         groups, labels and loss_tokens: see common/examine.py.
         """
-        has_responses = len(groups[0][1]) > 0
-        print0("the first example (a | ends each token that carries loss):" if has_responses else "the first prompt:")
+        _, responses = groups[0]
+        if responses:
+            print0("the first example (a | ends each token that carries loss):")
+        else:
+            print0("the first prompt:")
         print0(first_example(self.tokenizer, groups[0], labels, loss_tokens))
         for line in warnings(self.tokenizer, groups):
             print0(f"warning: {line}")
