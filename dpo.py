@@ -139,8 +139,8 @@ def precompute_reference(ref_policy, pairs, batches, run):
 def check_settings(cfg):
     """Exits with one line if the settings cannot work together."""
     if cfg.label_smoothing and cfg.loss_type in ("ipo", "hinge"):
-        raise SystemExit(f"--label_smoothing={cfg.label_smoothing:g}: --loss_type={cfg.loss_type} does not use "
-                         "ε; only sigmoid and robust use it")
+        raise SystemExit(f"--label_smoothing={cfg.label_smoothing:g}: --loss_type={cfg.loss_type} does not "
+                         "use ε; only sigmoid and robust use it")
     if cfg.ipo_average and cfg.loss_type != "ipo":
         raise SystemExit(f"--ipo_average: only --loss_type=ipo takes means, not {cfg.loss_type}")
 

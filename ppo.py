@@ -608,8 +608,8 @@ def check_settings(cfg, data, has_reward_fn):
         raise SystemExit(f"--advantage={cfg.advantage} compares a response with others to the same prompt: "
                          "it needs --k=2 or more")
     if cfg.advantage != "gae" and cfg.whiten_rewards:
-        raise SystemExit(f"--whiten_rewards: with --advantage={cfg.advantage} it would reward length, because "
-                         "it keeps the mean of every token's reward")
+        raise SystemExit(f"--whiten_rewards: with --advantage={cfg.advantage} it would reward length, "
+                         "because it keeps the mean of every token's reward")
     if cfg.batch_size % (cfg.minibatches * cfg.k):
         raise SystemExit(f"--batch_size={cfg.batch_size} is not a multiple of "
                          f"--minibatches={cfg.minibatches} times --k={cfg.k}")
@@ -630,7 +630,7 @@ def check_settings(cfg, data, has_reward_fn):
 
 
 def stage_name(cfg, reward_fn):
-    """The first part of the folder's name, out/STAGE-RECIPE: the estimator, and gold if that is the reward."""
+    """The first part of the folder's name out/STAGE-RECIPE: the estimator, and gold if that is rewarded."""
     stage = "ppo" if cfg.advantage == "gae" else cfg.advantage
     if cfg.reward == "gold" and reward_fn is None:
         stage += "-gold"

@@ -30,8 +30,8 @@ def choose_device(device):
         # cuDNN's attention makes a new plan for each shape, and each batch of prompts has another shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
     else:
-        # torch leaves it to MKL to use fewer threads than these when it likes, and sums of another number of
-        # parts are rounded in another way. Setting the number takes that choice from it.
+        # By default MKL may use fewer threads than torch asks for, and the number of threads changes how sums
+        # are rounded. Setting the number, even to what it is, switches that off.
         torch.set_num_threads(torch.get_num_threads())
         if sys.platform == "linux":
             keep_freed_memory()
