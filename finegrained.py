@@ -523,7 +523,9 @@ def train(cfg):
     rewards = load_rewards(cfg, init, tokenizer)
     rewards.models = [run.prepare(model) for model in rewards.models]
     reward_fn = finegrained_reward(rewards, tokenizer, cfg)
-    return ppo.train(replace(cfg, init=init, out=run.out), reward_fn)  # its own Run, in the same folder
+    cfg = replace(cfg, out=run.out)
+    del run  # ppo.train has its own Run in this folder, which loads the checkpoint of a resumed run again
+    return ppo.train(cfg, reward_fn)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import evaluate
 import finegrained
 import ppo
 import reward
+import sft
 from common.checkpoints import checkpoint_files, load_checkpoint, load_model
 from common.log import SampleFile
 from common.optim import PATIENCE
@@ -436,3 +438,20 @@ def test_settings_are_compared_before_a_prerequisite_is_trained(start, monkeypat
     with pytest.raises(SystemExit, match="was started with --init=.*, not None"):
         dpo.train(parse(dpo.Config, dpo.RECIPES, [f"--out={start}/a", "--resume", "--init=None"]))
     assert not (start / "out").exists()
+
+
+@pytest.mark.parametrize("page", [ppo, finegrained])
+def test_a_run_that_found_its_models_by_itself_goes_on_without_naming_them(page, tmp_path, monkeypatch, small_world):
+    """As the command that a stopped run prints: --resume, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sft.RECIPES, "animals", dict(steps=20, batch_size=8, eval_n=0))
+    monkeypatch.setitem(reward.RECIPES, "animals", dict(steps=5, batch_size=8, eval_n=4))
+    options = TINY | dict(minibatches=2, eval_n=0) | (dict(reward_steps=3, reward_batch_size=8) if page is finegrained else {})
+    page.train(page.Config(**options, steps=2))
+    page.train(page.Config(**options, steps=3, resume=True))
+    out, = Path("out").glob(f"{page.__name__}-animals")
+    assert load_checkpoint(str(out))["step"] == 3 == lines(out / "log.jsonl")
+    if page is ppo:  # another reward model is missed, though only once it is found
+        with pytest.raises(SystemExit, match="was started with --reward_model=out/reward-animals, not other"):
+            shutil.copytree("out/reward-animals", "other")
+            page.train(page.Config(**options, steps=4, resume=True, reward_model="other"))
