@@ -359,8 +359,10 @@ def show_frontier(args, models, rows, columns, setting):
     optimum, best, dual = frontier(rewards, key, setting.clusters)
     for row, column in zip(rows, columns):
         mean, se, is_bound = gap(dual, column[key], column["kl"], setting.clusters, max_reward)
-        row["gap"], row["gap_se"] = (None, None) if is_bound else (mean, se)
-        row["gap_at_most"], row["gap_at_most_se"] = (mean, se) if is_bound else (None, None)
+        row |= {"gap": None, "gap_se": None, "gap_at_most": None, "gap_at_most_se": None}
+        name = "gap_at_most" if is_bound else "gap"
+        row[name] = mean
+        row[name + "_se"] = se
     print(f"\nthe most {key} that any policy can have at each KL, "
           f"from {args.samples} samples per prompt of {models[0][0]}\n")
     print(table(optimum[::10] + best))

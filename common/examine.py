@@ -35,28 +35,29 @@ def show(text, from_end=False):
 
 def warnings(tokenizer, groups):
     """What is probably wrong with groups (prompt_ids, [response_ids, …]): a list of lines."""
-    n = n_user_turns = n_joined = n_unfinished = n_response_asks = n_prompt_asks = 0
-    joined = ""  # an example of a prompt and a response without a space between them
+    pairs = []  # (prompt, response), as text
+    n_unfinished = 0
     for prompt_ids, responses in groups[:N_EXAMINED]:
         prompt = text_of(tokenizer, prompt_ids)
         for ids in responses:
-            response = text_of(tokenizer, ids)
-            n += 1
-            n_unfinished += int(ids[-1] != tokenizer.eot_token)
-            n_user_turns += HUMAN in response
-            n_response_asks += response.rstrip().endswith("?")
-            n_prompt_asks += prompt.rstrip().endswith("?")
-            if is_joined(prompt, response):
-                n_joined += 1
-                joined = joined or f"{prompt[-20:]}{response[:20]}"
+            pairs.append((prompt, text_of(tokenizer, ids)))
+            if ids[-1] != tokenizer.eot_token:
+                n_unfinished += 1
+
+    n = len(pairs)
+    n_user_turns = sum(HUMAN in response for _, response in pairs)
+    n_response_asks = sum(response.rstrip().endswith("?") for _, response in pairs)
+    n_prompt_asks = sum(prompt.rstrip().endswith("?") for prompt, _ in pairs)
+    joined = [(prompt, response) for prompt, response in pairs if is_joined(prompt, response)]
 
     lines = []
     if n_user_turns:
-        lines.append(f"{n_user_turns} of {n} responses contain a user's turn ({HUMAN.strip()}), which is learned "
-                     "like the rest of the response")
-    if n_joined > n / 2:
-        lines.append(f"{n_joined} of {n} responses follow their prompt without a space: "
-                     f"{show(joined)!r}; begin them with one")
+        lines.append(f"{n_user_turns} of {n} responses contain a user's turn ({HUMAN.strip()}), which is "
+                     "learned like the rest of the response")
+    if len(joined) > n / 2:
+        prompt, response = joined[0]
+        lines.append(f"{len(joined)} of {n} responses follow their prompt without a space: "
+                     f"{show(prompt[-20:] + response[:20])!r}; begin them with one")
     if n_unfinished > n / 2:
         lines.append(f"{n_unfinished} of {n} responses are cut to --max_len and have lost their end, so the "
                      "model will hardly learn to stop")

@@ -19,8 +19,11 @@ def preference_row(name, rewards, comparisons, data):
     log_loss   the mean of −log σ(r_w − r_l), in nats; log 2 = 0.693 if all rewards are equal
     slope      the factor by which all rewards should be scaled for the smallest log-loss: 1 if they are
                calibrated, above 1 if they lie too close together
-    ceiling    where the true reward is known: its accuracy on these noisy labels, which no model can beat
-    correlation, likewise: of rewards and true rewards
+
+    and, where the true reward is known,
+
+    ceiling      its accuracy on these noisy labels, which no model can beat in expectation
+    correlation  of the rewards with the true rewards
 
     The first three are means over comparisons of the mean over their pairs; ties in rank are no pairs.
     """

@@ -451,7 +451,7 @@ def test_a_run_that_found_its_models_by_itself_goes_on_without_naming_them(page,
     page.train(page.Config(**options, steps=3, resume=True))
     out, = Path("out").glob(f"{page.__name__}-animals")
     assert load_checkpoint(str(out))["step"] == 3 == lines(out / "log.jsonl")
-    if page is ppo:  # another reward model is missed, though only once it is found
+    if page is ppo:  # another reward model than it found is refused
         with pytest.raises(SystemExit, match="was started with --reward_model=out/reward-animals, not other"):
             shutil.copytree("out/reward-animals", "other")
             page.train(page.Config(**options, steps=4, resume=True, reward_model="other"))
