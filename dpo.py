@@ -17,9 +17,10 @@ maximized in the policy itself, without a reward model and without sampling:
     python dpo.py imdb --beta=0.1                           the paper's Figure 2 (all commands: data/imdb.py)
     python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons, with the settings of hh
 
-Left out: the SFT term that some add to the loss, and the iterated and online variants. The recipes differ
-from the authors' code: AdamW instead of RMSprop, a cosine decay of the learning rate instead of a constant,
-gradients clipped at norm 1 instead of 10.
+DPO in rounds, each on fresh pairs of the policy's own answers, is a loop in the shell: docs/using.md.
+
+Left out: the SFT term that some add to the loss. The recipes differ from the authors' code: AdamW instead of
+RMSprop, a cosine decay of the learning rate instead of a constant, gradients clipped at norm 1 instead of 10.
 """
 import copy
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # eq. 7 or a variant, see dpo_loss
     label_smoothing: LabelNoise = 0.0  # ε: the share of labels assumed to be flipped, for sigmoid and robust
     ipo_average: bool = False       # with ipo: log-probs are means over tokens instead of sums
+    ref: str | None = None          # π_ref: a run, if it is not the model that training starts from
     precompute_ref: bool = True     # ask the reference once, before training; False keeps it in memory
     reward_model: str | None = None  # a run of reward.py, for scores and win rates in the closing table
     lr: NonNegativeFloat = 1e-3     # peak learning rate: reached by a linear warm-up, then half a cosine to 0
@@ -164,28 +166,31 @@ def train(cfg):
     # Held-out comparisons, for the table at the end.
     held_out, held_out_groups = run.held_out_comparisons()
 
-    # The reference π_ref is the initial policy. `policy` still has those weights here: with --resume,
-    # run.checkpoint holds the last checkpoint, and run.start_or_resume below loads its weights.
+    # The reference π_ref: the initial policy, or the model that --ref names.
+    if cfg.ref:
+        ref_policy = run.load_reference(cfg.ref, policy)
+    else:
+        ref_policy = copy.deepcopy(policy).requires_grad_(False)
+    policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
+    ref_policy = run.prepare(ref_policy)
+    held_out_ref_logp = run.logp_groups(ref_policy, held_out_groups)  # (S,), one per response
+
     # reference(indices) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs, (b,) each.
     ref_logp = None
     if cfg.precompute_ref:
-        policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
-        ref_logp = run.checkpoint.get("ref_logp")
+        ref_logp = run.checkpoint.get("ref_logp")  # with --resume: from the last checkpoint
         if ref_logp is None or cfg.steps > run.checkpoint["config"]["steps"]:  # more steps visit more pairs
-            ref_logp = precompute_reference(policy, pairs, batches, run)
+            ref_logp = precompute_reference(ref_policy, pairs, batches, run)
         ref_logp = ref_logp.to(run.device)
+        del ref_policy  # frees its memory
 
         def reference(indices):
             return ref_logp[indices].unbind(1)
     else:
-        ref_policy = run.prepare(copy.deepcopy(policy).requires_grad_(False))
-        policy = run.prepare(policy)
-
         @torch.no_grad()
         def reference(indices):
             return pair_logp(ref_policy, [pairs[i] for i in indices], cfg.ipo_average)
 
-    held_out_ref_logp = run.logp_groups(policy, held_out_groups)  # (S,), one per response: still of π_ref
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     run.start_or_resume(policy, optimizer, CONSOLE)  # with --resume, continues from the last checkpoint
 
@@ -224,11 +229,11 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer, ref_logp=ref_logp)
 
-    # The policy before and after. On held-out prompts: KL, length, and reward and win rate where a reward is
-    # known. On held-out comparisons: how its implicit rewards β log π/π_ref order the responses.
+    # The reference and the policy. On held-out prompts: KL, length, and reward and win rate where a reward is
+    # known. On held-out comparisons: how the implicit rewards β log π/π_ref order the responses.
     del optimizer  # frees memory for the evaluation
     rewards = cfg.beta * (run.logp_groups(policy, held_out_groups) - held_out_ref_logp)
-    evaluate.report(run, policy, init, reward_model=cfg.reward_model,
+    evaluate.report(run, policy, cfg.ref or init, reward_model=cfg.reward_model,
                     preferences=(held_out, torch.zeros_like(rewards), rewards))
     return policy
 

@@ -2,19 +2,19 @@
 
     python sample.py out/sft-animals out/dpo-animals --prompt="Tell me about the owl: what it eats."
     python sample.py out/sft-hh                     a conversation: you write a line, the model answers
-    python sample.py out/sft-imdb --pairs=out/imdb-pairs.jsonl --reward_model=out/reward-imdb
+    python sample.py out/sft-animals --rank=gold --n=2500 --out=out/round1.jsonl
+    python sample.py out/sft-imdb --rank=out/reward-imdb --n=25000 --out=out/imdb-pairs.jsonl
     python sample.py out/dpo-animals --export=dpo-for-transformers
 
---pairs makes on-policy preference pairs: for each of --n training prompts it samples --k responses from the
-checkpoint, has the reward model score them, and writes all pairs of unequal score as {"prompt", "chosen",
-"rejected"}. dpo.py, simpo.py and reward.py read that file with --data. A response is scored as those stages
-will see it, cut to --max_len.
+--rank makes on-policy preference data: it samples --k answers to each of --n training prompts, ranks them by
+the true reward or by a reward model, and writes {"prompt": …, "responses": [the best first]} on a line for
+each prompt. dpo.py, simpo.py and reward.py read that file with --data.
 """
 import argparse
 import json
 import os
+import random
 import sys
-from itertools import combinations
 
 import torch
 
@@ -71,58 +71,96 @@ def typed_lines():
         yield line
 
 
-# ------------------------------------------------------------------------------------------- preference pairs
+# --------------------------------------------------------------------------------------------- ranked answers
 
-def complete(policy, tokenizer, prompts, k, max_new_tokens, batch_size=128):
-    """Samples k responses to each prompt at temperature 1 -> [(prompt, [response, …]), …], as text."""
-    torch.manual_seed(0)
+def complete(policy, tokenizer, prompts, k, max_new_tokens, max_len, batch_size=128):
+    """Samples k responses to each prompt at temperature 1 -> [(prompt, [response, …]), …], as text.
+
+    Leaves out empty responses, repeated ones, and those that did not end although max_len has room for more,
+    because whoever reads their text would take the place where sampling stopped for the end.
+    """
     ids = [prompt.tolist() for prompt in encode_prompts(tokenizer, prompts)]
     examples = []
     for i in range(0, len(prompts), batch_size):
-        print(f"{i} of {len(prompts)} prompts completed", flush=True)
+        print(f"{i} of {len(prompts)} prompts answered", flush=True)
         repeated = []
         for prompt in ids[i:i + batch_size]:
             repeated += [prompt] * k
         responses = policy.generate(repeated, max_new_tokens, eos=tokenizer.eot_token)
-        texts = [evaluate.decode(response, tokenizer) for response in responses]
         for j, prompt in enumerate(prompts[i:i + batch_size]):
-            examples.append((prompt, texts[k * j:k * (j + 1)]))
+            texts = []
+            for response in responses[k * j:k * (j + 1)]:
+                text = evaluate.decode(response, tokenizer)
+                ended = response[-1] == tokenizer.eot_token
+                fills_max_len = len(ids[i + j]) + len(response) >= max_len + SPARE
+                if text and text not in texts and (ended or fills_max_len):
+                    texts.append(text)
+            examples.append((prompt, texts))
     return examples
 
 
-def ordered_pairs(prompt, responses, scores):
-    """All pairs of non-empty responses of unequal score, the better one chosen, as a list of dicts."""
-    best_first = sorted(zip(scores, responses), key=lambda pair: -pair[0])
-    pairs = []
-    for (high, chosen), (low, rejected) in combinations(best_first, 2):
-        if high > low and chosen and rejected:
-            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    return pairs
+def labels(args, data, examples, tokenizer, reward_model):
+    """How good each response of [(prompt, [response, …]), …] is: a list of numbers for each prompt.
+
+    --rank=gold: the true reward, with a labeler's noise where the data set has one. --rank=RUN: the score of
+    that reward model, given to what later stages will see of the response, cut to --max_len.
+    """
+    if args.rank == "gold":
+        rng = random.Random(args.seed)
+        result = []
+        for prompt, responses in examples:
+            if hasattr(data, "label"):
+                result.append([data.label(prompt, response, rng) for response in responses])
+            else:
+                result.append([data.gold(prompt, response) for response in responses])
+        return result
+    scores = score_groups(reward_model, encode_groups(tokenizer, examples, args.max_len))
+    sizes = [len(responses) for _, responses in examples]
+    return [list_of_scores.tolist() for list_of_scores in scores.split(sizes)]
 
 
-def write_pairs(args, policy, tokenizer, data):
-    """Writes the preference pairs of --pairs."""
-    reward_model = load_reward_model(args.reward_model, tokenizer).to(policy.device)
-    new_tokens = args.max_len + SPARE
-    template = template_of_checkpoint(args.checkpoints[0])
-    prompts = apply_template(template, data.prompts("train")[:args.n])
+def ranked(prompt, responses, its_labels):
+    """A record of a prompt's responses, the best first, with "ranks" if some are equally good."""
+    best_first = sorted(range(len(responses)), key=lambda i: its_labels[i], reverse=True)
+    distinct = sorted(set(its_labels), reverse=True)
+    ranks = [distinct.index(its_labels[i]) for i in best_first]
+    record = {"prompt": prompt, "responses": [responses[i] for i in best_first]}
+    if len(distinct) < len(responses):
+        record["ranks"] = ranks
+    return record
+
+
+def write_ranked(args, policy, tokenizer, data):
+    """Samples, ranks and writes: all of --rank."""
+    block_size = policy.config.block_size
+    if block_size < args.max_len:
+        raise SystemExit(f"--max_len={args.max_len}: the context of {args.checkpoints[0]} is {block_size} tokens")
+    reward_model = None
+    if args.rank != "gold":
+        reward_model = load_reward_model(args.rank, tokenizer).to(policy.device)
+    prompts = data.prompts("train")
+    if args.n < len(prompts):
+        prompts = random.Random(args.seed).sample(prompts, args.n)
+    prompts = apply_template(template_of_checkpoint(args.checkpoints[0]), prompts)
     longest = max(len(ids) for ids in encode_prompts(tokenizer, prompts))
-    if policy.config.block_size < longest + new_tokens:
-        raise SystemExit(f"{args.checkpoints[0]}: its context is {policy.config.block_size} tokens, "
-                         f"--max_len={args.max_len} needs {longest + new_tokens}")
-    examples = complete(sampling_copy(policy), tokenizer, prompts, args.k, new_tokens)
-    groups = encode_groups(tokenizer, examples, args.max_len)
-    scores = score_groups(reward_model, groups).view(-1, args.k).tolist()
-    pairs = []
-    for (prompt, responses), its_scores in zip(examples, scores):
-        pairs += ordered_pairs(prompt, responses, its_scores)
-    with write_atomically(args.pairs) as f:
-        for pair in pairs:
-            f.write(json.dumps(pair) + "\n")
-    n_possible = len(examples) * args.k * (args.k - 1) // 2
-    left_out = n_possible - len(pairs)
-    print(f"{len(pairs)} pairs of {len(examples)} prompts -> {args.pairs}; "
-          f"left out {left_out} that tie or have an empty response")
+    if longest >= args.max_len:
+        raise SystemExit(f"--max_len={args.max_len} leaves no room for an answer: "
+                         f"a prompt has {longest} tokens")
+    torch.manual_seed(args.seed)
+    max_new_tokens = min(args.max_len + SPARE, block_size - longest)
+    examples = complete(sampling_copy(policy), tokenizer, prompts, args.k, max_new_tokens, args.max_len)
+    examples = [(prompt, responses) for prompt, responses in examples if len(responses) > 1]
+    if not examples:
+        raise SystemExit("no prompt got two different answers that ended: there is nothing to rank")
+
+    n_responses = 0
+    all_labels = labels(args, data, examples, tokenizer, reward_model)
+    with write_atomically(args.out) as f:
+        for (prompt, responses), its_labels in zip(examples, all_labels):
+            f.write(json.dumps(ranked(prompt, responses, its_labels)) + "\n")
+            n_responses += len(responses)
+    print(f"{n_responses} ranked answers to {len(examples)} of {len(prompts)} prompts -> {args.out}; "
+          "left out: answers that are empty, repeated or did not end")
 
 
 # ----------------------------------------------------------------------------------------------------- export
@@ -160,29 +198,31 @@ def arguments(argv):
     add("--raw", action="store_true", help="prompts as they are, not as turns of a conversation")
     add("--temperature", type=float, default=1.0, help="of the answers; 0: the likeliest (default 1)")
     add("--max_new_tokens", type=int, default=128, help="the longest answer (default 128)")
-    add("--pairs", metavar="FILE", help="write preference pairs there, made of samples of the checkpoint")
-    add("--reward_model", metavar="RUN", help="for --pairs: the reward model that ranks the responses")
-    add("--k", type=int, default=4, help="for --pairs: responses per prompt (default 4)")
-    add("--n", type=int, default=25_000, help="for --pairs: at most this many prompts (default 25000)")
-    add("--max_len", type=int, default=136,
-        help="for --pairs: tokens of prompt and response (default 136, as imdb's recipes)")
+    add("--rank", metavar="gold|RUN",
+        help="sample answers and rank them by the true reward, or by this reward model")
+    add("--out", metavar="FILE", help="for --rank: write the ranked answers there")
+    add("--k", type=int, default=4, help="for --rank: answers to each prompt (default 4)")
+    add("--n", type=int, default=2500, help="for --rank: training prompts (default 2500)")
+    add("--seed", type=int, default=0, help="for --rank: of prompts, answers and labels (default 0)")
+    add("--max_len", type=int,
+        help="for --rank: tokens of prompt and answer that training will use; default: as the checkpoint's run")
     add("--export", metavar="DIR",
         help="write the checkpoint there for transformers; a scalar head is left out")
     add("--data",
-        help="for --pairs: where the prompts come from; default: what the checkpoint was trained on")
+        help="for --rank: where the prompts come from; default: what the checkpoint was trained on")
     add("--data_dir", help="likewise")
     args = parser.parse_args(argv)
-    tasks = [task for task in (args.prompt, args.pairs, args.export) if task is not None]
+    tasks = [task for task in (args.prompt, args.rank, args.export) if task is not None]
     if len(tasks) > 1:
-        raise SystemExit("sample.py does one thing at a time: --prompt=TEXT, --pairs=FILE or --export=DIR")
+        raise SystemExit("sample.py does one thing at a time: --prompt=TEXT, --rank=… or --export=DIR")
     for name, least in (("n", 1), ("k", 2), ("max_len", 2), ("temperature", 0), ("max_new_tokens", 1)):
         value = getattr(args, name)
-        if value < least:
+        if value is not None and value < least:
             raise SystemExit(f"--{name}={value}: expected at least {least}")
-    if (args.pairs or args.export) and len(args.checkpoints) != 1:
-        raise SystemExit("--pairs and --export take one checkpoint")
-    if args.pairs and not args.reward_model:
-        raise SystemExit("--pairs needs a --reward_model to rank the responses")
+    if (args.rank or args.export) and len(args.checkpoints) != 1:
+        raise SystemExit("--rank and --export take one checkpoint")
+    if args.rank and not args.out:
+        raise SystemExit("--rank needs --out=FILE, to write the ranked answers to")
     return args
 
 
@@ -193,8 +233,13 @@ def main(argv=None):
         return export(args.checkpoints[0], args.export)
     # data="any": the models need not have been trained on the same data.
     models, tokenizer, configs = evaluate.load_models(args.checkpoints, data="any")
-    if args.pairs:
-        write_pairs(args, models[0][1], tokenizer, evaluate.load_data(args, configs))
+    if args.rank:
+        data = evaluate.load_data(args, configs)
+        if args.rank == "gold" and not hasattr(data, "gold"):
+            raise SystemExit("--rank=gold: the true reward of this data is not known; name a reward model")
+        if args.max_len is None:
+            args.max_len = configs[0].get("max_len", models[0][1].config.block_size)
+        write_ranked(args, models[0][1], tokenizer, data)
     else:
         lines = typed_lines() if args.prompt is None else [args.prompt]
         talk(models, lines, tokenizer, args)

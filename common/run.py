@@ -110,6 +110,16 @@ class Run:
         self.digests["init"] = weights_digest(model)
         return model, self.tokenizer
 
+    def load_reference(self, name, policy):
+        """Loads the frozen reference policy that --ref names; it has the tokenizer and shape of `policy`."""
+        reference, tokenizer = load_model(name, self.cfg)
+        if tokenizer.name != self.tokenizer.name:
+            raise SystemExit(f"--ref={name}: its tokenizer is {tokenizer.name}, the policy's is "
+                             f"{self.tokenizer.name}")
+        if reference.config != policy.config:
+            raise SystemExit(f"--ref={name}: a model of another shape than the policy")
+        return reference.requires_grad_(False)
+
     def adopt_template(self, init):
         """If the model `init` was trained on turns, this run's prompts are written as turns too."""
         if template_of_checkpoint(init) == "turns":

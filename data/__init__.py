@@ -8,6 +8,7 @@ Every stage needs prompts and tokenizer; a stage that needs more says so when it
     spans(split)            -> [(prompt, response, [(start, end, category), …]), …], in characters
     completeness(split)     -> [Comparison, …] that rank responses by how complete they are
     gold(prompt, response)  -> the true reward, where it can be computed
+    label(prompt, response, rng) -> gold as a labeler sees it, with noise; sample.py ranks by it
     axes(prompt, response)  -> its parts, {"relevance": …, "factuality": …, "completeness": …}, if it has them
     grammatical(response)   -> how many sentences are well formed, and how many there are
     max_gold                   a number: the most that gold can be, where it is bounded
@@ -66,7 +67,7 @@ def dataset(name, data_dir="data/files"):
         return HH(data_dir, [subset])
     hint = ""
     if os.path.basename(name) == "imdb-pairs.jsonl":
-        hint = ("; `python sample.py out/sft-imdb --pairs=out/imdb-pairs.jsonl "
-                "--reward_model=out/reward-imdb` makes it")
+        hint = ("; `python sample.py out/sft-imdb --rank=out/reward-imdb --n=25000 "
+                "--out=out/imdb-pairs.jsonl` makes it")
     raise SystemExit(f"--data={name}: no such file, and none of the datasets "
                      f"animals, hh, qa_feedback, tldr, imdb{hint}")

@@ -22,6 +22,7 @@ each agrees with the true order on 79%.
 
 No (animal, set of asked attributes) pair occurs in more than one split. Nothing needs to be downloaded.
 """
+import math
 import random
 import re
 from functools import cache
@@ -233,6 +234,12 @@ def comparisons(split, k=2, reward=gold):
         best_first = sorted(range(k), key=lambda i: labels[i], reverse=True)
         result.append(Comparison(prompt, [responses[i] for i in best_first], ranks=list(range(k))))
     return result
+
+
+def label(prompt, response, rng):
+    """The reward as a noisy labeler sees it. Sorted by it, every pair of responses follows Bradley–Terry."""
+    gumbel = -math.log(rng.expovariate(1))
+    return LABEL_SCALE * gold(prompt, response) + gumbel
 
 
 def completeness(split):

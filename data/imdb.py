@@ -18,7 +18,7 @@ These commands draw the paper's frontier (Figure 2, left):
 
     python sft.py imdb
     python reward.py imdb
-    python sample.py out/sft-imdb --pairs=out/imdb-pairs.jsonl --reward_model=out/reward-imdb
+    python sample.py out/sft-imdb --rank=out/reward-imdb --n=25000 --out=out/imdb-pairs.jsonl
     for beta in 0.05 0.1 1 5; do python dpo.py imdb --beta=$beta --out=out/dpo-imdb-beta$beta; done
     for kl in 3 6 9 12; do python ppo.py imdb --kl_target=$kl --out=out/ppo-imdb-kl$kl; done
     python evaluate.py out/sft-imdb out/dpo-imdb-beta* out/ppo-imdb-kl* --data=imdb \\

@@ -21,10 +21,10 @@ from common.optim import make_optimizer
 from common.options import RunConfig, parse
 from common.run import Run
 from common.scoring import score_groups
-from data import dataset, encode_groups, encode_prompts, get_tokenizer, imdb, tldr
+from data import dataset, encode_groups, encode_pairs, encode_prompts, get_tokenizer, imdb, tldr
 from data.imdb import MEMBER
 from data.schema import Comparison
-from sample import ordered_pairs
+from sample import ranked
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--device=cpu", "--steps=2", "--batch_size=4", "--warmup=0", "--eval_n=2"]
@@ -274,32 +274,32 @@ def test_an_archive_that_is_cut_short_foreign_or_missing(imdb_files, monkeypatch
         dataset("imdb", str(imdb_files)).reviews("test")
 
 
-def test_pairs_by_hand():
-    """Four completions, the second and fourth tie and the third is empty: of six pairs, 2 are left."""
-    pairs = ordered_pairs("p", [" a", " b", "", " d"], [0.5, 2.0, 9.0, 2.0])
-    assert pairs == [{"prompt": "p", "chosen": " b", "rejected": " a"}, {"prompt": "p", "chosen": " d", "rejected": " a"}]
-    ranked = ordered_pairs("p", ["1", "2", "3", "4"], [1.0, 2.0, 3.0, 4.0])
-    assert [(p["chosen"], p["rejected"]) for p in ranked] == [("4", "3"), ("4", "2"), ("4", "1"), ("3", "2"), ("3", "1"), ("2", "1")]
+def test_ranked_by_hand():
+    """The best first; of four labels two are equal, so the record says who ties with whom."""
+    assert ranked("p", [" a", " b", " d"], [0.5, 2.0, 1.0]) == {"prompt": "p", "responses": [" b", " d", " a"]}
+    assert ranked("p", [" a", " b", " c", " d"], [0.5, 2.0, 9.0, 2.0]) == {
+        "prompt": "p", "responses": [" c", " b", " d", " a"], "ranks": [0, 1, 1, 2]}
 
 
 def test_the_sentiment_experiment_in_miniature(imdb_files, monkeypatch, capsys):
     """The commands at the head of data/imdb.py: SFT, reward model, pairs, DPO, the frontier."""
     monkeypatch.chdir(imdb_files)
-    make = ["out/sft-imdb", "--pairs=out/imdb-pairs.jsonl", "--reward_model=out/reward-imdb"]
+    make = ["out/sft-imdb", "--rank=out/reward-imdb", "--n=25000", "--out=out/imdb-pairs.jsonl"]
     command = f"python sample.py {' '.join(make)}"
     assert f"    {command}\n" in imdb.__doc__
     with pytest.raises(SystemExit, match=f"out/imdb-pairs.jsonl: no such file.*; `{command}` makes it"):
         run(dpo, "imdb", *SMALL)
     run(sft, "imdb", f"--data_dir={imdb_files}", *SMALL, *SCRATCH, "--max_len=48")
     run(reward, "imdb", f"--data_dir={imdb_files}", *SMALL, "--max_len=24")
-    with pytest.raises(SystemExit, match="out/sft-imdb: its context is 48 tokens, --max_len=136 needs 152"):
-        sample.main(make)
+    with pytest.raises(SystemExit, match="--max_len=136: the context of out/sft-imdb is 48 tokens"):
+        sample.main([*make, "--max_len=136"])
     with pytest.raises(SystemExit, match="out/sft-imdb: not a reward model"):
-        sample.main([*make[:2], "--reward_model=out/sft-imdb"])
+        sample.main([make[0], "--rank=out/sft-imdb", make[3]])
     assert not Path("out/imdb-pairs.jsonl").exists()
     sample.main([*make, "--n=5", "--max_len=24"])
-    pairs = [json.loads(line) for line in open("out/imdb-pairs.jsonl")]
-    assert len(pairs) == 30 and {p["prompt"] for p in pairs} == set(dataset("imdb", str(imdb_files)).prompts("train")[:5])
+    records = [json.loads(line) for line in open("out/imdb-pairs.jsonl")]
+    assert {r["prompt"] for r in records} < set(dataset("imdb", str(imdb_files)).prompts("train"))
+    assert [len(r["responses"]) for r in records] == [4] * 5
     run(dpo, "imdb", *SMALL, "--beta=0.05", "--max_len=24", "--out=out/dpo-imdb-beta0.05")
     capsys.readouterr()
     evaluate.main(["out/sft-imdb", "out/dpo-imdb-beta0.05", "--data=imdb", "--reward_model=out/reward-imdb", "--frontier", "--n=2",
@@ -316,11 +316,11 @@ def test_pairs_are_in_the_order_of_the_reward_of_what_dpo_reads(imdb_files, monk
         (imdb_files / "out" / name).mkdir(parents=True)
         model = make_model(n_scalars, tokenizer.n_vocab, 48, n_layer=1, n_embd=16, n_scalars=n_scalars)
         save_checkpoint(f"out/{name}", 1, model, make_optimizer(model, 1e-3), sft.Config(), "animals")
-    sample.main(["out/sft-imdb", "--pairs=deep/er/pairs.jsonl", "--reward_model=out/reward-imdb",
+    sample.main(["out/sft-imdb", "--rank=out/reward-imdb", "--out=deep/er/pairs.jsonl",
                  "--data=imdb", f"--data_dir={imdb_files}", "--n=8", "--max_len=16"])
-    pairs = [(c.prompt, c.responses) for c in dataset("deep/er/pairs.jsonl").comparisons("train")]
-    chosen, rejected = score_groups(load_model("out/reward-imdb", is_policy=False)[0], encode_groups(tokenizer, pairs, 16)).view(-1, 2).unbind(1)
-    assert (chosen > rejected).all()
+    pairs = encode_pairs(tokenizer, dataset("deep/er/pairs.jsonl").comparisons("train"), 16, "")
+    chosen, rejected = score_groups(load_model("out/reward-imdb", is_policy=False)[0], pairs).view(-1, 2).unbind(1)
+    assert len(pairs) > 10 and (chosen > rejected).all()
 
 
 def test_a_completion_that_did_not_end_gets_no_eos():
@@ -331,10 +331,12 @@ def test_a_completion_that_did_not_end_gets_no_eos():
     class Policy:
         def generate(self, prompts, max_new_tokens, eos):
             return [[mice] * 3 + [eos] if i % 2 else [mice] * max_new_tokens for i in range(len(prompts))]
-    examples = sample.complete(Policy(), tokenizer, ["It eats", "It"], 4, 16 + sample.SPARE, batch_size=1)
-    assert [prompt for prompt, _ in examples] == ["It eats", "It"] and examples[0][1][1::2] == [" mice mice mice"] * 2
-    for prompt, responses in encode_groups(tokenizer, examples, 16):
-        assert [r.tolist() for r in responses] == [[mice] * (16 - len(prompt)), [mice] * 3 + [eos]] * 2
+    examples = sample.complete(Policy(), tokenizer, ["It eats", "It"], 4, 16 + sample.SPARE, 16, batch_size=1)
+    assert [prompt for prompt, _ in examples] == ["It eats", "It"] and examples[0][1][1] == " mice mice mice"
+    for prompt, responses in encode_groups(tokenizer, examples, 16):  # each text once
+        assert [r.tolist() for r in responses] == [[mice] * (16 - len(prompt)), [mice] * 3 + [eos]]
+    # If the model's context ends before max_len, a completion that did not end is left out.
+    assert sample.complete(Policy(), tokenizer, ["It"], 4, 12, 16) == [("It", [" mice mice mice"])]
 
 
 def test_the_command_runs_from_any_folder(tmp_path):

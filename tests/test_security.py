@@ -114,7 +114,7 @@ def test_a_run_with_a_pickle_in_it(poison, start, small_world):
                lambda: evaluate.main([str(bad)]), lambda: evaluate.main([good, f"--reward_model={bad}"]),
                lambda: sample.main([str(bad), "--prompt=x"]),
                lambda: sample.main([str(bad), f"--export={start}/x"]),
-               lambda: sample.main([good, f"--pairs={start}/x.jsonl", f"--reward_model={bad}"]),
+               lambda: sample.main([good, f"--rank={bad}", f"--out={start}/x.jsonl", "--max_len=64"]),
                lambda: finegrained.load_rewards(cfg, good, get_tokenizer("animals")),
                lambda: ppo.load_models(run, good, has_reward_fn=False)]
     for names in (["ckpt.pt"], ["ckpt.pt", "ckpt-previous.pt"]):

@@ -3,6 +3,7 @@ import importlib
 import json
 import math
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -23,12 +24,13 @@ import ppo
 import reward
 import sample
 import sft
+from common.batches import shuffled_batches
 from common.checkpoints import load_checkpoint, load_model, save_checkpoint
 from common.optim import make_optimizer
 from common.options import parse
 from common.sharding import unshard_model
 from common.run import run_dir
-from data import animals, get_tokenizer
+from data import animals, dataset, encode_pairs, get_tokenizer
 from engine.packing import pack, per_sequence
 
 ROOT = Path(__file__).parents[1]
@@ -215,6 +217,67 @@ def test_the_reference_in_memory_and_precomputed_give_one_log(start):
     a, b = log_of(start / "a"), log_of(start / "b")
     assert a[:6] == b[:6]  # the first epoch, to the bit; later the pairs meet others in their rows
     assert all(abs(x["loss"] - y["loss"]) < 1e-5 for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("precompute_ref", [True, False])
+def test_ref_is_the_model_that_dpo_refers_to(start, precompute_ref):
+    """Rewards are β log π/π_ref, π_ref being --ref and not the start; the closing table's KL is to it too."""
+    settings = dict(**TINY, data=str(start / "mine.jsonl"), steps=2, eval_n=4, precompute_ref=precompute_ref)
+    dpo.train(dpo.Config(**settings, init=str(start / "start"), out=str(start / "round1"), lr=1e-2))
+    settings |= dict(init=str(start / "round1"), out=str(start / "round2"), overwrite=True)
+    dpo.train(dpo.Config(**settings))
+    assert log_of(start / "round2")[0]["margin"] == 0  # of the start to itself
+    dpo.train(dpo.Config(**settings, ref=str(start / "start")))
+    first = log_of(start / "round2")[0]
+    pairs = encode_pairs(get_tokenizer("animals"), dataset(settings["data"]).comparisons("train"), 64, "")
+    batch = shuffled_batches(len(pairs), TINY["batch_size"], 2, 0)[0]
+    with torch.no_grad():
+        chosen, rejected = dpo.pair_logp(load_model(str(start / "round1"))[0], [pairs[i] for i in batch])
+        ref_chosen, ref_rejected = dpo.pair_logp(load_model(str(start / "start"))[0], [pairs[i] for i in batch])
+    margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+    assert abs(margin).min() > 1e-4 and abs(first["margin"] - margin.mean().item()) < 1e-5
+    rows = json.loads((start / "round2" / "eval.json").read_text())
+    assert rows[0]["checkpoint"] == str(start / "start") and rows[0]["kl"] == 0 and rows[1]["kl"] > 0
+
+
+def test_a_reference_of_another_tokenizer_or_shape_is_one_line(start):
+    settings = dict(**TINY, data=str(start / "mine.jsonl"), init=str(start / "start"), out=str(start / "a"))
+    for name, options, tokenizer in (("deep", dict(n_layer=2), "animals"), ("foreign", {}, "gpt2")):
+        model = make_model(0, get_tokenizer("animals").n_vocab, 64, **dict(n_layer=1, n_embd=16) | options)
+        save_checkpoint(str(start / name), 1, model, make_optimizer(model, 1e-3), dpo.Config(), tokenizer)
+    with pytest.raises(SystemExit, match="--ref=.*deep: a model of another shape than the policy"):
+        dpo.train(dpo.Config(**settings, ref=str(start / "deep")))
+    with pytest.raises(SystemExit, match="--ref=.*foreign: its tokenizer is gpt2, the policy's is animals"):
+        dpo.train(dpo.Config(**settings, ref=str(start / "foreign")))
+
+
+def test_ranked_answers_of_a_policy_train_the_next_round(start, small_world, capsys):
+    """sample.py --rank=gold -> a file for dpo.py. Many labels order two answers as often as Bradley–Terry says."""
+    sft.train(sft.Config(**TINY, out=str(start / "sft"), steps=40, lr=1e-2, eval_n=0))  # its answers end
+    sample.main([str(start / "sft"), "--rank=gold", "--n=40", f"--out={start}/round1.jsonl"])
+    assert "ranked answers to" in capsys.readouterr().out
+    for line in open(start / "round1.jsonl"):
+        record = json.loads(line)
+        assert record["prompt"] in animals.prompts("train") and len(set(record["responses"])) > 1
+    settings = dict(**TINY, data=str(start / "round1.jsonl"), steps=2, eval_n=0)
+    dpo.train(dpo.Config(**settings, init=str(start / "sft"), out=str(start / "round1")))
+    with pytest.raises(SystemExit, match="--rank=gold: the true reward of this data is not known"):
+        sample.main([str(start / "round1"), "--rank=gold", f"--out={start}/x.jsonl"])
+    with pytest.raises(SystemExit, match="--rank needs --out=FILE"):
+        sample.main([str(start / "start"), "--rank=gold"])
+    with pytest.raises(SystemExit, match="--max_len=9 leaves no room for an answer: a prompt has"):
+        sample.main([str(start / "start"), "--rank=gold", "--max_len=9", f"--out={start}/x.jsonl"])
+
+
+def test_labels_follow_bradley_terry():
+    prompt = "Tell me about the owl: what it eats."
+    good, bad = " It eats mice.", " It eats mice. It is a bird."
+    rng = random.Random(0)
+    n = 20_000
+    first = sum(animals.label(prompt, good, rng) > animals.label(prompt, bad, rng) for _ in range(n)) / n
+    difference = animals.gold(prompt, good) - animals.gold(prompt, bad)
+    expected = 1 / (1 + math.exp(-animals.LABEL_SCALE * difference))
+    assert difference > 0 and abs(first - expected) < 4 * math.sqrt(0.25 / n)
 
 
 def test_options_that_cannot_be_run_get_one_line(start):
