@@ -30,8 +30,8 @@ first checkpoint, π_ref, give the most reward that any method can reach at each
     ess            the effective sample size of that row: how many of its n samples count; rows below MIN_ESS
                    are left out (common/frontier.py)
 
---overoptimization: reward-model score and true reward against √KL along a run of ppo.py, as in Gao et al.
-(2022, arXiv:2210.10760).
+--overoptimization: reward-model score and true reward against √KL along runs of ppo.py that differ in their
+seed, and along their mean, as in Gao et al. (2022, arXiv:2210.10760).
 """
 import argparse
 import json
@@ -448,7 +448,7 @@ def arguments(argv):
     add("--samples", type=int, default=256,
         help="samples of the reference per prompt, for --frontier (default 256)")
     add("--overoptimization", action="store_true",
-        help="with --plot: score and gold along one PPO run, against √KL")
+        help="with --plot: score and gold along PPO runs, against √KL, and their mean")
     add("--curves", action="store_true", help="draw what the runs logged, into --plot (default curves.png)")
     add("--plot", metavar="FILE",
         help="draw --frontier, --overoptimization or --curves there (needs matplotlib)")
@@ -468,8 +468,8 @@ def arguments(argv):
         raise SystemExit(f"--plot={args.plot}: name a .png, a .pdf or an .svg file")
     if args.plot:
         plots.import_pyplot()  # a missing package is an error now, not after the work
-    if args.overoptimization and (not args.plot or len(args.checkpoints) != 1):
-        raise SystemExit("--overoptimization takes one run of ppo.py and --plot=FILE")
+    if args.overoptimization and not args.plot:
+        raise SystemExit("--overoptimization takes runs of ppo.py and --plot=FILE")
     return args
 
 
@@ -479,7 +479,7 @@ def main(argv=None):
     if args.curves:
         return plots.plot_curves(args.plot, args.checkpoints)
     if args.overoptimization:
-        return plots.plot_overoptimization(args.plot, args.checkpoints[0])
+        return plots.plot_overoptimization(args.plot, args.checkpoints)
 
     # The models, the data that they are compared on, and a reward model if one is named here or by a PPO run.
     models, tokenizer, configs = load_models(args.checkpoints, args.data)

@@ -33,9 +33,14 @@ def save_figure(figure, path):
 # ----------------------------------------------------------------------------------------------- the frontier
 
 def plot_frontier(path, key, rows, optimum, best):
-    """Reward against exact KL: the optimum, best-of-n, and each checkpoint with its standard errors."""
+    """Reward against exact KL: the optimum, best-of-n, and each checkpoint with its standard errors.
+
+    rows of one method (row["method"], or else the stage in their checkpoint's name) have one color, and with
+    "method" also a line through them. Each is labeled with row["label"], or else its name; "" is no label.
+    The axis ends a little after the optimum's curve. What lies beyond is an arrow at the edge, with its KL.
+    """
     plt = import_pyplot()
-    figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, ax = plt.subplots(figsize=(8, 5.5), layout="constrained")
     x = torch.tensor([row["kl"] for row in optimum])
     y = torch.tensor([row[key] for row in optimum])
     se = torch.tensor([row[key + "_se"] for row in optimum])
@@ -44,25 +49,79 @@ def plot_frontier(path, key, rows, optimum, best):
     x_best = [row["kl"] for row in best]
     y_best = [row[key] for row in best]
     ax.plot(x_best, y_best, ".--", color="gray", label="best of 1, 2, 4, …")
+    end = 1.2 * max(x.max().item(), 0.1)
+    # What labels must not cover: points along all that is drawn.
+    obstacles = along(x.tolist(), y.tolist()) + along(x_best, y_best)
 
-    stages = sorted({stage_of(row["checkpoint"]) for row in rows})
-    for row in rows:
-        color = f"C{stages.index(stage_of(row['checkpoint']))}"
-        ax.errorbar(row["kl"], row[key], row[key + "_se"], row["kl_se"], "o", color=color, capsize=2, ms=4)
-        # To keep the labels of neighbors apart, the lower one's is below its point, the higher one's above.
-        others = [other for other in rows if other is not row]
-        nearest = min(others, key=lambda other: abs(other["kl"] - row["kl"]), default=row)
-        if row[key] <= nearest[key]:
-            place = dict(xytext=(6, -10), ha="left")
-        else:
-            place = dict(xytext=(-6, 8), ha="right")
-        ax.annotate(row["checkpoint"].removeprefix("out/"), (row["kl"], row[key]), color=color, fontsize=8,
-                    textcoords="offset points", **place)
-    ax.margins(x=0.12)
+    methods = list(dict.fromkeys(row.get("method") or stage_of(row["checkpoint"]) for row in rows))
+    labels = []  # (text, x, y, color)
+    for method in methods:
+        color = f"C{methods.index(method)}"
+        points = [row for row in rows if (row.get("method") or stage_of(row["checkpoint"])) == method]
+        points.sort(key=lambda row: row["kl"])
+        if "method" in points[0]:
+            shown = [row for row in points if row["kl"] <= end]
+            line = [row["kl"] for row in shown], [row[key] for row in shown]
+            ax.plot(*line, color=color, lw=0.8, alpha=0.5)
+            obstacles += along(*line)
+        for row in points:
+            name = row.get("label", row["checkpoint"].removeprefix("out/"))
+            where = (min(row["kl"], end), row[key])
+            if row["kl"] > end:
+                ax.plot(*where, ">", color=color, ms=6)
+                name = f"{name} at {row['kl']:.1f}"
+            else:
+                ax.errorbar(*where, row[key + "_se"], row["kl_se"], "o", color=color, capsize=2, ms=4)
+                obstacles += [(where[0] - row["kl_se"], where[1]), (where[0] + row["kl_se"], where[1])]
+            obstacles.append(where)
+            if name:
+                labels.append((name, *where, color))
+    ax.set_xlim(-0.06 * end, 1.04 * end)
     ax.set(xlabel="KL(π‖π_ref), exact, nats per response",
            ylabel="true reward" if key == "gold" else "reward model's score")
     ax.legend(loc="lower right")
+    place_labels(figure, ax, labels, obstacles)
     save_figure(figure, path)
+
+
+def along(x, y, n=20):
+    """Points (x, y) along the line through some points, n on each piece."""
+    points = []
+    for i in range(len(x) - 1):
+        for j in range(n + 1):
+            points.append((x[i] + (x[i + 1] - x[i]) * j / n, y[i] + (y[i + 1] - y[i]) * j / n))
+    return points
+
+
+def place_labels(figure, ax, labels, obstacles):
+    """Writes each label (text, x, y, color) beside its point, where it covers no other label and no obstacle.
+
+    obstacles: points (x, y). If every place covers something, the one that covers least is taken.
+    """
+    figure.canvas.draw()  # only now are positions in pixels known
+    frame = ax.get_window_extent()
+    taken = [ax.get_legend().get_window_extent()]
+    points = ax.transData.transform(obstacles)
+    for text, x, y, color in labels:
+        annotation = ax.annotate(text, (x, y), (0, 0), color=color, fontsize=8, textcoords="offset points")
+        annotation.set_va("center")
+        places = []
+        for distance in (8, 14, 20, 28, 38, 50):
+            for dx, dy in ((1, 0), (1, -1), (1, 1), (-1, 0), (-1, 1), (-1, -1), (0, -1.5), (0, 1.5)):
+                annotation.set_ha({1: "left", -1: "right", 0: "center"}[dx])
+                annotation.set_position((distance * dx, distance * dy))
+                box = annotation.get_window_extent()
+                covered = sum(box.overlaps(other) for other in taken)
+                covered += sum(box.contains(*point) for point in points)
+                is_inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
+                places.append((covered + 100 * (not is_inside), distance, dx, dy))
+        _, distance, dx, dy = min(places, key=lambda place: place[:2])
+        annotation.set_ha({1: "left", -1: "right", 0: "center"}[dx])
+        annotation.set_position((distance * dx, distance * dy))
+        if distance > 14:  # a thin line from a label that had to move away to its point
+            ax.annotate("", (x, y), (distance * dx, distance * dy), textcoords="offset points",
+                        arrowprops=dict(arrowstyle="-", color=color, lw=0.5, shrinkA=0, shrinkB=3))
+        taken.append(annotation.get_window_extent())
 
 
 def stage_of(name):
@@ -161,27 +220,37 @@ def shrinking_means(points, half):
     return torch.stack(means)
 
 
-def plot_overoptimization(path, run):
-    """Draws reward-model score and true reward against √KL along a PPO run.
+def plot_overoptimization(path, runs):
+    """Draws reward-model score and true reward against √KL along PPO runs that differ in their seed.
 
-    A point is an iteration, and the lines are running means, over fewer iterations towards both ends.
+    A point is an iteration of all runs, the line is its running mean, over fewer iterations towards both ends.
+    Behind it, faint, are the running means of each run.
     """
-    points = []
-    for _, record in read_log(run):
-        point = [record.get(key) for key in ("kl", "score", "gold")]
-        if None not in point:
-            points.append(point)
-    if len(points) < 2:
-        raise SystemExit(f"{run}: --overoptimization reads the log of a run of ppo.py "
-                         "on data whose true reward is known")
-    points = torch.tensor(points)
-    points[:, 0].sqrt_()  # d = √KL(π‖π_init), arXiv:2210.10760 §1
-    means = shrinking_means(points, 5)
+    logs = []
+    for run in runs:
+        points = []
+        for _, record in read_log(run):
+            point = [record.get(key) for key in ("kl", "score", "gold")]
+            if None not in point:
+                points.append(point)
+        if len(points) < 2:
+            raise SystemExit(f"{run}: --overoptimization reads the log of a run of ppo.py "
+                             "on data whose true reward is known")
+        points = torch.tensor(points)
+        points[:, 0].sqrt_()  # d = √KL(π‖π_init), arXiv:2210.10760 §1
+        logs.append(points)
+    n = min(map(len, logs))
+    mean = torch.stack([points[:n] for points in logs]).mean(0)  # (n, 3)
     plt = import_pyplot()
     figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     for i, label in ((1, "reward model's score"), (2, "true reward")):
-        ax.plot(points[:, 0], points[:, i], ".", color=f"C{i}", alpha=0.3)
-        ax.plot(means[:, 0], means[:, i], color=f"C{i}", label=label)
-    ax.set(xlabel="√KL(π‖π_ref), nats", ylabel="reward", title=run)
+        for points in logs:
+            smooth = shrinking_means(points, 5)
+            ax.plot(smooth[:, 0], smooth[:, i], color=f"C{i}", alpha=0.3, lw=1)
+        smooth = shrinking_means(mean, 5)
+        ax.plot(mean[:, 0], mean[:, i], ".", color=f"C{i}", alpha=0.3)
+        ax.plot(smooth[:, 0], smooth[:, i], color=f"C{i}", label=label)
+    title = runs[0] if len(runs) == 1 else f"mean of {len(runs)} runs, and each of them"
+    ax.set(xlabel="√KL(π‖π_ref), nats", ylabel="reward", title=title)
     ax.legend()
     save_figure(figure, path)

@@ -1,90 +1,148 @@
-"""Every point of the frontier in docs/results.md: seeds of the whole pipeline, SFT and reward model included.
+"""Every point of the frontier in docs/results.md: each method as a curve, over seeds of the whole pipeline.
 
     python docs/frontier.py 0 1 2
 
-A run that is finished is skipped, so this may be stopped and started again, and `python docs/frontier.py 0` and
-`… 1` may run side by side. When all of these seeds are done, it prints the table and draws frontier.png (which
-needs matplotlib). Everything lies in out/frontier/SEED. ± is the standard error over seeds.
+The first seed makes all points; the others make those that the table has errors for. A run that is finished
+is skipped, so this may be stopped and started again, and `python docs/frontier.py 0` and `… 1` may run side by
+side. When all of these seeds are done, it prints the tables and draws frontier.png (which needs matplotlib).
+Everything lies in out/frontier/SEED. ± is the standard error over seeds.
 """
 import json
 import math
 import os
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from common.checkpoints import checkpoint_files, is_finished  # noqa: E402
 from common.plots import plot_frontier  # noqa: E402
 from common.standard_errors import mean_se  # noqa: E402
 from data.animals import LABEL_SCALE  # noqa: E402
 
 FOLDER = "out/frontier"
-FIRST = {  # what the others start from
-    "sft": "sft.py",
-    "reward": "reward.py",
-}
-METHODS = {
-    "dpo-beta0.3": "dpo.py --beta=0.3",
-    "dpo": "dpo.py",
-    "simpo": "simpo.py",
-    "ppo": "ppo.py",
-    "ppo-kl0.3": "ppo.py --kl_coef=0.3",
-    "rloo": "ppo.py --advantage=rloo --k=8",
-    "ppo-gold": "ppo.py --reward=gold --kl_coef=0.05",
-}
+
+
+@dataclass
+class Point:
+    name: str                 # of its folder
+    command: str              # {out} is the folder of the seed
+    method: str = ""          # points of one method are joined by a line; "": not drawn
+    label: str = ""           # in the picture
+    beta: float | None = None  # the price of a nat, in units of gold
+    every_seed: bool = True   # or only the first
+
+
+# The labels are σ(LABEL_SCALE · difference of gold), so the rewards that DPO fits and the reward model's scores
+# are about LABEL_SCALE · gold, and their β is one of β / LABEL_SCALE.
+def dpo(beta, label, every_seed=False):
+    return Point(f"dpo-beta{beta}", f"dpo.py --beta={beta} --init={{out}}/sft", "DPO", label,
+                 beta / LABEL_SCALE, every_seed)
+
+
+def simpo(name, options, label="", every_seed=False):
+    return Point(name, f"simpo.py {options} --init={{out}}/sft", "SimPO", label, None, every_seed)
+
+
+def ppo(kl_coef, label="", every_seed=False):
+    command = f"ppo.py --kl_coef={kl_coef} --init={{out}}/sft --reward_model={{out}}/reward"
+    return Point(f"ppo-kl{kl_coef}", command, "PPO", label, kl_coef / LABEL_SCALE, every_seed)
+
+
+def dpo_round(i, kind, label=""):
+    """Round i of DPO: pairs of the last round's answers, then DPO that starts from its policy.
+
+    kind "fixed": the reference stays the SFT model. "moving": it is the policy of the last round.
+    """
+    last = "{out}/sft" if i == 1 else f"{{out}}/{kind}{i - 1}"
+    pairs = f"{{out}}/{kind}{i}.jsonl"
+    ref = f"--ref={{out}}/sft --beta={FIXED_BETA}" if kind == "fixed" else f"--beta={MOVING_BETA}"
+    beta = FIXED_BETA / LABEL_SCALE if kind == "fixed" else MOVING_BETA / i / LABEL_SCALE
+    return [Point(f"{kind}{i}.jsonl", f"sample.py {last} --rank=gold --k=4 --n=2500 --seed={i} --out={pairs}"),
+            Point(f"{kind}{i}", f"dpo.py animals --data={pairs} --init={last} {ref} --steps=200 --eval_n=0",
+                  f"DPO in rounds, reference {kind}", label, beta)]
+
+
+FIXED_BETA = 0.4
+MOVING_BETA = 1.0
+POINTS = [
+    Point("sft", "sft.py", "SFT", "SFT"),
+    Point("reward", "reward.py --init={out}/sft"),
+    dpo(1.0, "DPO", every_seed=True),
+    simpo("simpo", "", "SimPO", every_seed=True),
+    ppo(0.1, "PPO", every_seed=True),
+    Point("rloo", "ppo.py --advantage=rloo --k=8 --init={out}/sft --reward_model={out}/reward", "RLOO", "RLOO",
+          0.1 / LABEL_SCALE),
+    Point("ppo-gold", "ppo.py --reward=gold --kl_coef=0.05 --init={out}/sft", "PPO on gold", "PPO on gold", 0.05),
+    *dpo_round(1, "fixed"), *dpo_round(2, "fixed"), *dpo_round(3, "fixed", "DPO in rounds"),
+    *dpo_round(1, "moving"), *dpo_round(2, "moving"), *dpo_round(3, "moving", "rounds, moving reference"),
+    Point("finegrained", "finegrained.py --init={out}/sft", "fine-grained", "fine-grained"),
+    dpo(3.0, "β 3"),
+    dpo(0.5, "β 0.5"),
+    dpo(0.3, "β 0.3"),
+    simpo("simpo-paper", "--beta=10 --gamma=3 --lr=1e-4 --sft_weight=0"),
+    simpo("simpo-no-sft", "--beta=2 --gamma=1 --lr=3e-4 --sft_weight=0"),
+    simpo("simpo-sft1", "--beta=10 --gamma=5 --lr=3e-4 --sft_weight=1"),
+    ppo(0.03),
+    ppo(0.3),
+    ppo(1.0),
+]
 COLUMNS = ["gold", "kl", "gap", "win_rate", "length", "grammar"]
-# The β of each method in units of gold. The labels are σ(LABEL_SCALE · difference of gold), so the rewards that
-# DPO fits and the reward model's scores are about LABEL_SCALE · gold.
-BETA = {"dpo-beta0.3": 0.3 / LABEL_SCALE, "dpo": 1 / LABEL_SCALE, "ppo": 0.1 / LABEL_SCALE, "rloo": 0.1 / LABEL_SCALE,
-        "ppo-kl0.3": 0.3 / LABEL_SCALE, "ppo-gold": 0.05}
 
 
-def run(seed, name, command):
-    """Runs a command in a folder of its own, unless it is finished."""
-    folder = f"{FOLDER}/{seed}/{name}"
-    if os.path.exists(f"{folder}/eval.json"):
-        return
-    script, *options = command.split()
-    options += [f"--seed={seed}", f"--out={folder}"]
-    if name != "sft":
-        options.append(f"--init={FOLDER}/{seed}/sft")
-    if script == "ppo.py" and "--reward=gold" not in options:
-        options.append(f"--reward_model={FOLDER}/{seed}/reward")
-    if os.path.exists(f"{folder}/ckpt.pt"):
-        options.append("--resume")
-    os.makedirs(folder, exist_ok=True)
+def run(seed, point):
+    """Runs a point's command in a folder of its own, unless it is finished, and notes how long it took."""
+    out = f"{FOLDER}/{seed}"
+    folder = f"{out}/{point.name}"
+    script, *options = point.command.format(out=out).split()
+    if script == "sample.py":
+        if os.path.exists(folder):
+            return
+    else:
+        if is_finished(folder):
+            return
+        options += [f"--seed={seed}", f"--out={folder}"]
+        if checkpoint_files(folder):
+            options.append("--resume")
+    os.makedirs(out, exist_ok=True)
     print(" ".join(["python", script, *options]), flush=True)
-    with open(f"{folder}/console.txt", "a") as console:
+    begin = time.time()
+    with open(f"{out}/{point.name}.txt", "a") as console:
         subprocess.run([sys.executable, ROOT / script, *options], stdout=console, check=True)
+        print(f"{time.time() - begin:.0f} seconds", file=console)
 
 
-def evaluate(seed):
+def evaluate(seed, points):
     """The frontier of this seed's SFT model, and all of its runs beside it."""
     path = f"{FOLDER}/{seed}/frontier.json"
     if not os.path.exists(path):
-        folders = [f"{FOLDER}/{seed}/{name}" for name in ["sft", *METHODS]]
-        command = [sys.executable, ROOT / "evaluate.py", *folders, "--frontier", f"--json={path}"]
+        folders = [f"{FOLDER}/{seed}/{point.name}" for point in points]
+        command = [sys.executable, ROOT / "evaluate.py", *folders, "--data=animals", "--frontier", f"--json={path}"]
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     with open(path) as f:
         return json.load(f)
 
 
 def mean_over_seeds(name, rows):
-    """The mean of a row of each seed, with standard errors over them; no gap where a seed has none."""
-    row = {"checkpoint": name}
+    """The mean of a row of each seed, with standard errors over them; of one seed, with those of its table.
+
+    No gap where a seed has none.
+    """
     if len(rows) == 1:
-        return rows[0] | row  # with the errors of that one table
-    for key in ["gold", "kl", "gap", "win_rate", "length", "grammar", "score"]:
+        return rows[0] | {"checkpoint": name, "n_seeds": 1}
+    row = {"checkpoint": name, "n_seeds": len(rows)}
+    for key in COLUMNS:
         values = [r.get(key) for r in rows]
         row[key], row[key + "_se"] = (None, None) if None in values else mean_se(values)
     return row
 
 
-def aim(name, optimum):
+def aim(beta, optimum):
     """Gold and KL of the optimum of a method's own β, as text; empty where the curve does not reach it."""
-    beta = BETA.get(name)
     if beta is None or beta < min(row["beta"] for row in optimum):
         return ""
     nearest = min(optimum, key=lambda row: abs(math.log(row["beta"] / beta)))
@@ -93,39 +151,49 @@ def aim(name, optimum):
 
 def markdown(rows, optimum):
     """The table, with the command of each row."""
-    lines = ["| | " + " | ".join(COLUMNS) + " | its β aims at |", "|" + "---|" * (len(COLUMNS) + 2)]
-    for row in rows:
-        command = (FIRST | METHODS)[row["checkpoint"]]
+    lines = ["| | seeds | " + " | ".join(COLUMNS) + " | its β aims at |", "|" + "---|" * (len(COLUMNS) + 3)]
+    for point, row in rows:
         cells = []
         for key in COLUMNS:
             cells.append("" if row[key] is None else f"{row[key]:.3f}±{row[key + '_se'] or 0:.3f}")
-        cells.append(aim(row["checkpoint"], optimum))
-        lines.append(f"| `python {command}` | " + " | ".join(cells) + " |")
+        cells.append(aim(point.beta, optimum))
+        command = " ".join(part for part in point.command.split() if "{out}/" not in part or "--ref" in part)
+        command = command.replace("{out}", "out").replace(" --eval_n=0", "")
+        lines.append(f"| {point.name}: `python {command}` | {row['n_seeds']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main():
     seeds = sys.argv[1:] or ["0", "1", "2"]
+    tables = {}  # {seed: {name of a point: its row}}
+    frontiers = []  # of each seed: the rows of the optimum and of best-of-n
     for seed in seeds:
-        for name, command in (FIRST | METHODS).items():
-            run(seed, name, command)
-    tables = [evaluate(seed) for seed in seeds]
+        points = [point for point in POINTS if point.every_seed or seed == seeds[0]]
+        for point in points:
+            run(seed, point)
+        shown = [point for point in points if point.method]
+        rows = evaluate(seed, shown)
+        tables[seed] = {point.name: row for point, row in zip(shown, rows)}
+        frontiers.append(rows[len(shown):])
 
-    # The n-th row of each table is the same method; rows of the optimum and of best-of-n follow.
-    n_rows = min(map(len, tables))
-    names = ["sft", *METHODS]
-    rows = [mean_over_seeds(name, [table[i] for table in tables]) for i, name in enumerate(names)]
+    rows = []
+    for point in POINTS:
+        if point.method:
+            same = [table[point.name] for table in tables.values() if point.name in table]
+            row = mean_over_seeds(point.name, same) | {"method": point.method, "label": point.label}
+            rows.append((point, row))
+
+    # The rows of the optimum are of the same β in each seed; a seed's curve may end before another's.
     optimum, best = [], []
-    for i in range(len(names), n_rows):
-        same = [table[i] for table in tables]
-        kind = same[0]["checkpoint"]
-        if all(row["checkpoint"].startswith("optimum") for row in same):
-            optimum.append(mean_over_seeds(kind, same) | {"beta": same[0]["beta"]})
-    for kind in dict.fromkeys(row["checkpoint"] for row in tables[0] if row["checkpoint"].startswith("best")):
-        same = [row for table in tables for row in table if row["checkpoint"] == kind]
-        best.append(mean_over_seeds(kind, same))
+    for kind in [row["checkpoint"] for row in min(frontiers, key=len)]:
+        same = [row for frontier in frontiers for row in frontier if row["checkpoint"] == kind]
+        row = mean_over_seeds(kind, same)
+        if kind.startswith("best"):
+            best.append(row)
+        elif len(same) == len(seeds):
+            optimum.append(row | {"beta": same[0]["beta"]})
     print(markdown(rows, optimum))
-    plot_frontier(f"{FOLDER}/frontier.png", "gold", rows, optimum, best)
+    plot_frontier(f"{FOLDER}/frontier.png", "gold", [row for _, row in rows], optimum, best)
 
 
 if __name__ == "__main__":

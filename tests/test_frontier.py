@@ -8,7 +8,9 @@ import pytest
 import torch
 from conftest import make_model
 
+import dpo
 import evaluate
+import ppo
 import sft
 from common.checkpoints import save_checkpoint
 from common.frontier import (MIN_ESS, best_of, best_of_kl, best_of_kl_without_ties, extrapolate, frontier, gap,
@@ -253,6 +255,25 @@ def test_frontier_command(start, small_world, capsys):
     assert rows[1]["gap"] is None and rows[1]["gap_at_most"] <= 1 - rows[1]["gold"] + 1e-9  # gold is 1 at most
 
 
+def test_no_checkpoint_lies_above_the_optimum(tmp_path, small_world, capsys):
+    """PPO on the true reward, cheap and dear in KL, and DPO: their gaps are at least −2 standard errors."""
+    tiny = dict(n_layer=1, n_head=2, n_embd=32, device="cpu", eval_n=0)
+    sft.train(sft.Config(**tiny, out=str(tmp_path / "sft"), steps=100, lr=1e-2))
+    tiny |= dict(init=str(tmp_path / "sft"), lr=3e-3)
+    for kl_coef in (0.05, 0.5):
+        ppo.train(ppo.Config(**tiny, reward="gold", kl_coef=kl_coef, steps=8, batch_size=64, out=str(tmp_path / f"ppo{kl_coef}")))
+    dpo.train(dpo.Config(**tiny, steps=6, batch_size=32, out=str(tmp_path / "dpo")))
+    folders = [str(tmp_path / name) for name in ("sft", "ppo0.05", "ppo0.5", "dpo")]
+    evaluate.main([*folders, "--n=40", "--frontier", "--samples=128", f"--json={tmp_path}/rows.json"])
+    rows = json.load(open(tmp_path / "rows.json"))[:4]
+    assert rows[1]["gold"] > rows[0]["gold"] + 0.1 and rows[1]["kl"] > 0.1
+    for row in rows:
+        if row["gap"] is None:
+            assert row["gap_at_most"] > 0
+        else:
+            assert row["gap"] > -2 * row["gap_se"], row
+
+
 def test_frontier_by_the_reward_model_where_nobody_knows_gold(start, capsys):
     evaluate.main([str(start / "start"), "--n=2", "--frontier", "--samples=48", f"--data={start}/mine.jsonl", f"--reward_model={start}/reward"])
     out = capsys.readouterr().out
@@ -281,7 +302,7 @@ def test_what_cannot_be_drawn_gets_one_line(start, small_world, monkeypatch):
             ([folder, "--frontier", "--n=1"], "--frontier needs at least two prompts .--n. and 48 --samples of each, a multiple of 4"),
             ([folder, "--frontier", "--samples=50"], "--frontier needs at least two prompts .--n. and 48 --samples of each, a multiple of 4"),
             ([folder, "--plot=x.png"], "--plot draws --frontier, --overoptimization or --curves: say which"),
-            ([folder, "--overoptimization"], "takes one run of ppo.py and --plot=FILE"),
+            ([folder, "--overoptimization"], "takes runs of ppo.py and --plot=FILE"),
             ([folder, str(start / "nameless")], "nameless/ckpt.pt: not a checkpoint of this repository, or damaged"),
             ([folder, str(start / "other")], "trained on different data .*start: animals, .*other: hh.: say which to compare them on with --data"),
             ([folder, f"--data={start}/mine.jsonl", "--frontier", "--n=2"],
