@@ -33,9 +33,9 @@ from engine.packing import pack
 @dataclass
 class Config(RunConfig):
     init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], a run's or a Hugging Face folder
-    steps: PositiveInt = 1000       # optimizer steps
+    steps: PositiveInt = 1500       # optimizer steps
     batch_size: PositiveInt = 16    # groups per step: a prompt with up to four of its demonstrations
-    lr: NonNegativeFloat = 6e-3     # peak learning rate
+    lr: NonNegativeFloat = 4e-3     # peak learning rate
     warmup: NonNegativeInt = 20     # steps of linear warm-up, before the cosine to 0
     val_every: PositiveInt = 100    # steps between validation losses
     log_every: PositiveInt = 50     # steps between lines on the console

@@ -14,7 +14,6 @@ from functools import cache
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 
 BUCKET = 2**25  # numbers (or a few more) in one all-reduce of gradients
 
@@ -117,13 +116,18 @@ def gather_shares(share):
     return whole
 
 
+def is_sharded(model):
+    """Whether --fsdp has spread this model over the processes: FSDP2 then gives it a method `reshard`."""
+    return hasattr(model, "reshard")
+
+
 def sync_gradients(model):
     """Adds up the gradients of all processes.
 
     Each process divides its losses by the size of the whole batch, so the sum is the gradient of the batch.
     A sharded model has already added them up in its backward pass.
     """
-    if n_processes() == 1 or isinstance(model, FSDPModule):
+    if n_processes() == 1 or is_sharded(model):
         return
     bucket = []
     for parameter in model.parameters():

@@ -2,23 +2,18 @@
 
 A block's weights are gathered while it runs. What lies outside the blocks (the embeddings with the tied
 head, ln_f, the scalar heads) is gathered by `states` and stays so until a backward pass. Nobody with one
-GPU needs this file.
+GPU needs this file. So FSDP is imported where it is used: that takes about half as long as importing torch.
 """
 import torch
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common.dist import device_mesh, is_main
+from common.dist import device_mesh, is_main, is_sharded
 from engine.attention import compiled
 from model import GPT
 
 
-def is_sharded(model):
-    return isinstance(model, FSDPModule)
-
-
 def shard_model(model, device):
     """Spreads a model over the processes, in place."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     for module in [*model.h, model]:
         fully_shard(module, mesh=device_mesh(device))
         # Gradients are summed, not averaged, because losses are divided by the size of the whole batch.
@@ -35,9 +30,14 @@ def compile_blocks(model):
     model.h[-1].forward_at = compiled(model.h[-1].forward_at)
 
 
+def is_dtensor(x):
+    """Whether x is a DTensor: a tensor of which each process holds a part."""
+    return hasattr(x, "full_tensor")
+
+
 def full_tensor(x):
     """A tensor, gathered if it is sharded. All processes must call this."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_dtensor(x) else x
 
 
 def unshard_model(model, dtype=torch.float32):
@@ -71,7 +71,7 @@ def gather_state(state):
     """
     if isinstance(state, dict):
         return {key: gather_state(value) for key, value in state.items()}
-    if not isinstance(state, DTensor):
+    if not is_dtensor(state):
         return state
     whole = state.full_tensor()
     return whole.cpu() if is_main() else None
@@ -79,7 +79,8 @@ def gather_state(state):
 
 def shard_like(x, parameter):
     """Shards a whole tensor in the way `parameter` is sharded, if it is."""
-    if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
+    if not is_dtensor(parameter) or x.shape != parameter.shape:
         return x
+    from torch.distributed.tensor import distribute_tensor
     part = distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return part.clone()  # `part` may be a view, which would keep the whole tensor alive
