@@ -4,6 +4,11 @@
     python sample.py out/sft-hh                     a conversation: you write a line, the model answers
     python sample.py out/sft-imdb --pairs=out/imdb-pairs.jsonl --reward_model=out/reward-imdb
     python sample.py out/dpo-animals --export=dpo-for-transformers
+    python sample.py out/sft-animals out/ppo-animals --page=tokens.html
+
+--page shows where the reward goes, token by token, on a page for a browser, and --json writes its numbers: the
+answers of each model to --n held-out prompts, the first model being the reference (tokens.py). A run that is named
+alone is shown beside the model that it started from.
 
 --pairs makes on-policy preference pairs: for each of --n training prompts it samples --k responses from the
 checkpoint, has the reward model score them, and writes all pairs of unequal score as {"prompt", "chosen",
@@ -11,6 +16,7 @@ checkpoint, has the reward model score them, and writes all pairs of unequal sco
 will see it, cut to --max_len.
 """
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -161,20 +167,26 @@ def arguments(argv):
     add("--temperature", type=float, default=1.0, help="of the answers; 0: the likeliest (default 1)")
     add("--max_new_tokens", type=int, default=128, help="the longest answer (default 128)")
     add("--pairs", metavar="FILE", help="write preference pairs there, made of samples of the checkpoint")
-    add("--reward_model", metavar="RUN", help="for --pairs: the reward model that ranks the responses")
+    add("--reward_model", metavar="RUN", help="for --pairs: the reward model that ranks the responses; for --page: for scores, default: PPO's")
     add("--k", type=int, default=4, help="for --pairs: responses per prompt (default 4)")
-    add("--n", type=int, default=25_000, help="for --pairs: at most this many prompts (default 25000)")
+    add("--page", metavar="FILE", help="write a page there that shows answers token by token")
+    add("--json", metavar="FILE", help="write the numbers of that page there")
+    add("--n", type=int, help="at most this many prompts (default for --pairs 25000, for --page 20)")
     add("--max_len", type=int, default=136,
         help="for --pairs: tokens of prompt and response (default 136, as imdb's recipes)")
     add("--export", metavar="DIR",
         help="write the checkpoint there for transformers; a scalar head is left out")
     add("--data",
-        help="for --pairs: where the prompts come from; default: what the checkpoint was trained on")
+        help="for --pairs and --page: where prompts come from; default: what the checkpoint was trained on")
     add("--data_dir", help="likewise")
     args = parser.parse_args(argv)
-    tasks = [task for task in (args.prompt, args.pairs, args.export) if task is not None]
+    if args.n is None:
+        args.n = 25_000 if args.pairs else 20
+    page = args.json if args.page is None else args.page
+    tasks = [task for task in (args.prompt, args.pairs, args.export, page) if task is not None]
     if len(tasks) > 1:
-        raise SystemExit("sample.py does one thing at a time: --prompt=TEXT, --pairs=FILE or --export=DIR")
+        raise SystemExit("sample.py does one thing at a time: --prompt=TEXT, --pairs=FILE, --export=DIR or "
+                         "--page=FILE, with or without --json=FILE")
     for name, least in (("n", 1), ("k", 2), ("max_len", 2), ("temperature", 0), ("max_new_tokens", 1)):
         value = getattr(args, name)
         if value < least:
@@ -191,6 +203,9 @@ def main(argv=None):
     args = arguments(argv)
     if args.export:
         return export(args.checkpoints[0], args.export)
+    if args.page is not None or args.json is not None:
+        # By name, and only here: the page needs the numbers of the stages, which stand above this file.
+        return importlib.import_module("tokens").write(args)
     # data="any": the models need not have been trained on the same data.
     models, tokenizer, configs = evaluate.load_models(args.checkpoints, data="any")
     if args.pairs:
