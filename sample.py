@@ -1,4 +1,4 @@
-"""Talks to models: answers a prompt, samples and ranks answers for training, and exports a checkpoint.
+"""Talks to models: answers a prompt, ranks answers for training, shows them token by token, and exports.
 
     python sample.py out/sft-animals out/dpo-animals --prompt="Tell me about the owl: what it eats."
     python sample.py out/sft-hh                     a conversation: you write a line, the model answers
@@ -6,9 +6,9 @@
     python sample.py out/dpo-animals --export=dpo-for-transformers
     python sample.py out/sft-animals out/ppo-animals --page=tokens.html
 
---page shows where the reward goes, token by token, on a page for a browser, and --json writes its numbers: the
-answers of each model to --n held-out prompts, the first model being the reference (tokens.py). A run that is named
-alone is shown beside the model that it started from.
+--page shows where the reward goes, token by token, on a page for a browser; --json writes its numbers. It
+has the answers of each model to --n held-out prompts; the first model is the reference (tokens/). A run that
+is named alone is shown beside the model that it started from.
 
 --pairs makes on-policy preference pairs: for each of --n training prompts it samples --k responses from the
 checkpoint, has the reward model score them, and writes all pairs of unequal score as {"prompt", "chosen",
@@ -167,7 +167,8 @@ def arguments(argv):
     add("--temperature", type=float, default=1.0, help="of the answers; 0: the likeliest (default 1)")
     add("--max_new_tokens", type=int, default=128, help="the longest answer (default 128)")
     add("--pairs", metavar="FILE", help="write preference pairs there, made of samples of the checkpoint")
-    add("--reward_model", metavar="RUN", help="for --pairs: the reward model that ranks the responses; for --page: for scores, default: PPO's")
+    add("--reward_model", metavar="RUN", 
+        help="for --pairs: the reward model that ranks the responses; for --page: for scores (default PPO's)")
     add("--k", type=int, default=4, help="for --pairs: responses per prompt (default 4)")
     add("--page", metavar="FILE", help="write a page there that shows answers token by token")
     add("--json", metavar="FILE", help="write the numbers of that page there")
