@@ -202,6 +202,21 @@ def test_the_ends_of_answers_and_the_alternatives(runs):
                 same(np.exp(row["quantities"]["logprobs"][t]), p[position, token].double())
 
 
+def test_the_token_itself_is_no_alternative():
+    """Of a greedy response, the alternatives are those from the second on."""
+    policy, reference = make_model(0, vocab_size=TOKENIZER.n_vocab), make_model(1, vocab_size=TOKENIZER.n_vocab)
+    prompt = [1, 2, 3]
+    response, = policy.generate([prompt], 8, temperature=0)
+    viewer = SimpleNamespace(policy=policy, cfg=ppo.Config())
+    others = numbers.alternatives(viewer, numbers.Setting(reference, TOKENIZER, None, None), prompt, response)
+    with torch.no_grad():
+        p = policy(torch.tensor([prompt + response]))[0, 2:-1].softmax(-1)
+    top = p.topk(4)
+    assert top.indices[:, 0].tolist() == response
+    assert others["tokens"] == [numbers.token_texts(TOKENIZER, ids) for ids in top.indices[:, 1:].tolist()]
+    same(others["p"], top.values[:, 1:])
+
+
 @pytest.mark.parametrize("name", ["dpo", "ipo", "simpo"])
 def test_held_out_pairs_have_the_rewards_of_their_loss(runs, name):
     page, _ = make_page(name)
