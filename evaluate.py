@@ -296,6 +296,7 @@ def report(run, policy, init, ref_policy=None, reward_model=None, temperature=1.
         preference_rows = report_preferences(run, init, *preferences)
         rows = [row | more for row, more in zip(rows, preference_rows)]
     save_rows(run, rows)
+    print(f"\ntoken by token: python sample.py {run.out} --page=tokens.html")
 
 
 def report_preferences(run, init, comparisons, rewards_before, rewards_after, n_samples=0):

@@ -1,16 +1,22 @@
-"""Talks to models: answers a prompt, samples and ranks answers for training, and exports a checkpoint.
+"""Talks to models: answers a prompt, ranks answers for training, shows them token by token, and exports.
 
     python sample.py out/sft-animals out/dpo-animals --prompt="Tell me about the owl: what it eats."
     python sample.py out/sft-hh                     a conversation: you write a line, the model answers
     python sample.py out/sft-animals --rank=gold --n=2500 --out=out/round1.jsonl
     python sample.py out/sft-imdb --rank=out/reward-imdb --n=25000 --out=out/imdb-pairs.jsonl
     python sample.py out/dpo-animals --export=dpo-for-transformers
+    python sample.py out/sft-animals out/ppo-animals --page=tokens.html
+
+--page shows where the reward goes, token by token, on a page for a browser; --json writes its numbers. It
+has the answers of each model to --n held-out prompts; the first model is the reference (tokens/). A run that
+is named alone is shown beside the model that it started from.
 
 --rank makes on-policy preference data: it samples --k answers to each of --n training prompts, ranks them by
 the true reward or by a reward model, and writes {"prompt": …, "responses": [the best first]} on a line for
 each prompt. dpo.py, simpo.py and reward.py read that file with --data.
 """
 import argparse
+import importlib
 import json
 import os
 import random
@@ -202,19 +208,26 @@ def arguments(argv):
         help="sample answers and rank them by the true reward, or by this reward model")
     add("--out", metavar="FILE", help="for --rank: write the ranked answers there")
     add("--k", type=int, default=4, help="for --rank: answers to each prompt (default 4)")
-    add("--n", type=int, default=2500, help="for --rank: training prompts (default 2500)")
     add("--seed", type=int, default=0, help="for --rank: of prompts, answers and labels (default 0)")
     add("--max_len", type=int,
         help="for --rank: tokens of prompt and answer that training will use; default: as the checkpoint's run")
+    add("--page", metavar="FILE", help="write a page there that shows answers token by token")
+    add("--json", metavar="FILE", help="write the numbers of that page there")
+    add("--reward_model", metavar="RUN", help="for --page: for scores; default: that of a run of ppo.py")
+    add("--n", type=int, help="at most this many prompts (default for --rank 2500, for --page 20)")
     add("--export", metavar="DIR",
         help="write the checkpoint there for transformers; a scalar head is left out")
     add("--data",
-        help="for --rank: where the prompts come from; default: what the checkpoint was trained on")
+        help="for --rank and --page: where prompts come from; default: what the checkpoint was trained on")
     add("--data_dir", help="likewise")
     args = parser.parse_args(argv)
-    tasks = [task for task in (args.prompt, args.rank, args.export) if task is not None]
+    if args.n is None:
+        args.n = 2500 if args.rank else 20
+    page = args.json if args.page is None else args.page
+    tasks = [task for task in (args.prompt, args.rank, args.export, page) if task is not None]
     if len(tasks) > 1:
-        raise SystemExit("sample.py does one thing at a time: --prompt=TEXT, --rank=… or --export=DIR")
+        raise SystemExit("sample.py does one thing at a time: --prompt=TEXT, --rank=…, --export=DIR or "
+                         "--page=FILE, with or without --json=FILE")
     for name, least in (("n", 1), ("k", 2), ("max_len", 2), ("temperature", 0), ("max_new_tokens", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -231,6 +244,9 @@ def main(argv=None):
     args = arguments(argv)
     if args.export:
         return export(args.checkpoints[0], args.export)
+    if args.page is not None or args.json is not None:
+        # By name, and only here: the page needs the numbers of the stages, which stand above this file.
+        return importlib.import_module("tokens").write(args)
     # data="any": the models need not have been trained on the same data.
     models, tokenizer, configs = evaluate.load_models(args.checkpoints, data="any")
     if args.rank:
