@@ -135,6 +135,7 @@ def precompute_reference(ref_policy, pairs, batches, run):
                     logp[i, 0] = chosen
                     logp[i, 1] = rejected
         visited.update(batch)
+        run.show_progress(f"the reference's log-probs: {len(visited)} of {len(pairs)} pairs")
     return all_reduce(logp)  # the sum over the processes collects all shares
 
 

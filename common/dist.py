@@ -35,6 +35,8 @@ def is_main():
 def print0(*text, end="\n"):
     """Prints in the main process only."""
     if is_main():
+        if sys.stdout.isatty():
+            print("\033[K", end="")  # a line of progress may stand there (common/log.py)
         print(*text, end=end, flush=True)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from dataclasses import asdict
 
@@ -39,10 +40,25 @@ class Metrics:
         return {name: total / n for name, total in self.total().items()}
 
 
+class Progress:
+    """A line at the bottom of a terminal that rewrites itself every second; nothing where output is redirected."""
+
+    def __init__(self):
+        self.shown_at = 0.0
+
+    def show(self, text):
+        now = time.time()
+        if is_main() and sys.stdout.isatty() and now - self.shown_at >= 1:
+            # The cursor goes back to the line's beginning, so that whatever is printed next replaces the line.
+            print("\033[K" + text[:100], end="\r", flush=True)
+            self.shown_at = now
+
+
 class Log:
     """Writes a JSON object per step to OUT/log.jsonl, and a line to the console every cfg.log_every steps.
 
-    A number that is not finite becomes null. Only the main process writes.
+    In between, a terminal shows how far the run is. A number that is not finite becomes null. Only the main
+    process writes.
     """
 
     def __init__(self, out, cfg, start=0, console=None):
@@ -55,6 +71,7 @@ class Log:
         self.tokens = 0  # since the last line on the console
         self.since = self.begin
         self.has_header = False
+        self.progress = Progress()
         self.others = []
         if is_main():
             self.others = other_logs(out, cfg, start)
@@ -91,25 +108,30 @@ class Log:
         for other in self.others:
             other(step, numbers)
 
+        seconds_per_step = (now - self.begin) / (step - self.start)
+        seconds_left = seconds_per_step * (self.cfg.steps - step)
+        left = f"{int(seconds_left // 60)}:{int(seconds_left % 60):02d}"
         if step % self.cfg.log_every == 0 or step == self.cfg.steps:
-            seconds_per_step = (now - self.begin) / (step - self.start)
-            seconds_left = seconds_per_step * (self.cfg.steps - step)
             columns = {"step": step}
             for key in self.console or [*values][:6]:
                 columns[key] = values.get(key)
             columns["tokens/s"] = tokens_per_s
-            columns["left"] = f"{int(seconds_left // 60)}:{int(seconds_left % 60):02d}"
+            columns["left"] = left
             self.print_line(columns)
             self.tokens = 0
             self.since = now
+        else:
+            loss = format_value(values.get("loss"))
+            self.progress.show(f"step {step} of {self.cfg.steps}   loss {loss}   {tokens_per_s} tokens/s   "
+                               f"{left} left")
 
     def print_line(self, columns):
         widths = {name: max(len(name), 9) for name in columns}
         widths |= {"step": 6, "tokens/s": 8, "left": 6}
         if not self.has_header:
-            print("  ".join(name.rjust(width) for name, width in widths.items()))
+            print0("  ".join(name.rjust(width) for name, width in widths.items()))
             self.has_header = True
-        print("  ".join(format_value(columns[name]).rjust(width) for name, width in widths.items()), flush=True)
+        print0("  ".join(format_value(columns[name]).rjust(width) for name, width in widths.items()))
 
 
 def format_value(value):

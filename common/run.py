@@ -13,7 +13,7 @@ from common.digests import examples_digest, file_digest, weights_digest
 from common.dist import join_processes, log_to_console, n_processes, print0
 from common.examine import first_example, warnings
 from common.files import append_to
-from common.log import Log
+from common.log import Log, Progress
 from common.optim import lr_schedule
 from common.options import check_config
 from common.scoring import logp_groups, score_groups
@@ -68,6 +68,7 @@ class Run:
         self.start = 0   # steps done before this run, if it resumes another
         self.tokens = 0  # handed out by micro_batches since the last log line
         self.stop_signal = StopSignal()
+        self.progress = Progress()
         self.tokenizer = None
         self.template = template_of(self.data.prompts("train"))  # of its prompts: "plain" or "turns"
         with append_to(os.path.join(self.out, "log.jsonl")):
@@ -245,6 +246,10 @@ class Run:
     def print0(self, text):
         """Prints in the main process only."""
         print0(text)
+
+    def show_progress(self, text):
+        """Rewrites the line of progress at the bottom of a terminal; does nothing elsewhere."""
+        self.progress.show(text)
 
     def log(self, step, tokens=None, **values):
         """Logs the values of a step, counted from 1.

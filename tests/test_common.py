@@ -1,6 +1,7 @@
 """Options, help, schedule, checkpoints, the log."""
 import ast
 import copy
+import io
 import json
 import math
 import os
@@ -33,7 +34,7 @@ from common.device import choose_device
 from common.dist import sync_gradients
 from common.log import Log
 from common.optim import lr_schedule, make_optimizer
-from common.options import check_config, check_value, parse, split_type
+from common.options import RunConfig, check_config, check_value, parse, split_type
 from common.run import Run, run_dir
 from common.sharding import unshard_model
 from data import get_tokenizer
@@ -542,3 +543,23 @@ def test_what_is_not_installed_is_named_only_where_it_is_asked_for(option, modul
     assert one_line(parse, sft.Config, sft.RECIPES, [option]) == f"--{package} needs a package that is not installed: pip install {package}"
     Log(str(tmp_path), parse(sft.Config, sft.RECIPES, []))(1, tokens=10, loss=0.5)
     assert os.listdir(tmp_path) == ["log.jsonl"]
+
+
+def test_a_terminal_shows_how_far_the_run_is(tmp_path, monkeypatch):
+    """A line that rewrites itself between those of the log; a file or a pipe gets none of it."""
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", stream)
+        log = Log(str(tmp_path), RunConfig(steps=20, log_every=5))
+        for step in range(1, 11):
+            log.progress.shown_at = 0.0  # as if a second had passed
+            log(step, 100, loss=0.5)
+        text = stream.getvalue()
+        assert text.count("loss") >= 1 and len([line for line in text.splitlines() if line.lstrip("\x1b[K ").startswith("10 ")]) == 1
+        if stream.isatty():
+            assert "step 3 of 20   loss 0.5000   " in text and " left\r" in text and text.count("\r") == 8
+            assert max(len(line) for line in re.split("[\r\n]", text)) <= 103
+        else:
+            assert "step 3 of" not in text and "\r" not in text and "\x1b" not in text
