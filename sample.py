@@ -252,7 +252,8 @@ def main(argv=None):
     if args.rank:
         data = evaluate.load_data(args, configs)
         if args.rank == "gold" and not hasattr(data, "gold"):
-            raise SystemExit("--rank=gold: the true reward of this data is not known; name a reward model")
+            raise SystemExit("--rank=gold: the true reward of this data is not known; name a reward model, or "
+                             "the data that the prompts come from with --data")
         if args.max_len is None:
             args.max_len = configs[0].get("max_len", models[0][1].config.block_size)
         write_ranked(args, models[0][1], tokenizer, data)

@@ -62,7 +62,7 @@ def dpo_round(i, kind, label=""):
     pairs = f"{{out}}/{kind}{i}.jsonl"
     ref = f"--ref={{out}}/sft --beta={FIXED_BETA}" if kind == "fixed" else f"--beta={MOVING_BETA}"
     beta = FIXED_BETA / LABEL_SCALE if kind == "fixed" else MOVING_BETA / i / LABEL_SCALE
-    return [Point(f"{kind}{i}.jsonl", f"sample.py {last} --rank=gold --k=4 --n=2500 --seed={i} --out={pairs}"),
+    return [Point(f"{kind}{i}.jsonl", f"sample.py {last} --rank=gold --k=4 --n=2500 --data=animals --seed={i} --out={pairs}"),
             Point(f"{kind}{i}", f"dpo.py animals --data={pairs} --init={last} {ref} --steps=200 --eval_n=0",
                   f"DPO in rounds, reference {kind}", label, beta)]
 
