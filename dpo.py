@@ -45,8 +45,8 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # eq. 7 or a variant, see dpo_loss
     label_smoothing: LabelNoise = 0.0  # ε: the share of labels assumed to be flipped, for sigmoid and robust
     ipo_average: bool = False       # with ipo: log-probs are means over tokens instead of sums
-    ref: str | None = None          # π_ref: a run, if it is not the model that training starts from
-    precompute_ref: bool = True     # ask the reference once, before training; False keeps it in memory
+    ref: str | None = None          # a run whose policy is π_ref; None: the policy that training starts from
+    precompute_ref: bool = True     # compute π_ref's log-probs before training; False: at each step
     reward_model: str | None = None  # a run of reward.py, for scores and win rates in the closing table
     lr: NonNegativeFloat = 1e-3     # peak learning rate: reached by a linear warm-up, then half a cosine to 0
 
@@ -69,7 +69,7 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
              loss_type="sigmoid"):
     """DPO, arXiv:2305.18290 eq. 7, and its variants. All log-probs are (B,), summed over response tokens.
 
-    With h = log π/π_ref (y_w|x) − log π/π_ref (y_l|x), and ε the label smoothing, a number or (B,):
+    With h = log π/π_ref (y_w|x) − log π/π_ref (y_l|x), and ε the label smoothing:
         sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0, otherwise cDPO (Mitchell 2023,
                                                                 ericmitchell.ai/cdpo.pdf eq. 3)
         ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17, with sums over tokens
@@ -111,6 +111,15 @@ def pair_logp(policy, pairs, average=False):
     return logp[0::2], logp[1::2]
 
 
+def logp_of_responses(policy, groups, run):
+    """log π(y|x) of every response, summed over tokens or, with --ipo_average, averaged: (S,) on the CPU."""
+    logp = run.logp_groups(policy, groups)
+    if run.cfg.ipo_average:
+        lengths = [len(response) for _, responses in groups for response in responses]
+        logp = logp / torch.tensor(lengths)
+    return logp
+
+
 @torch.no_grad()
 def precompute_reference(ref_policy, pairs, batches, run):
     """log π_ref of chosen and rejected for every pair that training will visit: (len(pairs), 2).
@@ -122,10 +131,10 @@ def precompute_reference(ref_policy, pairs, batches, run):
     logp = torch.zeros(len(pairs), 2, device=run.device)
     visited = set()
     for batch in batches:
-        # Each epoch drops its last, incomplete batch, so a later epoch can hold pairs that are not yet known.
+        # Each epoch drops its last, incomplete batch, so a later epoch can hold pairs not computed before.
         if visited.issuperset(batch):
             continue
-        # The whole batch, though some pairs may be known: these are the micro-batches of training. With
+        # The whole batch, even if some of its pairs are known: these are the micro-batches of training. With
         # several processes, each computes its share of the batch and leaves the other pairs at 0.
         for indices in run.micro_batches(batch, pairs):
             chosen_logp, rejected_logp = pair_logp(
@@ -154,9 +163,9 @@ def train(cfg):
     run = Run("dpo", cfg)  # the device, the folder, the log and the checkpoints
     init = cfg.init or run.train_if_missing("sft")
 
-    # Comparisons are prompts with ranked responses, as text. Every two responses of a comparison that are not
-    # tied make a pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. What
-    # is longer than max_len loses the prompt's beginning first, then the response's end.
+    # Comparisons are prompts with ranked responses, as text. Every two responses that do not tie are a pair:
+    # a prompt x, the chosen response y_w and the rejected response y_l, as token ids. A pair longer than
+    # max_len loses the beginning of its prompt first, then the ends of its responses.
     policy, tokenizer = run.load_model(init)
     comparisons = run.data.comparisons("train")
     pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
@@ -167,14 +176,15 @@ def train(cfg):
     # Held-out comparisons, for the table at the end.
     held_out, held_out_groups = run.held_out_comparisons()
 
-    # The reference π_ref: the initial policy, or the model that --ref names.
+    # The reference π_ref: the initial policy, or the model that --ref names. `policy` still has its initial
+    # weights here; with --resume, run.start_or_resume below loads those of the last checkpoint.
     if cfg.ref:
         ref_policy = run.load_reference(cfg.ref, policy)
     else:
         ref_policy = copy.deepcopy(policy).requires_grad_(False)
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
     ref_policy = run.prepare(ref_policy)
-    held_out_ref_logp = run.logp_groups(ref_policy, held_out_groups)  # (S,), one per response
+    held_out_ref_logp = logp_of_responses(ref_policy, held_out_groups, run)  # (S,), one per response
 
     # reference(indices) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs, (b,) each.
     ref_logp = None
@@ -212,8 +222,8 @@ def train(cfg):
                 cfg.beta, cfg.label_smoothing, cfg.loss_type)
             (losses.sum() / cfg.batch_size).backward()
 
-            # The accuracy of the policy as a reward model, where a tie counts one half (in the first step all
-            # tie), and the quantities to watch.
+            # The accuracy of the policy as a reward model, where a tie counts one half (in the first step,
+            # where π is π_ref, all pairs tie), and the quantities to watch.
             tie = (chosen_reward == rejected_reward).float()
             right = (chosen_reward > rejected_reward).float() + 0.5 * tie
             metrics.add(loss=losses, accuracy=right, margin=chosen_reward - rejected_reward,
@@ -233,9 +243,10 @@ def train(cfg):
     # The reference and the policy. On held-out prompts: KL, length, and reward and win rate where a reward is
     # known. On held-out comparisons: how the implicit rewards β log π/π_ref order the responses.
     del optimizer  # frees memory for the evaluation
-    rewards = cfg.beta * (run.logp_groups(policy, held_out_groups) - held_out_ref_logp)
+    rewards = cfg.beta * (logp_of_responses(policy, held_out_groups, run) - held_out_ref_logp)
+    rewards_of_reference = torch.zeros_like(rewards)  # β log π_ref/π_ref
     evaluate.report(run, policy, cfg.ref or init, reward_model=cfg.reward_model,
-                    preferences=(held_out, torch.zeros_like(rewards), rewards))
+                    preferences=(held_out, rewards_of_reference, rewards))
     return policy
 
 

@@ -269,7 +269,7 @@ def judgements(models, feedback, axes, micro_tokens):
     Marks and scores are in the order of the indices, and for each group in the order of feedback.marks.
     """
     # Every process may call this with groups of its own.
-    for indices in batches.local_micro_batches(feedback.groups, micro_tokens, models[0]):
+    for indices in batches.all_micro_batches(feedback.groups, micro_tokens, models[0]):
         groups = [feedback.groups[i] for i in indices]
         batch, marks = pack_marks(groups, [feedback.marks[i] for i in indices], axes, models[0].device)
         yield indices, marks, judge(models, batch, marks)

@@ -1,23 +1,24 @@
 """The reward model: the second stage of InstructGPT (Ouyang et al. 2022, arXiv:2203.02155 §3.5).
 
 A GPT with a scalar head, r_θ(x, y), which starts from the SFT model and is read at the last token of the
-response. It learns from comparisons under Bradley and Terry's model, P(y_w ≻ y_l | x) = σ(r(x, y_w) − r(x,
+response. It learns from comparisons under the Bradley–Terry model, P(y_w ≻ y_l | x) = σ(r(x, y_w) − r(x,
 y_l)). K ranked responses to one prompt give all of their pairs at once; each response is computed once, and
 the prompt once for all of them:
 
     L(θ) = −1/(K choose 2) E log σ( r_θ(x, y_w) − r_θ(x, y_l) )                                     (eq. 1)
 
 Eq. 1 sees differences only: a constant added to all scores of a prompt changes nothing. So at the end, as
-in InstructGPT, the bias is shifted so that demonstrations score 0 on average. Two things are added here: a
-small term center_coef · (2 r̄)², with r̄ the mean score of a prompt's K responses, which holds it near 0 and
-leaves the differences alone (at K = 2 it is (r_w + r_l)², arXiv:2312.09244), and the spread of the
-demonstrations' scores, which is saved with the weights so that PPO can normalize by it.
+in InstructGPT, the bias is shifted so that demonstrations score 0 on average. Two things are added here:
+
+- a small term center_coef · (2 r̄)², with r̄ the mean score of a prompt's K responses. It holds r̄ near 0 and
+  leaves the differences alone. At K = 2 it is (r_w + r_l)², arXiv:2312.09244.
+- the standard deviation of the demonstrations' scores, saved with the weights so that PPO can divide by it.
 
     python reward.py                                the animals world, from nothing: SFT first
     python reward.py hh --init=out/sft-hh           Anthropic's HH-RLHF, GPT-2
     python reward.py imdb                           the sentiment of IMDb reviews
     python reward.py tldr                           summaries of Reddit posts; likewise qa_feedback
-    python reward.py --data=mine.jsonl --init=gpt2  your own comparisons
+    python reward.py --data=mine.jsonl --init=gpt2  your own comparisons, with the settings of hh
 
 Left out: labels with a degree of preference, ensembles, models that read a whole conversation turn by turn.
 """
@@ -102,18 +103,18 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
         losses.append(pair_losses.mean() + centering)  # without ties, the mean is eq. 1's 1/(K choose 2)
         right = (r_w > r_l).float() + 0.5 * (r_w == r_l).float()
         accuracies.append(right.mean())
-    if not losses:  # no pair at all: a zero that backward() can start from (finegrained.py needs it)
+    if not losses:  # no pair at all: a zero that is attached to the graph (finegrained.py needs it)
         return 0 * scores.sum(), 0 * scores.detach().sum()
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
 
 def score_gap(scores, group, rank):
     """The mean of r_w − r_l over each prompt's pairs (0 if all tie), one per prompt, without gradient."""
-    margins = []
+    gaps = []
     for prompt_scores, prompt_rank in split_by_prompt(scores.detach(), group, rank):
         r_w, r_l = ranked_pairs(prompt_scores, prompt_rank)
-        margins.append((r_w - r_l).mean() if len(r_w) else torch.zeros_like(scores[0]))
-    return torch.stack(margins)
+        gaps.append((r_w - r_l).mean() if len(r_w) else torch.zeros_like(scores[0]))
+    return torch.stack(gaps)
 
 
 def group_and_rank(comparisons, device="cpu"):
@@ -139,11 +140,13 @@ def train(cfg):
     run = Run("reward", cfg)  # the device, the folder, the log and the checkpoints
     init = cfg.init or run.train_if_missing("sft")
 
-    # Comparisons: a prompt and its K ranked responses, as token ids.
+    # is_policy=False: it may start from a reward model, which a policy may not.
     data = run.data
     reward_model, tokenizer = run.load_model(init, is_policy=False)
     reward_model.set_scalar_heads(1)  # a new head with random weights, bias 0
     reward_model = run.prepare(reward_model)  # moved to the device; sharded or compiled if asked for
+
+    # Comparisons: a prompt and its K ranked responses. `groups` are the same as token ids, in the same order.
     comparisons = data.comparisons("train", cfg.k)
     comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # each has a pair that does not tie
     groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], cfg.max_len)
@@ -175,8 +178,9 @@ def train(cfg):
             # small term that holds the prompt's mean score near 0
             loss, accuracy = ranking_loss(scores, group, rank, cfg.margin, cfg.center_coef)
 
-            # Turn the micro-batch's mean over prompts into its share of the batch's mean. (Every prompt
-            # counts: those whose responses all tie were left out above.) Metrics adds up, and mean() divides.
+            # Turn the micro-batch's mean over prompts into its share of the batch's mean. (Every prompt has a
+            # pair: those whose responses all tie were left out when the comparisons were loaded.) Metrics
+            # adds up, and mean() divides.
             n_prompts = len(indices)
             (loss * n_prompts / cfg.batch_size).backward()
             metrics.add(loss=loss * n_prompts, accuracy=accuracy * n_prompts,
@@ -200,11 +204,11 @@ def train(cfg):
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, reward_model, optimizer)
 
-    # Center the scores: demonstrations get 0 on average. A run that is resumed when all of that is done finds
-    # the standard deviation of their scores in its checkpoint.
+    # Center the scores: training demonstrations get 0 on average. A finished run that is resumed has their
+    # standard deviation in its checkpoint.
     score_std = checkpoint.get("score_std")
     if score_std is None or run.start < cfg.steps:
-        demonstrations = data.demonstrations("train")[:max(2, cfg.eval_n)]
+        demonstrations = data.demonstrations("train")[:max(2, cfg.eval_n)]  # a deviation needs two
         examples = [(prompt, [response]) for prompt, response in demonstrations]
         demonstrations = encode_groups(tokenizer, examples, cfg.max_len)
         score_std = center_scores(reward_model, run.score_groups(reward_model, demonstrations))

@@ -6,13 +6,13 @@ The language-model loss on demonstrations, taken over the tokens of the response
 
 The EOS that ends a response is one of its tokens, so the model learns when to stop.
 
-The result is π_SFT: the policy that every later stage starts from, and the reference π_ref that its KL is
-measured to.
+The result is π_SFT: the policy that every later stage starts from, and the reference π_ref that their KL is
+measured against.
 
     python sft.py                                the animals world, from nothing
     python sft.py hh --init=gpt2-medium          the chosen answers of Anthropic's HH-RLHF
     python sft.py tldr                           Reddit posts and their TL;DRs; likewise qa_feedback and imdb
-    python sft.py --data=mine.jsonl --init=gpt2  your own file (data/jsonl.py describes the formats)
+    python sft.py --data=mine.jsonl --init=gpt2  your own file (data/jsonl.py), with the settings of hh
 
 Left out: dropout, loss on prompts.
 """
@@ -31,7 +31,7 @@ from engine.packing import pack
 
 
 @dataclass
-class Config(RunConfig):
+class Config(RunConfig):  # all other options: common/options.py
     init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], a run's or a Hugging Face folder
     steps: PositiveInt = 1500       # optimizer steps
     batch_size: PositiveInt = 16    # groups per step: a prompt with up to four of its demonstrations
@@ -56,7 +56,7 @@ RECIPES = {
                  val_every=100, log_every=10, ckpt_every=100, eval_n=64),
 }
 
-MAX_DEMONSTRATIONS = 4  # to one prompt in one group
+MAX_DEMONSTRATIONS = 4  # the most responses in a group; a prompt with more is split over several groups
 
 
 def group_by_prompt(demonstrations):
@@ -72,7 +72,7 @@ def group_by_prompt(demonstrations):
 
 
 def sft_loss(logprobs, n_tokens):
-    """−Σ log π(y_t | x, y_<t) / n_tokens. logprobs (N,): of a micro-batch; n_tokens: of the whole batch."""
+    """−Σ log π(y_t | x, y_<t) / n_tokens. logprobs (N,) are of a micro-batch, n_tokens of the whole batch."""
     return -logprobs.sum() / n_tokens
 
 
@@ -90,7 +90,7 @@ def validation_loss(policy, groups, run):
     if not groups:
         return None
     total = 0.0
-    for indices in run.local_micro_batches(groups, policy):  # all of them, in pieces that fit into memory
+    for indices in run.all_micro_batches(groups, policy):  # every process takes all, in pieces that fit
         batch = pack([groups[i] for i in indices]).to(run.device)
         total += policy.logprobs(batch).sum().item()
     return -total / count_response_tokens(groups)
@@ -105,7 +105,7 @@ def train(cfg):
     run.print0(f"sft: {n_parameters / 1e6:.1f}M parameters on {run.device}, {cfg.data} -> {run.out}")
 
     # Demonstrations: a prompt x and one or more responses y, as token ids with the EOS at the end of y.
-    # What is longer than max_len loses the prompt's beginning first, then the response's end.
+    # An example longer than max_len loses the beginning of its prompt first, then the end of its response.
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
     batches = run.shuffled_batches(groups)  # for each step a list of indices into groups
@@ -126,15 +126,15 @@ def train(cfg):
             logprobs = policy.logprobs(batch)  # (N,)
             loss = sft_loss(logprobs, n_tokens)
             loss.backward()
-            metrics.add(loss=-logprobs)  # a sum over tokens; metrics.mean divides by n_tokens
+            metrics.add(loss=-logprobs)  # adds them up, without gradient; metrics.mean divides by n_tokens
 
         # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step, clear.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log, now and then with the loss on held-out demonstrations. Save a checkpoint when one is due, or
-        # when Ctrl-C asked for it, which ends the run.
+        # 3. Log, every val_every steps with the loss on held-out demonstrations. Save a checkpoint when one is
+        # due, or when Ctrl-C asked for it, which ends the run.
         val_loss = None
         if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
             val_loss = validation_loss(policy, validation, run)

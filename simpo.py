@@ -1,20 +1,19 @@
 """Simple Preference Optimization (Meng, Xia and Chen 2024, arXiv:2405.14734): DPO without its reference.
 
-DPO's reward of a response is β log π/π_ref, a sum over its tokens. But a policy does not generate by that: it
-generates by its own log-probs alone, so SimPO leaves π_ref out. A sum of log-probs would then favour short
-responses, so the reward is β times their mean (eq. 4). The chosen response has to win by a margin γ:
+DPO's reward of a response is β log π/π_ref, a sum over its tokens. But generation uses only the policy's own
+log-probs, so SimPO leaves π_ref out. A sum of log-probs would then favour short responses, so the reward is β
+times their mean (eq. 4). The chosen response has to win by a margin γ:
 
     r(x, y) = β/|y| log π_θ(y|x)
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
 
-There is no reference, so only one model is in memory. But nothing holds the policy near to where it started
-either, except a small learning rate in the paper. The length |y| counts the EOS, where a response has one.
+There is no reference, so only one model is in memory. But nothing keeps the policy near its start either; the
+paper relies on a small learning rate. The length |y| counts the EOS, where a response has one.
 
-What goes wrong in our runs is that responses become too short (docs/results.md). We sample and log the
-length during training. And to hold it, we add the SFT term (App. H): sft_weight times the
-mean of −log π over all tokens of the batch's chosen responses. Every token has the same weight there, while
-in eq. 6 a token of a long response has less. The paper's own settings have sft_weight 0, and so have the
-recipes for real data.
+What goes wrong in our runs is that responses become too short (docs/results.md). We sample and log the length
+during training. To keep it from shrinking, we add the SFT term (App. H): sft_weight times the mean of −log π
+over all tokens of the batch's chosen responses. Every token has the same weight there, while in eq. 6 a token
+of a long response has less. The paper's own settings have sft_weight 0, and so do the recipes for real data.
 
     python simpo.py                                the animals world, from nothing: SFT first, then SimPO
     python simpo.py hh                             Anthropic's HH-RLHF, GPT-2
@@ -43,7 +42,7 @@ from engine.packing import pack, per_sequence
 @dataclass
 class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options: common/options.py
     beta: PositiveFloat = 2.0       # β of eq. 6: the scale of the mean log-prob
-    gamma: NonNegativeFloat = 1.0   # γ of eq. 6: the margin that the chosen response is to win by
+    gamma: NonNegativeFloat = 1.0   # γ of eq. 6: the margin that the chosen response must win by
     gamma_beta_ratio: NonNegativeFloat | None = None  # γ/β, as the authors' scripts give it; overrides gamma
     sft_weight: NonNegativeFloat = 0.5  # weight of the SFT term, −log π of the chosen responses
     label_smoothing: LabelNoise = 0.0  # ε: the share of labels assumed to be flipped
@@ -56,7 +55,7 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
 RECIPES = {
     "hh": dict(data="hh", sft_weight=0.0, steps=2500, max_len=512, lr=1e-6, warmup=150, sample_every=250,
                ckpt_every=500, eval_n=64),
-    # Not in the paper either: the settings of hh, for one epoch
+    # The paper has neither hh nor tldr. Rate, steps and warm-up are those of dpo.py
     "tldr": dict(data="tldr", sft_weight=0.0, steps=1450, max_len=640, lr=1e-6, warmup=150, sample_every=250,
                  ckpt_every=500, eval_n=64),
     "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", sft_weight=0.0, steps=2100, max_len=136,
@@ -94,7 +93,7 @@ def pair_logp(policy, pairs):
 
 
 def response_rewards(policy, groups, run, beta):
-    """β/|y| log π(y|x) of each of the S responses of groups (prompt_ids, [response_ids, …]): (S,)."""
+    """β/|y| log π(y|x) of each response of groups (prompt_ids, [response_ids, …]): (S,) on the CPU."""
     lengths = []
     for _, responses in groups:
         lengths += map(len, responses)
@@ -107,7 +106,7 @@ def mean_chosen_length(pairs):
 
 
 def length_statistics(responses, eos):
-    """The numbers in which a collapse of the length shows first. responses: lists of token ids.
+    """The early signs of a collapse of the length. responses: lists of token ids.
 
     response_len: mean length in tokens; empty: the share of responses that are nothing but the EOS;
     unfinished: the share that reached the limit of new tokens before an EOS.
@@ -127,9 +126,9 @@ def train(cfg):
 
     policy, tokenizer = run.load_model(init)
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
-    # Comparisons are prompts with ranked responses, as text. Every two responses of a comparison that are not
-    # tied make a pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. What
-    # is longer than max_len loses the prompt's beginning first, then the response's end.
+    # Comparisons are prompts with ranked responses, as text. Every two responses that do not tie are a pair:
+    # a prompt x, the chosen response y_w and the rejected response y_l, as token ids. A pair longer than
+    # max_len loses the beginning of its prompt first, then the ends of its responses.
     comparisons = run.data.comparisons("train")
     pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
     batches = run.shuffled_batches(pairs)  # for each step a list of indices into pairs
@@ -160,7 +159,8 @@ def train(cfg):
             losses, chosen_reward, rejected_reward = simpo_loss(
                 chosen_logp, rejected_logp, chosen_len, rejected_len, cfg.beta, gamma, cfg.label_smoothing)
 
-            # App. H, the SFT term: the mean of these over the batch is Σ −log π(y_w|x) / Σ |y_w|.
+            # App. H, the SFT term: the mean of −log π over all tokens of the batch's chosen responses is
+            # Σ −log π(y_w|x) / Σ |y_w|, and Σ |y_w| = B · mean |y_w|. So it is the mean over pairs of
             sft_losses = -chosen_logp / mean_chosen_len
             losses = losses + cfg.sft_weight * sft_losses
             (losses.sum() / cfg.batch_size).backward()
@@ -179,8 +179,8 @@ def train(cfg):
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Now and then, sample: has the length begun to collapse? Every process samples all prompts, at
-        # temperature 1, up to 128 tokens, each time with the same random numbers.
+        # 3. Every sample_every steps, sample: has the length begun to collapse? Every process samples all
+        # prompts, at temperature 1, up to 128 tokens, each time with the same random numbers.
         lengths = {"response_len": None, "empty": None, "unfinished": None}
         if sample_prompts and ((step + 1) % cfg.sample_every == 0 or step + 1 == cfg.steps):
             responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token)

@@ -41,7 +41,7 @@ def micro_batches(batch, groups, max_tokens):
     return halve_until(pieces_of_each[process()], most)
 
 
-def local_micro_batches(groups, max_tokens, model):
+def all_micro_batches(groups, max_tokens, model):
     """All groups of this process, as lists of indices into `groups`, of at most max_tokens tokens each.
 
     Other processes may have other groups. If the model is sharded, they agree on the number of lists.

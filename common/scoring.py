@@ -1,7 +1,7 @@
 """One number for each of many responses: a reward model's score, or a log-prob."""
 import torch
 
-from common.batches import local_micro_batches
+from common.batches import all_micro_batches
 from engine.packing import pack, per_sequence
 
 
@@ -24,7 +24,7 @@ def number_each_response(model, function, groups, micro_tokens):
     if not groups:
         return torch.zeros(0)
     numbers = [None] * len(groups)
-    for indices in local_micro_batches(groups, micro_tokens, model):
+    for indices in all_micro_batches(groups, micro_tokens, model):
         batch = pack([groups[i] for i in indices]).to(model.device)
         sizes = [len(groups[i][1]) for i in indices]
         for i, number in zip(indices, function(batch).cpu().split(sizes)):

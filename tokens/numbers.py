@@ -10,7 +10,7 @@ import finegrained
 import ppo
 import simpo
 from common import grids
-from common.batches import local_micro_batches
+from common.batches import all_micro_batches
 from common.scoring import score_groups
 from data import encode_groups
 from data.segments import decode_with_ends
@@ -152,7 +152,7 @@ def evaluate_episodes(episodes, viewer, ref_policy, of_reference=False):
     # 2. Evaluate every token.
     cfg = viewer.cfg
     models = ppo.Models(viewer.policy, ref_policy, viewer.value_model, reward_model=None)
-    micro_batches = local_micro_batches(episodes.groups, cfg.micro_tokens, viewer.policy)
+    micro_batches = all_micro_batches(episodes.groups, cfg.micro_tokens, viewer.policy)
     ppo.evaluate_tokens(episodes, models, micro_batches, cfg)
     numbers = {
         "logprobs": episodes.logprobs,
