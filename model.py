@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from engine import devices
 from engine.attention import attention, block_at, compiled, packed_forward, packed_mask
 from engine.decode import generate
 from engine.logprobs import log_softmax, token_logprobs
@@ -104,6 +105,8 @@ class GPT(nn.Module):
         self.init_weights()
         self.set_scalar_heads(config.n_scalars)
 
+        self.dtype = None  # of matrix products; None: bfloat16 on CUDA, float32 elsewhere
+
         # How `states` runs over packed batches; `prepare` changes it.
         self.compiled = False
         self.checkpoint_blocks = False
@@ -182,15 +185,19 @@ class GPT(nn.Module):
         return self.wte.weight.device
 
     def autocast(self):
-        """Matrix products in bfloat16 on CUDA, in float32 elsewhere."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        """Matrix products in bfloat16 if that is the dtype of products, as it is on CUDA by default."""
+        dtype = self.product_dtype()
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
+
+    def product_dtype(self):
+        return self.dtype or devices.default_dtype(self.device)
 
     def prepare(self, compile, checkpoint_blocks):
         """How `states` runs: compiled, and with blocks recomputed in the backward pass to save memory."""
         self.checkpoint_blocks = checkpoint_blocks
         if compile and not self.compiled:
             self.compiled = True
-            self.mask_kind = "flex" if self.device.type == "cuda" else "dense"
+            self.mask_kind = "flex" if devices.device_type(self.device) == "cuda" else "dense"
             self.packed_forward = compiled(packed_forward)
 
     def states(self, batch, positions=None):

@@ -29,8 +29,8 @@ def load_model(init, cfg=None, is_policy=True):
 def load_model_only(init, cfg=None, is_policy=False):
     """load_model with only the name of the tokenizer, which may have to be fetched."""
     if init == "scratch":
-        return new_model(cfg)
-    if init in PRETRAINED or os.path.exists(os.path.join(init, "config.json")):
+        model, tokenizer_name = new_model(cfg)
+    elif init in PRETRAINED or os.path.exists(os.path.join(init, "config.json")):
         model = GPT.from_pretrained(init)
         tokenizer_name = "gpt2"
         if model.config.vocab_size != GPTConfig.vocab_size:
@@ -48,6 +48,8 @@ def load_model_only(init, cfg=None, is_policy=False):
         load_weights(model, checkpoint["model"], init)
     if cfg and cfg.max_len > model.config.block_size:
         raise SystemExit(f"--max_len={cfg.max_len}: the context of {init} is {model.config.block_size} tokens")
+    if cfg and cfg.dtype:
+        model.dtype = getattr(torch, cfg.dtype)
     return model, tokenizer_name
 
 
@@ -181,8 +183,8 @@ def load_optimizer(optimizer, state):
 
 
 # The options that a resumed run may change.
-FREE_ON_RESUME = {"resume", "out", "device", "compile", "checkpoint_blocks", "fsdp", "steps", "eval_n",
-                  "log_every", "ckpt_every", "wandb", "tensorboard", "data_dir", "overwrite"}
+FREE_ON_RESUME = {"resume", "out", "device", "compile", "dtype", "checkpoint_blocks", "fsdp", "steps",
+                  "eval_n", "log_every", "ckpt_every", "wandb", "tensorboard", "data_dir", "overwrite"}
 
 
 def load_to_resume(out, cfg):
