@@ -251,7 +251,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_dir):
-        """Loads "gpt2" … "gpt2-xl" (fetched once), or a folder in the Hugging Face format.
+        """Loads "gpt2" … "gpt2-xl", "hub:OWNER/NAME", or a folder in the Hugging Face format.
 
         Exits with a one-line message if a file is missing, cannot be fetched, or is not a GPT-2.
         """

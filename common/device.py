@@ -16,7 +16,7 @@ def choose_device(device):
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise SystemExit(f"--device={device}: expected cpu, cuda, or one of several as cuda:1, or mps (Apple)")
+        raise SystemExit(f"--device={device}: expected cpu, cuda, or one of several as cuda:1, or mps")
     if device == "mps" and not torch.backends.mps.is_available():
         raise SystemExit("--device=mps: torch sees no Apple GPU here")
     if device == "mps" and n_processes() > 1:

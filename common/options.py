@@ -69,9 +69,9 @@ OTHER_NAMES = {
 class RunConfig:
     """The options that all stages share; a page's Config inherits them and may change their defaults."""
     recipe: str = "animals"             # the positional argument: a set of defaults
-    data: str = "animals"               # animals, hh[/SUBSET], qa_feedback, tldr, imdb, or your own file (docs/data.md)
+    data: str = "animals"               # animals, hh[/SUBSET], qa_feedback, tldr, imdb; docs/data.md: a file, hub:…
     data_dir: str = "data/files"        # where published data files are looked for before they are fetched
-    init: str | None = None  # a run's or Hugging Face folder, gpt2 … gpt2-xl, scratch; None: SFT, trained if missing
+    init: str | None = None  # a run's or Hugging Face folder, hub:OWNER/NAME, gpt2 … gpt2-xl, scratch; None: SFT
     out: str | None = None              # the run's folder; None: out/STAGE-RECIPE, or out/STAGE-FILE for your own data
     steps: PositiveInt = 250            # optimizer steps
     batch_size: PositiveInt = 64        # examples per step, over all processes
@@ -150,8 +150,8 @@ def parse(Config, RECIPES, argv=None):
 
 
 def default_recipe(data, RECIPES):
-    """The recipe if none is named: your own data file gets one for real text, not that of a toy world."""
-    if not os.path.isfile(data):
+    """The recipe if none is named: your own data get one for real text, not that of a toy world."""
+    if not os.path.isfile(data) and not data.startswith("hub:"):
         return "animals"
     return "hh" if "hh" in RECIPES else [*RECIPES][0]
 

@@ -68,7 +68,7 @@ class Run:
         self.digests = {"file": file_digest(cfg.data), "data": "", "init": ""}
         self.start = 0   # steps done before this run, if it resumes another
         self.tokens = 0  # handed out by micro_batches since the last log line
-        self.tokens_per_step = 0  # about how many, with responses that are still to be sampled at their longest
+        self.tokens_per_step = 0  # about how many, if responses that are yet to be sampled become the longest
         self.stop_signal = StopSignal()
         self.tokenizer = None
         self.template = template_of(self.data.prompts("train"))  # of its prompts: "plain" or "turns"
@@ -174,7 +174,7 @@ class Run:
         return checkpoint
 
     def on_which_device(self, model):
-        """One line: the device, the dtype of matrix products, compile on or off, parameters, tokens a step."""
+        """One line: the device, the dtype of products, compile on or off, parameters, tokens a step."""
         name = self.device
         if devices.device_type(name) == "cuda":
             name += f" ({torch.cuda.get_device_name()})"
@@ -325,6 +325,9 @@ def run_dir(stage, cfg):
     base, slash, subset = cfg.data.partition("/")
     if os.path.isfile(cfg.data):
         name = os.path.basename(cfg.data).split(".")[0]
+    elif base.startswith("hub:"):
+        path = cfg.data.removeprefix("hub:").partition(":")[0]  # hub:OWNER/NAME:SPLIT
+        name = os.path.basename(path)
     elif slash:
         name = f"{name}-{subset}"  # hh/SUBSET
     elif name == "animals":

@@ -13,5 +13,5 @@ def default_dtype(device):
 
 
 def float64_device(device):
-    """Where tensors of this device are computed in float64: there, or on the CPU, since mps has no float64."""
+    """Where to compute with a device's tensors in float64: there, or on the CPU for mps, which has none."""
     return torch.device("cpu") if device_type(device) == "mps" else torch.device(device)

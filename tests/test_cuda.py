@@ -133,8 +133,9 @@ def test_plain_float32_is_the_run_that_the_cpu_makes(wide_heads, request):
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
 
 
-def test_bfloat16_on_a_cpu_is_near_float32(wide_heads):
+def test_bfloat16_on_a_cpu_is_near_float32(wide_heads, capsys):
     logs = [run_ppo(wide_heads, dtype, dtype=dtype)[0] for dtype in ("float32", "bfloat16")]
+    assert "tokens a step" not in capsys.readouterr().out  # that line is for GPUs
     assert logs[0]["kl"] == logs[1]["kl"] == 0 and logs[1]["sampler_diff_mean"] < 0.02
     assert logs[1]["entropy"] == pytest.approx(logs[0]["entropy"], rel=0.01) and logs[1]["entropy"] != logs[0]["entropy"]
 
@@ -219,7 +220,7 @@ def finegrained_loss(model, groups):
 
 STAGES = {"sft": (sft_loss, 0), "reward": (reward_loss, 1), "dpo": (dpo_loss, 0), "simpo": (simpo_loss, 0), "ppo": (ppo_loss, 1),
           "finegrained": (finegrained_loss, 2)}
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.06}  # of a norm
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.03}  # of a norm; on a CPU, bfloat16 comes to 0.006 to 0.009
 
 
 def loss_and_gradient(model, stage_loss):
