@@ -302,7 +302,8 @@ class Jsonl:
     def demonstrations(self, split):
         examples = [(prompt, responses[0]) for prompt, responses, _ in self.records(split) if responses]
         if split == "train" and not examples:
-            raise SystemExit(f"{self.path}: holds no demonstrations, prompts only")
+            raise SystemExit(f"{self.path}: holds no demonstrations, prompts only; to train on prompts alone, "
+                             "ppo.py needs --init, and --reward_model unless the reward is a function")
         return examples
 
     def comparisons(self, split, k=2):

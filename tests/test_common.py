@@ -315,7 +315,7 @@ def test_every_option_is_read(stage):
     assert all(set(r) <= {f.name for f in fields(stage.Config)} for r in stage.RECIPES.values())
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/using.md", "docs/data.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/using.md", "docs/data.md", "docs/first-gpu-run.md"])
 def test_every_stage_command_of_a_page_is_understood(page, recorders):
     commands = re.findall(r"(?:python|torchrun \S+) (sft|reward|ppo|dpo|simpo|finegrained)\.py([^`\n#;]*)", (ROOT / page).read_text())
     assert len(commands) >= 3
