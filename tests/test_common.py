@@ -467,7 +467,7 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 
 
 def test_resume_wants_the_options_of_the_run(saved):
-    cfg = sft.Config(resume=True, log_every=7, wandb="p", tensorboard=True, eval_n=3)
+    cfg = sft.Config(resume=True, log_every=7, wandb="p", tensorboard=True, eval_n=3, compile=False, dtype="bfloat16")
     assert load_to_resume(str(saved), cfg)["step"] == 3
     assert "was started with --lr=0.004, not 1.0" in one_line(load_to_resume, str(saved), sft.Config(lr=1.0))
     message = one_line(load_to_resume, str(saved), dpo.Config())

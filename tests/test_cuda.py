@@ -28,7 +28,7 @@ from common import grids
 from common.checkpoints import save_checkpoint
 from common.dist import device_mesh
 from common.optim import make_optimizer, optimizer_step
-from common.options import RunConfig
+from common.options import RunConfig, parse
 from common.sharding import gather_state, sampling_copy, shard_model, unshard_model
 from data import get_tokenizer
 from engine import attention, decode, devices
@@ -100,7 +100,7 @@ def wide_heads(tmp_path, small_world):
 def run_ppo(folder, name, **settings):
     """Two iterations with everything in them -> the lines of the log."""
     ppo.train(ppo.Config(init=str(folder / "policy"), reward_model=str(folder / "reward"), out=str(folder / name), steps=2, batch_size=8, epochs=2,
-                         minibatches=2, max_new_tokens=6, eval_n=0, **settings))
+                         minibatches=2, max_new_tokens=6, eval_n=0, device="cpu", **settings))
     return [json.loads(line) for line in open(folder / name / "log.jsonl")]
 
 
@@ -138,6 +138,27 @@ def test_bfloat16_on_a_cpu_is_near_float32(wide_heads, capsys):
     assert "tokens a step" not in capsys.readouterr().out  # that line is for GPUs
     assert logs[0]["kl"] == logs[1]["kl"] == 0 and logs[1]["sampler_diff_mean"] < 0.02
     assert logs[1]["entropy"] == pytest.approx(logs[0]["entropy"], rel=0.01) and logs[1]["entropy"] != logs[0]["entropy"]
+
+
+def test_models_that_are_trained_first_and_those_of_the_closing_table_have_the_dtype_too(wide_heads, monkeypatch):
+    monkeypatch.chdir(wide_heads)
+    seen = set()
+    for name in ("states", "generate"):
+        def watched(model, *args, real=getattr(model_module.GPT, name), **kwargs):
+            seen.add(model.product_dtype())
+            return real(model, *args, **kwargs)
+        monkeypatch.setattr(model_module.GPT, name, watched)
+    settings = dict(steps=2, batch_size=4, warmup=0, n_layer=1, n_embd=16, n_head=1, max_len=48, dtype="bfloat16", eval_n=0, device="cpu")
+    sft.train(sft.Config(**settings))
+    monkeypatch.setitem(reward.RECIPES, "animals", dict(steps=2, batch_size=4, warmup=0, eval_n=2))
+    ppo.train(ppo.Config(**settings | dict(batch_size=8, minibatches=2, max_new_tokens=4, eval_n=2)))
+    assert seen == {torch.bfloat16}
+
+
+def test_dtype_is_one_of_two():
+    assert parse(ppo.Config, ppo.RECIPES, ["--dtype=float32"]).dtype == "float32" and ppo.Config().dtype is None
+    with pytest.raises(SystemExit, match="unknown dtype 'float16'; did you mean 'float32'|'bfloat16'"):
+        parse(ppo.Config, ppo.RECIPES, ["--dtype=float16"])
 
 
 # ------------------------------------------------------------------------------ the same tests on a CPU and on a GPU

@@ -174,6 +174,12 @@ def test_every_stage_runs_there_and_logs_what_the_cpu_logs(name, small_world, st
     assert not any(kind in operation for operation in operations for kind in ("searchsorted", "unique_consecutive", "mkldnn"))
 
 
-def test_there_is_none_here():
+def test_there_is_none_here(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="--device=mps: torch sees no Apple GPU here"):
+        choose_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("mps") == "mps"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="--device=mps: one process only"):
         choose_device("mps")
