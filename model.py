@@ -105,7 +105,8 @@ class GPT(nn.Module):
         self.init_weights()
         self.set_scalar_heads(config.n_scalars)
 
-        self.dtype = None  # of matrix products; None: bfloat16 on CUDA, float32 elsewhere
+        # The dtype of matrix products; None: bfloat16 on CUDA, float32 elsewhere.
+        self.dtype = None
 
         # How `states` runs over packed batches; `prepare` changes it.
         self.compiled = False
@@ -185,7 +186,7 @@ class GPT(nn.Module):
         return self.wte.weight.device
 
     def autocast(self):
-        """Matrix products in bfloat16 if that is the dtype of products, as it is on CUDA by default."""
+        """Matrix products in product_dtype(): by default in bfloat16 on CUDA, in float32 elsewhere."""
         dtype = self.product_dtype()
         return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
 

@@ -56,7 +56,7 @@ OTHER_NAMES = {
     "save_steps": "ckpt_every", "eval_interval": "val_every", "eval_steps": "val_every",
     "output_dir": "out", "out_dir": "out", "model_name_or_path": "init", "model": "init",
     "init_from": "init", "dataset": "data", "dataset_name": "data", "report_to": "wandb",
-    "wandb_project": "wandb", "gradient_checkpointing": "checkpoint_blocks", "torch_compile": "compile",
+    "wandb_project": "wandb", "gradient_checkpointing": "checkpoint_blocks", "torch_compile": "compile", "torch_dtype": "dtype",
     "resume_from_checkpoint": "resume", "response_length": "max_new_tokens", "max_tokens": "max_new_tokens",
     "cliprange": "clip", "clip_range": "clip", "cliprange_value": "value_clip", "init_kl_coef": "kl_coef",
     "num_ppo_epochs": "epochs", "ppo_epochs": "epochs", "num_mini_batches": "minibatches",

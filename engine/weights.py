@@ -48,8 +48,6 @@ IGNORED_KEYS = {
 }
 # sha256 of GPT-2's tokens as its vocab.json spells them, a line each, in the order of their ids
 VOCABULARY_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
-
-
 VOCAB_SIZE = 50257  # of GPT-2
 MOST_ROWS = 50304   # the next multiple of 64: files may hold added or padded rows up to there
 HUB = "hub:"
@@ -68,9 +66,13 @@ def is_pretrained(name_or_dir):
     return os.path.exists(os.path.join(name_or_dir, "config.json"))
 
 
+def local_folder(name_or_dir):
+    return fetch_from_hub(name_or_dir) if name_or_dir.startswith(HUB) else name_or_dir
+
+
 @cache
-def hub_folder(name):
-    """The folder that holds hub:OWNER/NAME, fetched once; exits with one line if it cannot be had."""
+def fetch_from_hub(name):
+    """Returns the folder that holds hub:OWNER/NAME, fetched once; exits with one line if it cannot be had."""
     hub = import_package("huggingface_hub", name, "huggingface_hub safetensors")
     repository = name.removeprefix(HUB)
     try:
@@ -92,7 +94,7 @@ def read_pretrained(name_or_dir):
         config = dict(vocab_size=50257, block_size=1024, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         path = os.path.join(torch.hub.get_dir(), "checkpoints", name_or_dir + ".bin")
         return config, read_weights(fetch(path, URL.format(name_or_dir)))
-    dir = hub_folder(name_or_dir) if name_or_dir.startswith(HUB) else name_or_dir
+    dir = local_folder(name_or_dir)
     config = read_config(os.path.join(dir, "config.json"))
     weights = read_folder(dir)
     cut_vocabulary(config, weights, name_or_dir)
@@ -189,7 +191,7 @@ def check_vocabulary(name_or_dir):
 
     Tokens may have been added to it.
     """
-    dir = hub_folder(name_or_dir) if name_or_dir.startswith(HUB) else name_or_dir
+    dir = local_folder(name_or_dir)
     for file in ("vocab.json", "tokenizer.json"):
         path = os.path.join(dir, file)
         if not os.path.exists(path):

@@ -569,7 +569,7 @@ def test_a_model_on_the_hub_is_read_as_the_folder_that_it_is_fetched_to(kind, th
         assert "config.json" in allow_patterns and not any(pattern.startswith("*") for pattern in allow_patterns)
         return str(tmp_path)
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    weights.hub_folder.cache_clear()
+    weights.fetch_from_hub.cache_clear()
     for _ in range(2):
         assert_same_logits(GPT.from_pretrained("hub:somebody/tiny"), theirs)
     assert asked == [("somebody/tiny", False), ("somebody/tiny", True)][:2 if kind == "torch" else 1]
