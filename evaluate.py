@@ -55,7 +55,7 @@ from data import dataset, encode_prompts
 from data.turns import apply_template
 from engine.decode import uniform_noise
 from engine.packing import pack, per_sequence
-from engine.weights import PRETRAINED
+from engine.weights import is_pretrained
 
 KEYS = ["gold", "relevance", "factuality", "completeness", "kl", "win_rate", "length", "eos_rate", "grammar",
         "score"]
@@ -391,7 +391,7 @@ def load_models(names, data=None):
         model, tokenizer = load_model(name)
         models.append((name, model.to(device)))
         tokenizers.append(tokenizer)
-        if name in PRETRAINED or os.path.exists(os.path.join(name, "config.json")):
+        if is_pretrained(name):
             configs.append({})  # weights in the Hugging Face format have no run's config
             continue
         checkpoint = load_checkpoint(name)

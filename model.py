@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from engine import devices
 from engine.attention import attention, block_at, compiled, packed_forward, packed_mask
 from engine.decode import generate
 from engine.logprobs import log_softmax, token_logprobs
@@ -104,6 +105,9 @@ class GPT(nn.Module):
         self.init_weights()
         self.set_scalar_heads(config.n_scalars)
 
+        # The dtype of matrix products; None: bfloat16 on CUDA, float32 elsewhere.
+        self.dtype = None
+
         # How `states` runs over packed batches; `prepare` changes it.
         self.compiled = False
         self.checkpoint_blocks = False
@@ -182,15 +186,19 @@ class GPT(nn.Module):
         return self.wte.weight.device
 
     def autocast(self):
-        """Matrix products in bfloat16 on CUDA, in float32 elsewhere."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        """Matrix products in product_dtype(): by default in bfloat16 on CUDA, in float32 elsewhere."""
+        dtype = self.product_dtype()
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
+
+    def product_dtype(self):
+        return self.dtype or devices.default_dtype(self.device)
 
     def prepare(self, compile, checkpoint_blocks):
         """How `states` runs: compiled, and with blocks recomputed in the backward pass to save memory."""
         self.checkpoint_blocks = checkpoint_blocks
         if compile and not self.compiled:
             self.compiled = True
-            self.mask_kind = "flex" if self.device.type == "cuda" else "dense"
+            self.mask_kind = "flex" if devices.device_type(self.device) == "cuda" else "dense"
             self.packed_forward = compiled(packed_forward)
 
     def states(self, batch, positions=None):
@@ -244,7 +252,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_dir):
-        """Loads "gpt2" … "gpt2-xl" (fetched once), or a folder in the Hugging Face format.
+        """Loads "gpt2" … "gpt2-xl", "hub:OWNER/NAME", or a folder in the Hugging Face format.
 
         Exits with a one-line message if a file is missing, cannot be fetched, or is not a GPT-2.
         """

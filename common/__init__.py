@@ -2,7 +2,7 @@
 
     options.py      the command line: options shared by all stages, recipes, -h
     run.py          Run: a page's device, folder, log, checkpoints and micro-batches
-    device.py       cpu or cuda
+    device.py       cpu, cuda or mps
     stop.py         Ctrl-C: a checkpoint before the end
     batches.py      which examples a step trains on, and its micro-batches
     dist.py         several processes: printing once, adding up gradients

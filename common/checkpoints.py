@@ -10,7 +10,7 @@ from common.dist import is_main, n_processes, print0
 from common.files import write_atomically
 from common.sharding import gather_state, shard_like
 from data import dataset, get_tokenizer
-from engine.weights import PRETRAINED, check_vocabulary
+from engine.weights import PRETRAINED, check_vocabulary, is_pretrained
 from model import GPT, GPTConfig
 
 
@@ -29,13 +29,13 @@ def load_model(init, cfg=None, is_policy=True):
 def load_model_only(init, cfg=None, is_policy=False):
     """load_model with only the name of the tokenizer, which may have to be fetched."""
     if init == "scratch":
-        return new_model(cfg)
-    if init in PRETRAINED or os.path.exists(os.path.join(init, "config.json")):
+        model, tokenizer_name = new_model(cfg)
+    elif is_pretrained(init):
         model = GPT.from_pretrained(init)
         tokenizer_name = "gpt2"
         if model.config.vocab_size != GPTConfig.vocab_size:
-            raise SystemExit(f"{init}: a vocabulary of {model.config.vocab_size} is not GPT-2's, "
-                             "and no tokenizer comes with it")
+            raise SystemExit(f"{init}: a vocabulary of {model.config.vocab_size} is not GPT-2's, which has "
+                             "50257 tokens; up to 50304, the rows beyond them are left out")
         if init not in PRETRAINED:
             check_vocabulary(init)
     else:
@@ -48,6 +48,8 @@ def load_model_only(init, cfg=None, is_policy=False):
         load_weights(model, checkpoint["model"], init)
     if cfg and cfg.max_len > model.config.block_size:
         raise SystemExit(f"--max_len={cfg.max_len}: the context of {init} is {model.config.block_size} tokens")
+    if cfg and cfg.dtype:
+        model.dtype = getattr(torch, cfg.dtype)
     return model, tokenizer_name
 
 
@@ -91,7 +93,7 @@ def checkpoint_files(path):
 
 def template_of_checkpoint(init):
     """Returns "turns" if the model was trained on conversations (data/turns.py), else "plain"."""
-    if init == "scratch" or init in PRETRAINED or os.path.exists(os.path.join(init, "config.json")):
+    if init == "scratch" or is_pretrained(init):
         return "plain"
     return load_checkpoint(init).get("template", "plain")
 
@@ -137,7 +139,7 @@ def no_checkpoint(path):
     if os.path.isdir(path):
         path = os.path.join(path, "ckpt.pt")
     return (f"{path}: no checkpoint there (expected a run's folder, a ckpt.pt, a folder in the Hugging Face "
-            f"format, scratch, or one of {', '.join(PRETRAINED)}){suggestion}")
+            f"format, hub:OWNER/NAME, scratch, or one of {', '.join(PRETRAINED)}){suggestion}")
 
 
 def save_checkpoint(out, step, model, optimizer, cfg, tokenizer, **more):
@@ -181,8 +183,8 @@ def load_optimizer(optimizer, state):
 
 
 # The options that a resumed run may change.
-FREE_ON_RESUME = {"resume", "out", "device", "compile", "checkpoint_blocks", "fsdp", "steps", "eval_n",
-                  "log_every", "ckpt_every", "wandb", "tensorboard", "data_dir", "overwrite"}
+FREE_ON_RESUME = {"resume", "out", "device", "compile", "dtype", "checkpoint_blocks", "fsdp", "steps",
+                  "eval_n", "log_every", "ckpt_every", "wandb", "tensorboard", "data_dir", "overwrite"}
 
 
 def load_to_resume(out, cfg):

@@ -10,13 +10,17 @@ from common.dist import n_processes
 
 
 def choose_device(device):
-    """Picks the device to run on ("cpu", "cuda", "cuda:1") and sets torch up for it.
+    """Picks the device to run on ("cpu", "cuda", "cuda:1", "mps") and sets torch up for it.
 
     Exits with one line if there is no such device.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise SystemExit(f"--device={device}: expected cpu, cuda, or one of several as cuda:1")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise SystemExit(f"--device={device}: expected cpu, cuda, or one of several as cuda:1, or mps")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise SystemExit("--device=mps: torch sees no Apple GPU here")
+    if device == "mps" and n_processes() > 1:
+        raise SystemExit("--device=mps: one process only; several need CUDA or CPUs")
     if device == "cuda" and n_processes() > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device.startswith("cuda"):

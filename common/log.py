@@ -12,6 +12,7 @@ import torch
 
 from common.dist import all_reduce, is_main, print0
 from common.files import append_to, write_atomically
+from engine.devices import float64_device
 
 
 class Metrics:
@@ -31,7 +32,8 @@ class Metrics:
 
     def total(self):
         """Each sum, over all processes: a dict of floats."""
-        totals = torch.stack([total.double() for total in self.sums.values()])
+        totals = [total.to(float64_device(total.device)).double() for total in self.sums.values()]
+        totals = torch.stack(totals)
         all_reduce(totals)
         return dict(zip(self.sums, totals.tolist()))
 

@@ -56,7 +56,7 @@ OTHER_NAMES = {
     "save_steps": "ckpt_every", "eval_interval": "val_every", "eval_steps": "val_every",
     "output_dir": "out", "out_dir": "out", "model_name_or_path": "init", "model": "init",
     "init_from": "init", "dataset": "data", "dataset_name": "data", "report_to": "wandb",
-    "wandb_project": "wandb", "gradient_checkpointing": "checkpoint_blocks", "torch_compile": "compile",
+    "wandb_project": "wandb", "gradient_checkpointing": "checkpoint_blocks", "torch_compile": "compile", "torch_dtype": "dtype",
     "resume_from_checkpoint": "resume", "response_length": "max_new_tokens", "max_tokens": "max_new_tokens",
     "cliprange": "clip", "clip_range": "clip", "cliprange_value": "value_clip", "init_kl_coef": "kl_coef",
     "num_ppo_epochs": "epochs", "ppo_epochs": "epochs", "num_mini_batches": "minibatches",
@@ -69,9 +69,9 @@ OTHER_NAMES = {
 class RunConfig:
     """The options that all stages share; a page's Config inherits them and may change their defaults."""
     recipe: str = "animals"             # the positional argument: a set of defaults
-    data: str = "animals"               # animals, hh[/SUBSET], qa_feedback, tldr, imdb, or your own file (docs/data.md)
+    data: str = "animals"               # animals, hh[/SUBSET], qa_feedback, tldr, imdb; docs/data.md: a file, hub:…
     data_dir: str = "data/files"        # where published data files are looked for before they are fetched
-    init: str | None = None  # a run's or Hugging Face folder, gpt2 … gpt2-xl, scratch; None: SFT, trained if missing
+    init: str | None = None  # a run's or Hugging Face folder, hub:OWNER/NAME, gpt2 … gpt2-xl, scratch; None: SFT
     out: str | None = None              # the run's folder; None: out/STAGE-RECIPE, or out/STAGE-FILE for your own data
     steps: PositiveInt = 250            # optimizer steps
     batch_size: PositiveInt = 64        # examples per step, over all processes
@@ -85,8 +85,9 @@ class RunConfig:
     n_head: PositiveInt = 4             # with --init=scratch
     n_embd: PositiveInt = 64            # with --init=scratch
     seed: NonNegativeInt = 0            # of new weights, the order of the data, and sampling
-    device: str | None = None           # cpu, cuda, cuda:1 …; None: cuda if there is one
-    compile: bool | None = None         # torch.compile; None: on CUDA
+    device: str | None = None           # cpu, cuda, cuda:1 …, mps (Apple); None: cuda if there is one
+    compile: bool | None = None         # torch.compile, with flex_attention and graphs on CUDA; None: on CUDA
+    dtype: Literal["float32", "bfloat16"] | None = None  # of matrix products; None: bfloat16 on CUDA, else float32
     checkpoint_blocks: bool = False     # recompute the activations inside blocks: a third more work, less memory
     fsdp: bool = False                  # spread weights, gradients and optimizer over the processes (torchrun)
     log_every: PositiveInt = 10         # steps between lines on the console
@@ -149,8 +150,8 @@ def parse(Config, RECIPES, argv=None):
 
 
 def default_recipe(data, RECIPES):
-    """The recipe if none is named: your own data file gets one for real text, not that of a toy world."""
-    if not os.path.isfile(data):
+    """The recipe if none is named: your own data get one for real text, not that of a toy world."""
+    if not os.path.isfile(data) and not data.startswith("hub:"):
         return "animals"
     return "hh" if "hh" in RECIPES else [*RECIPES][0]
 

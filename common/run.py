@@ -21,6 +21,7 @@ from common.sharding import compile_blocks, is_sharded, shard_model
 from common.stop import StopSignal, resume_command
 from data import check_contract, dataset, encode_groups, encode_prompts
 from data.turns import apply_template, template_of
+from engine import devices
 from engine.packing import group_length
 
 
@@ -67,6 +68,7 @@ class Run:
         self.digests = {"file": file_digest(cfg.data), "data": "", "init": ""}
         self.start = 0   # steps done before this run, if it resumes another
         self.tokens = 0  # handed out by micro_batches since the last log line
+        self.tokens_per_step = 0  # about how many, if responses that are yet to be sampled become the longest
         self.stop_signal = StopSignal()
         self.progress = Progress()
         self.tokenizer = None
@@ -93,8 +95,8 @@ class Run:
             page = importlib.import_module(stage)
             print0(f"no {KINDS[stage]} model in {out}: training it first")
             settings = {"recipe": cfg.recipe, **page.RECIPES.get(cfg.recipe, {})}
-            for name in ("data", "data_dir", "device", "compile", "checkpoint_blocks", "fsdp", "max_len",
-                         "n_layer", "n_head", "n_embd"):
+            for name in ("data", "data_dir", "device", "compile", "dtype", "checkpoint_blocks", "fsdp",
+                         "max_len", "n_layer", "n_head", "n_embd"):
                 settings[name] = getattr(cfg, name)
             page.train(page.Config(**settings, resume=bool(checkpoint_files(out))))
             print0()
@@ -143,8 +145,8 @@ class Run:
     def prepare(self, model):
         """Moves a model to the device; --fsdp spreads it over the processes, and --compile compiles it."""
         cfg = self.cfg
-        on_cuda = self.device.startswith("cuda")
-        compile = cfg.compile if cfg.compile is not None else on_cuda
+        on_cuda = devices.device_type(self.device) == "cuda"
+        compile = wants_compile(cfg, self.device)
         n_head = model.config.n_head
         head_size = model.config.n_embd // n_head
         if compile and on_cuda and head_size < 16:
@@ -177,8 +179,21 @@ class Run:
             self.start = checkpoint["step"]
         else:
             remove_checkpoints(self.out)  # with --overwrite; a later --resume must not find the old run
+        if devices.device_type(self.device) != "cpu":
+            print0(self.on_which_device(model))
         self.logger = Log(self.out, self.cfg, self.start, console)
         return checkpoint
+
+    def on_which_device(self, model):
+        """One line: the device, the dtype of products, compile on or off, parameters, tokens a step."""
+        name = self.device
+        if devices.device_type(name) == "cuda":
+            name += f" ({torch.cuda.get_device_name()})"
+        dtype = str(model.product_dtype()).removeprefix("torch.")
+        compile = "on" if wants_compile(self.cfg, self.device) else "off"
+        n_parameters = sum(p.numel() for p in model.parameters())
+        return (f"{name}, {dtype}, compile {compile}, {n_parameters / 1e6:.1f}M parameters, "
+                f"about {self.tokens_per_step:,.0f} tokens a step")
 
     def restore(self, model, optimizer, weights, state):
         """Restores a second model and its optimizer from what a checkpoint holds of them."""
@@ -193,7 +208,9 @@ class Run:
         """
         cfg = self.cfg
         self.digests["data"] = examples_digest(examples, self.digests["data"])
-        return shuffled_batches(len(examples), batch_size or cfg.batch_size, steps or cfg.steps,
+        batch_size = batch_size or cfg.batch_size
+        self.tokens_per_step += tokens_of_batch(examples, batch_size, cfg)
+        return shuffled_batches(len(examples), batch_size, steps or cfg.steps,
                                 cfg.seed if seed is None else seed)
 
     def lr_schedule(self, step):
@@ -285,6 +302,21 @@ class Run:
             self.stop_signal.listen()
 
 
+def wants_compile(cfg, device):
+    """Whether to compile: --compile, or by default on CUDA."""
+    if cfg.compile is None:
+        return devices.device_type(device) == "cuda"
+    return cfg.compile
+
+
+def tokens_of_batch(examples, batch_size, cfg):
+    """About how many tokens a batch has. Prompts alone get responses of cfg.max_new_tokens."""
+    if isinstance(examples[0], tuple):
+        return batch_size * sum(map(group_length, examples)) / len(examples)
+    prompt_tokens = batch_size * sum(map(len, examples)) / len(examples)
+    return prompt_tokens + cfg.batch_size * cfg.max_new_tokens
+
+
 def check_prerequisite(checkpoint, out, stage, cfg):
     """Exits with one line if the finished run in `out` had other data than this run would give it."""
     theirs = checkpoint["config"]
@@ -308,6 +340,9 @@ def run_dir(stage, cfg):
     base, slash, subset = cfg.data.partition("/")
     if os.path.isfile(cfg.data):
         name = os.path.basename(cfg.data).split(".")[0]
+    elif base.startswith("hub:"):
+        path = cfg.data.removeprefix("hub:").partition(":")[0]  # hub:OWNER/NAME:SPLIT
+        name = os.path.basename(path)
     elif slash:
         name = f"{name}-{subset}"  # hh/SUBSET
     elif name == "animals":

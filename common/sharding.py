@@ -52,16 +52,16 @@ def unshard_model(model, dtype=torch.float32):
     weights = {name: full_tensor(weight.to(dtype)) for name, weight in model.state_dict().items()}
     copy.load_state_dict(weights, assign=True)
     copy.compiled = model.compiled
+    copy.dtype = model.dtype
     return copy
 
 
 def sampling_copy(model):
-    """The model to sample with: the model itself on a CPU; on CUDA a copy in bfloat16.
+    """The model to sample with: the model itself in float32; in bfloat16, the default on CUDA, a copy.
 
     Decoding on CUDA waits for memory, and bfloat16 halves what is read.
     """
-    dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
-    return unshard_model(model, dtype)
+    return unshard_model(model, model.product_dtype())
 
 
 def gather_state(state):

@@ -24,6 +24,7 @@ import os
 from data import animals
 from data.comparisons import check_pairs, encode_pairs
 from data.hh import HH, SUBSETS
+from data.hub import PREFIX, Hub
 from data.imdb import IMDB
 from data.jsonl import Jsonl
 from data.qa_feedback import QAFeedback
@@ -42,7 +43,7 @@ def check_contract(data, stage, name):
 
 
 def dataset(name, data_dir="data/files"):
-    """Returns the dataset animals, hh, hh/SUBSET, qa_feedback, tldr or imdb, or the one in the file `name`.
+    """Returns the dataset animals, hh, hh/SUBSET, qa_feedback, tldr or imdb, or hub:OWNER/NAME, or a file's.
 
     Raises SystemExit with a one-line message if there is no such dataset and no such file.
     """
@@ -58,6 +59,8 @@ def dataset(name, data_dir="data/files"):
         if name.endswith("_feedback.json"):
             return QAFeedback(data_dir, name)
         return Jsonl(name)
+    if name.startswith(PREFIX):
+        return Hub(name)
     base, _, subset = name.partition("/")
     if base == "hh":
         if not subset:
@@ -70,4 +73,4 @@ def dataset(name, data_dir="data/files"):
         hint = ("; `python sample.py out/sft-imdb --rank=out/reward-imdb --n=25000 "
                 "--out=out/imdb-pairs.jsonl` makes it")
     raise SystemExit(f"--data={name}: no such file, and none of the datasets "
-                     f"animals, hh, qa_feedback, tldr, imdb{hint}")
+                     f"animals, hh, qa_feedback, tldr, imdb, hub:OWNER/NAME{hint}")

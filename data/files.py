@@ -1,14 +1,15 @@
-"""Reads files of JSON objects, and exits with a one-line message if one cannot be used."""
+"""Reads files of JSON objects or Parquet rows; exits with a one-line message if one cannot be used."""
 import gzip
 import json
 import re
 import zlib
 from contextlib import contextmanager
 
-from engine.files import short_repr
+from engine.files import first_line, import_package, short_repr
 
 LONGEST = 2**24  # bytes per line: more than any context needs, and a .gz bomb cannot fill memory
 LARGEST = 2**30  # bytes of a file that is one JSON value
+ROWS = 1024      # of a Parquet file that are in memory as objects at one time
 ONE_VALUE = re.compile(rb'\[|\{$|\{\s*"data"\s*:\s*(\[|$)')  # how the first line of such a file begins
 
 
@@ -27,10 +28,13 @@ def readable(path):
 
 
 def read_records(path):
-    """Yields ("path:line", object) of a file of one object per line, a JSON list, or {"data": [ … ]}.
+    """Yields ("path:line", object) of a file of one object per line, a JSON list, {"data": […]}, or Parquet.
 
-    In the latter two, the place of an object is "path:record N".
+    In the latter three, the place of an object is "path:record N".
     """
+    if path.endswith(".parquet"):
+        yield from read_parquet(path)
+        return
     if not is_one_value(path):
         yield from read_lines(path)
         return
@@ -46,6 +50,25 @@ def read_records(path):
     for i, record in enumerate(records, 1):
         where = f"{path}:record {i}"
         yield where, as_object(record, where)
+
+
+def read_parquet(path):
+    """Yields ("path:record N", row as a dict) of a Parquet file, with the package pyarrow."""
+    pyarrow = import_package("pyarrow", path, "pyarrow")
+    parquet = import_package("pyarrow.parquet", path, "pyarrow")
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            for name in names:
+                if names.count(name) > 1:
+                    raise SystemExit(f"{path}: the column {short_repr(name)} appears twice")
+            n = 0
+            for rows in file.iter_batches(ROWS):
+                for record in rows.to_pylist():
+                    n += 1
+                    yield f"{path}:record {n}", record
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise SystemExit(f"{path}: not a Parquet file, or damaged ({first_line(error)})")
 
 
 def is_one_value(path):

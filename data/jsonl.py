@@ -10,7 +10,8 @@
     {"chosen": …, "rejected": …}                      a comparison: the prompt is what both begin with
     {"prompt": …}                                     a prompt, which is all that PPO needs
 
-The file holds one object per line, or is a JSON list of them, or {"data": [ … ]}; it may be gzipped.
+The file holds one object per line, or is a JSON list of them, or {"data": [ … ]}; it may be gzipped. In a
+.parquet file, which the package pyarrow reads, each row is such an object.
 
 Text is used as it is. Prompt and response are joined without a space, so a response should start with its own
 (" Yes."). A list of messages can stand in place of text. It is written as turns in the format of Anthropic's
@@ -262,12 +263,16 @@ class Jsonl:
         for split in ("train", "validation", "test"):
             self.records(split)
 
+    def raw_records(self):
+        """Yields ("path:line", record), the record as the file has it."""
+        return read_records(self.path)
+
     def read(self):
         """Returns [(prompt, responses, ranks), …] of the whole file."""
         examples = []
         unused = set()
         n_bad = 0
-        for where, record in read_records(self.path):
+        for where, record in self.raw_records():
             prompt, responses = parse(record, where)
             examples.append((prompt, responses, find_ranks(record, len(responses), where)))
             n_bad += record.get("label") is False
@@ -297,7 +302,8 @@ class Jsonl:
     def demonstrations(self, split):
         examples = [(prompt, responses[0]) for prompt, responses, _ in self.records(split) if responses]
         if split == "train" and not examples:
-            raise SystemExit(f"{self.path}: holds no demonstrations, prompts only")
+            raise SystemExit(f"{self.path}: holds no demonstrations, prompts only; to train on prompts alone, "
+                             "ppo.py needs --init, and --reward_model unless the reward is a function")
         return examples
 
     def comparisons(self, split, k=2):

@@ -7,7 +7,8 @@
     kvcache.py     that cache, and CUDA graphs
     onednn.py      faster matrix products for sampling on a CPU
     weights.py     GPT-2's published weights and the Hugging Face format
-    files.py       downloads
+    devices.py     what differs between cpu, cuda and mps
+    files.py       downloads, and packages that only some need
 
 Each fast form opens with the definition that it equals, and a test holds the two to the same numbers.
 """

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from engine import devices
+
 CALL_COST = 100**2  # what one more call of attention costs on a CPU, in pairs of tokens
 
 
@@ -48,7 +50,7 @@ def packed_mask(batch, kind=None):
             return (q >= k) & same_group & prompt_or_own
         return create_block_mask(allowed, rows, None, T, T, device=group.device)
 
-    if kind == "groups" or (kind is None and not group.is_cuda):
+    if kind == "groups" or (kind is None and devices.device_type(group.device) == "cpu"):
         _, counts = torch.unique_consecutive(group, return_counts=True)
         lengths = counts.tolist()
         cost_of_groups = sum(n**2 + CALL_COST for n in lengths)

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from engine import devices
 from engine.attention import hidden_at
 from engine.kvcache import CUDAGraph, KVCache, slices
 from engine.logprobs import vocab_product
@@ -31,7 +32,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, eos=No
         noise = uniform_noise(len(prompts), max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: lengths[i])
     sorted_prompts = [prompts[i] for i in order]
-    sorted_noise = noise[order].to(model.device)
+    sorted_noise = noise[order].to(devices.float64_device(model.device))
     eos_id = -1 if eos is None else eos  # no token is -1
 
     tokens, logprobs = decode(model, sorted_prompts, sorted_noise, temperature, top_k, eos_id)
@@ -59,6 +60,7 @@ def uniform_noise(n_rows, n_tokens):
 def decode(model, prompts, noise, temperature, top_k, eos):
     """Samples responses to prompts that are sorted by length. noise: (B, max_new_tokens), uniform on [0, 1).
 
+    Tokens are drawn where the noise is, which is the model's device, except for one without float64 (mps).
     Returns tokens (B, T) and their log-probs (B, T) under the sampling distribution. It stops once every
     row has sampled `eos`, or up to three steps later; what follows a row's `eos` means nothing.
     """
@@ -74,10 +76,12 @@ def decode(model, prompts, noise, temperature, top_k, eos):
 
         def choose(state):
             """Samples token t of each row from its newest hidden state (B, C)."""
-            logits = next_logits(model, state, vocabulary)
-            token, logprob = sample(logits, noise.index_select(1, t)[:, 0], temperature, top_k)
+            logits = next_logits(model, state, vocabulary).to(noise.device)
+            u = noise.index_select(1, t.to(noise.device))[:, 0]
+            token, logprob = sample(logits, u, temperature, top_k)
+            token = token.to(device)
             tokens.index_copy_(1, t, token[:, None])
-            logprobs.index_copy_(1, t, logprob[:, None])
+            logprobs.index_copy_(1, t, logprob.to(device)[:, None])
             done.logical_or_(token == eos)
 
         def step(n_columns):
@@ -90,7 +94,7 @@ def decode(model, prompts, noise, temperature, top_k, eos):
             choose(state[:, 0])
 
         choose(prefill(model, cache, prompts))
-        if device.type == "cuda" and model.compiled:
+        if model.compiled and devices.device_type(device) == "cuda":
             step = CUDAGraph(step)
         for i in range(1, max_new_tokens):
             # Every fourth step asks whether all rows are done: to ask a GPU is to wait for it.

@@ -1,5 +1,6 @@
 """Files that are downloaded once, and short quotes of values for error messages."""
 import hashlib
+import importlib
 import logging
 import os
 import reprlib
@@ -14,6 +15,24 @@ SHORT.maxlevel = 1
 def short_repr(value):
     """repr(value) on one line; the middle of a long one is left out."""
     return SHORT.repr(value)
+
+
+def first_line(error):
+    """The beginning of another package's error message, which may be long and have several lines."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def import_package(module, where, packages):
+    """Imports a package that only some need; exits with one line if it is missing.
+
+    where: the file or option that needs it. packages: what to install, as pip calls it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        missing = module.partition(".")[0]
+        raise SystemExit(f"{where}: reading it needs the package {missing}: pip install {packages}")
 
 
 def fetch(path, url, sha256=None):

@@ -1,6 +1,7 @@
 """The key-value cache of sampling, and the CUDA graph that replays a step."""
 import torch
 
+from engine import devices
 from engine.attention import attention
 
 
@@ -9,16 +10,18 @@ class KVCache:
 
     length (B,) is how many positions each row holds. A step reads only the columns in use, rounded up to
     a multiple of BLOCK. On a CPU, each of four slices of the rows reads as many as it needs. On CUDA, all
-    rows read the same number, because each number of columns needs a CUDA graph of its own.
+    rows read the same number, because each number of columns needs a CUDA graph of its own; on Apple's mps
+    likewise, because each shape is compiled.
     """
-    SLICES = {"cuda": 1, "cpu": 4}
-    BLOCK = {"cuda": 128, "cpu": 1}
+    SLICES = {"cuda": 1, "mps": 1, "cpu": 4}
+    BLOCK = {"cuda": 128, "mps": 128, "cpu": 1}
 
     def __init__(self, config, lengths, new_tokens, like):
         """lengths: of the prompts, sorted. like: a tensor that has the cache's device and dtype."""
         device = like.device
-        self.block = self.BLOCK[device.type]
-        self.slices = slices(len(lengths), self.SLICES[device.type])
+        device_type = devices.device_type(device)
+        self.block = self.BLOCK[device_type]
+        self.slices = slices(len(lengths), self.SLICES[device_type])
         self.longest = [lengths[rows][-1] for rows in self.slices]  # length of each slice's longest prompt
         # On CUDA a multiple of 16, because attention would copy a mask with rows of any other length.
         max_len = round_up(lengths[-1] + new_tokens, min(self.block, 16))

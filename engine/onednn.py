@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn as nn
 
+from engine import devices
+
 SMALLEST = 2**17  # entries; for a smaller matrix the copy does not pay
 
 
@@ -33,7 +35,7 @@ def copy_for_onednn(weight):
 
     It gains nothing on a GPU, for a small matrix or another dtype, or in a build of torch without MKL.
     """
-    is_float_on_cpu = not weight.is_cuda and weight.dtype == torch.float32
+    is_float_on_cpu = devices.device_type(weight.device) == "cpu" and weight.dtype == torch.float32
     if is_float_on_cpu and weight.numel() >= SMALLEST and torch.backends.mkl.is_available():
         return torch.ops.mkldnn._reorder_linear_weight(weight)
     return None

@@ -22,6 +22,8 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
+from engine import devices
+
 
 @dataclass
 class Batch:
@@ -55,7 +57,7 @@ class Batch:
         moved = {}
         for field in fields(self):
             tensor = getattr(self, field.name)
-            if torch.device(device).type == "cuda":
+            if devices.device_type(device) == "cuda":
                 moved[field.name] = tensor.pin_memory().to(device, non_blocking=True)
             else:
                 moved[field.name] = tensor.to(device)

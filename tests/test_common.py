@@ -316,7 +316,7 @@ def test_every_option_is_read(stage):
     assert all(set(r) <= {f.name for f in fields(stage.Config)} for r in stage.RECIPES.values())
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/using.md", "docs/data.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/using.md", "docs/data.md", "docs/first-gpu-run.md"])
 def test_every_stage_command_of_a_page_is_understood(page, recorders):
     commands = re.findall(r"(?:python|torchrun \S+) (sft|reward|ppo|dpo|simpo|finegrained)\.py([^`\n#;]*)", (ROOT / page).read_text())
     assert len(commands) >= 3
@@ -464,11 +464,11 @@ def save_again(folder):
 
 def test_a_folder_without_a_tokenizer(tmp_path):
     make_model(vocab_size=97).save_pretrained(str(tmp_path))
-    assert "a vocabulary of 97 is not GPT-2's, and no tokenizer comes with it" in one_line(load_model, str(tmp_path))
+    assert "a vocabulary of 97 is not GPT-2's, which has 50257 tokens; up to 50304, " in one_line(load_model, str(tmp_path))
 
 
 def test_resume_wants_the_options_of_the_run(saved):
-    cfg = sft.Config(resume=True, log_every=7, wandb="p", tensorboard=True, eval_n=3)
+    cfg = sft.Config(resume=True, log_every=7, wandb="p", tensorboard=True, eval_n=3, compile=False, dtype="bfloat16")
     assert load_to_resume(str(saved), cfg)["step"] == 3
     assert "was started with --lr=0.004, not 1.0" in one_line(load_to_resume, str(saved), sft.Config(lr=1.0))
     message = one_line(load_to_resume, str(saved), dpo.Config())

@@ -14,6 +14,7 @@ import engine.files
 import evaluate
 import ppo
 import sample
+import sft
 from common.options import RunConfig
 from common.run import Run
 from data import animals, dataset, encode_groups, encode_pairs, encode_prompts, files, get_tokenizer, tokenizers
@@ -310,6 +311,25 @@ def test_prompts_alone_and_bad_answers(tmp_path, caplog):
     data = dataset(write(tmp_path / "b.jsonl", records))
     assert len(data.demonstrations("train")) == 18 and len(data.prompts("train")) == 36
     assert "20 responses with" in caplog.text and caplog.text.count("fields that are not used: 'id'") == 1
+
+
+@pytest.mark.parametrize("shape", ["prompt", "messages"])
+def test_prompts_alone_are_enough_for_ppo(shape, start, capsys):
+    """With the policy and the reward model named; without, SFT says that it has nothing to learn from."""
+    records = [{"prompt": f"{i}:"} if shape == "prompt" else {"messages": [{"role": "user", "content": f"{i}?"}]} for i in range(60)]
+    path = write(start / "prompts.jsonl", records)
+    settings = dict(data=path, steps=2, batch_size=8, epochs=1, minibatches=2, max_new_tokens=4, eval_n=3, device="cpu", out=str(start / "out"))
+    ppo.train(ppo.Config(**settings, init=str(start / "start"), reward_model=str(start / "reward")))
+    log = [json.loads(line) for line in open(start / "out" / "log.jsonl")]
+    assert [record["step"] for record in log] == [1, 2] and all(math.isfinite(record["score"]) for record in log)
+    assert [row["score"] is not None for row in json.load(open(start / "out" / "eval.json"))] == [True, True]
+
+    def reward_fn(prompts, responses):
+        return [[1.0] + [0.0] * (max(map(len, responses)) - 1) for _ in responses]
+
+    ppo.train(ppo.Config(**settings | {"out": str(start / "verifier")}, init=str(start / "start")), reward_fn)
+    with pytest.raises(SystemExit, match="prompts.jsonl: holds no demonstrations, prompts only; to train on prompts alone, ppo.py needs --init"):
+        sft.train(sft.Config(data=path, steps=2, device="cpu", out=str(start / "sft"), init=str(start / "start")))
 
 
 def test_a_bad_record_of_any_split_stops_a_run_before_it_begins(tmp_path):

@@ -16,13 +16,15 @@ import evaluate
 import reward
 import sample
 import sft
+from common import checkpoints
 from common.checkpoints import load_model, save_checkpoint
 from common.optim import make_optimizer
 from common.options import RunConfig, parse
-from common.run import Run
+from common.run import Run, run_dir
 from common.scoring import score_groups
 from data import dataset, encode_groups, encode_pairs, encode_prompts, get_tokenizer, imdb, tldr
 from data.imdb import MEMBER
+from data.jsonl import Jsonl
 from data.schema import Comparison
 from sample import ranked
 
@@ -343,3 +345,156 @@ def test_the_command_runs_from_any_folder(tmp_path):
     argv = [sys.executable, str(ROOT / "sample.py"), "--help"]
     out = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0 and "out/imdb-pairs.jsonl" in out.stdout, out.stderr
+
+
+# ------------------------------------------------------------------------------------------------ Parquet and the hub
+
+def shapes(i):
+    """Four shapes in turn; a table gives every row all columns, and None where it has nothing."""
+    return [{"prompt": f"What is {i}?", "chosen": f" It is {i}.", "rejected": " No idea."},
+            {"messages": [{"role": "user", "content": f"And {i}?"}, {"role": "assistant", "content": "That too."}]},
+            {"prompt": f"Only {i}"},
+            {"prompt": f"Is it {i}?", "chosen": [{"role": "assistant", "content": "Yes."}], "rejected": [{"role": "assistant", "content": "No."}]}][i % 4]
+
+
+def of_one_shape(which):
+    return [shapes(4 * i + which) for i in range(40)]
+
+
+def read_all(name):
+    data = dataset(str(name))
+    data.check()
+    return [data.records(split) for split in ("train", "validation", "test")]
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    def write(records):
+        (tmp_path / "mine.jsonl").write_text(lines(records))
+        return tmp_path / "mine.jsonl"
+    return write
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_parquet_file_is_read_as_lines_of_json(which, jsonl, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    records = of_one_shape(which)
+    more = [record | {"id": 7, "score": None} for record in records]
+    parquet.write_table(pyarrow.Table.from_pylist(more), tmp_path / "mine.parquet", row_group_size=7)
+    assert read_all(tmp_path / "mine.parquet") == read_all(jsonl(records))
+    assert run_dir("dpo", RunConfig(data=str(tmp_path / "mine.parquet"))) == "out/dpo-mine"
+
+
+def test_bad_parquet_is_named(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "mine.parquet"
+
+    def message():
+        with pytest.raises(SystemExit) as error:
+            read_all(path)
+        assert "\n" not in str(error.value) and str(error.value).startswith(str(path))
+        return str(error.value)
+    path.write_bytes(b"PAR1 no")
+    assert ": not a Parquet file, or damaged (ArrowInvalid: " in message()
+    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": f"{i}", "completion": " a"} for i in range(50)] + [{"prompt": "b", "completion": ""}]), path)
+    assert "mine.parquet:record 51: an empty response" in message()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40] + bytes(200) + whole[240:])
+    assert ": not a Parquet file, or damaged (" in message()
+    parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], ["prompt", "prompt"]), path)
+    assert ": the column 'prompt' appears twice" in message()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert message() == f"{path}: reading it needs the package pyarrow: pip install pyarrow"
+
+
+def test_a_parquet_file_without_pyarrow(tmp_path, monkeypatch):
+    (tmp_path / "mine.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(SystemExit, match="mine.parquet: reading it needs the package pyarrow: pip install pyarrow$"):
+        read_all(tmp_path / "mine.parquet")
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("kind", ["parquet", "json", "jsonl", "saved to disk"])
+def test_a_data_set_of_the_hub_is_read_as_lines_of_json(kind, which, jsonl, tmp_path, monkeypatch):
+    """Whatever it holds: comparisons, conversations, prompts, comparisons of messages."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    records = of_one_shape(which)
+    name, folder = f"hub:{tmp_path}/my-set", tmp_path / "my-set"
+    if kind == "saved to disk":
+        datasets.DatasetDict({"train": datasets.Dataset.from_list(records)}).save_to_disk(folder)
+        monkeypatch.setattr(datasets, "load_dataset", lambda path: datasets.load_from_disk(path))
+    else:
+        folder.mkdir()
+        table = datasets.Dataset.from_list(records)
+        if kind == "parquet":
+            table.to_parquet(folder / "train-00000-of-00001.parquet")
+        else:
+            (folder / f"train.{kind}").write_text(json.dumps(records) if kind == "json" else lines(records))
+    expected = read_all(jsonl(records))
+    assert read_all(name) == read_all(name + ":train") == expected
+    assert run_dir("dpo", RunConfig(data=name + ":train")) == "out/dpo-my-set"
+    assert parse(dpo.Config, dpo.RECIPES, [f"--data={name}"]).recipe == "hh"  # the settings for real text
+
+
+def test_which_split_of_the_hub_is_read(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def table(name):
+        return datasets.Dataset.from_list([{"prompt": f"{name} {i}", "completion": " a"} for i in range(30)])
+    offered = datasets.DatasetDict({"train_prefs": table("train"), "test_prefs": table("test")})
+    monkeypatch.setattr(datasets, "load_dataset", lambda path: offered)
+    assert read_all("hub:HuggingFaceH4/ultrafeedback_binarized:test_prefs")[0][0][0] == "test 2"
+    for split in ("", ":nothing"):
+        with pytest.raises(SystemExit, match="has no split '(train|nothing)', only train_prefs, test_prefs; name one as hub:a/b:SPLIT"):
+            read_all("hub:a/b" + split)
+    offered.pop("test_prefs")
+    assert read_all("hub:a/b")[0][0][0] == "train 2"  # the only one
+    offered["train"] = datasets.Dataset.from_list([{"prompt": "a", "completion": " b"}, {"prompt": "c", "completion": ""}])
+    with pytest.raises(SystemExit, match="^hub:a/b:record 2: an empty response$"):
+        read_all("hub:a/b")
+
+
+def test_a_data_set_of_the_hub_that_cannot_be_had(monkeypatch, tmp_path):
+    datasets = pytest.importorskip("datasets")
+
+    def refuse(path):
+        raise ConnectionError("no route\nto the host")
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(SystemExit, match="^--data=hub:a/b: cannot be loaded .ConnectionError: no route.$"):
+        read_all("hub:a/b")
+    monkeypatch.setattr(datasets, "__version__", "3.6.0")
+    with pytest.raises(SystemExit, match="datasets 3.6.0 is too old, since it may run code from the hub: pip install -U \"datasets>=4\"$"):
+        read_all("hub:a/b")
+
+
+def test_the_hub_without_its_package(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SystemExit, match='^--data=hub:a/b: reading it needs the package datasets: pip install "datasets>=4"$'):
+        Run("sft", RunConfig(data="hub:a/b", out=str(tmp_path / "out"), device="cpu"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_sft_and_dpo_on_a_data_set_and_a_model_of_the_hub(tmp_path, monkeypatch, capsys):
+    """From a folder of the hub's files to a trained policy, which starts from GPT-2's vocabulary with some rows more."""
+    datasets = pytest.importorskip("datasets")
+    hub = pytest.importorskip("huggingface_hub")
+    pytest.importorskip("safetensors")
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Jsonl, "tokenizer", lambda self: get_tokenizer("animals"))
+    monkeypatch.setattr(checkpoints, "get_tokenizer", lambda name: get_tokenizer("animals"))
+    (tmp_path / "my-set").mkdir()
+    datasets.Dataset.from_list(of_one_shape(3)).to_parquet(tmp_path / "my-set" / "train-00000-of-00001.parquet")
+    config = transformers.GPT2Config(vocab_size=50260, n_positions=64, n_embd=8, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "my-model", max_shard_size="1MB")
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path / "my-model"))
+    settings = [f"--data=hub:{tmp_path}/my-set", "--max_len=64", *SMALL, "--eval_n=0"]  # no table: that tokenizer cannot decode GPT-2's ids
+    run(sft, *settings, "--init=hub:me/my-model")
+    run(dpo, *settings, "--init=out/sft-my-set")
+    assert "hub:me/my-model: left out 3 rows of its vocabulary" in capsys.readouterr().out
+    assert len(Path("out/dpo-my-set/log.jsonl").read_text().splitlines()) == 2

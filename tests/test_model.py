@@ -1,5 +1,6 @@
 """GPT-2: against transformers if it is installed; the fast forms against the textbook's; by hand."""
 import copy
+import hashlib
 import json
 import math
 import subprocess
@@ -15,6 +16,7 @@ from conftest import SHARED, make_model, random_groups
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import model as model_module
+from common.checkpoints import load_model_only, template_of_checkpoint
 from data import get_tokenizer
 from engine import decode, files, logprobs, weights
 from engine.decode import next_logits, sample
@@ -461,11 +463,136 @@ def test_gpt2s_own_vocabulary_is_accepted(tmp_path):
     weights.check_vocabulary(str(tmp_path))
 
 
-def test_sharded_weights_are_named_as_such(theirs, tmp_path):
-    theirs.config.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(SystemExit, match="its weights are in several files .model.safetensors.index.json., which are not read"):
+def in_shards(theirs, dir, file):
+    """The folder of a model whose weights are in several files, as transformers writes it, or wrote it with torch.save."""
+    if file == "model.safetensors":
+        pytest.importorskip("safetensors")
+        theirs.save_pretrained(dir, max_shard_size="30KB")
+    else:
+        theirs.config.save_pretrained(dir)
+        weight_map = {}
+        for i, (name, weight) in enumerate(as_published(theirs).items()):
+            weight_map[name] = f"pytorch_model-{i % 3 + 1:05d}-of-00003.bin"
+        for shard in set(weight_map.values()):
+            torch.save({name: weight for name, weight in as_published(theirs).items() if weight_map[name] == shard}, dir / shard)
+        (dir / f"{file}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return dir / f"{file}.index.json"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_in_several_files_are_read(file, theirs, tmp_path):
+    index = in_shards(theirs, tmp_path, file)
+    shards = set(json.loads(index.read_text())["weight_map"].values())
+    assert len(shards) > 2 and not (tmp_path / file).exists()
+    assert_same_logits(GPT.from_pretrained(str(tmp_path)), theirs)
+    (tmp_path / min(shards)).unlink()
+    with pytest.raises(SystemExit, match=f"{file}.index.json: lists '{min(shards)}', which is missing"):
         GPT.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "not the index of a model's weights"), ("[]", "not the index"), ("{}", "not the index"), ('{"weight_map": 3}', "not the index"),
+    ('{"weight_map": {"wte.weight": [1]}}', "not the index"), ('{"weight_map": {"wte.weight": 1}}', "1 does not name a file of weights in this folder"),
+    ('{"weight_map": {"wte.weight": "../other/model.safetensors"}}', "does not name a file"), ('{"weight_map": {"wte.weight": "/etc/passwd"}}', "does not"),
+    ('{"weight_map": {"wte.weight": "config.json"}}', "does not name a file of weights"), ('{"weight_map": {}}', "wte.weight is missing|is missing")])
+def test_an_index_that_is_none(content, message, theirs, tmp_path):
+    theirs.config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(SystemExit, match=message) as error:
+        GPT.from_pretrained(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("vocab_size", [50257, 50258, 50304])
+def test_added_rows_of_the_vocabulary_are_left_out(vocab_size, tmp_path, caplog):
+    """Even if they are as tempting as can be. What is left is GPT-2's distribution, to the bit."""
+    caplog.set_level("INFO")
+    with torch.device("meta"):
+        theirs = GPT(GPTConfig(vocab_size, 16, n_layer=1, n_head=2, n_embd=8)).state_dict()
+    torch.manual_seed(0)
+    state = {name: torch.randn(weight.shape) * 0.5 for name, weight in theirs.items()}
+    state["wte.weight"][50257:] = 50 * state["ln_f.bias"]
+    weights.write_pretrained(str(tmp_path), GPTConfig(vocab_size, 16, n_layer=1, n_head=2, n_embd=8), state)
+    model, tokenizer_name = load_model_only(str(tmp_path))
+    assert model.config.vocab_size == 50257 and tokenizer_name == "gpt2"
+    assert torch.equal(model.wte.weight[:50257], state["wte.weight"][:50257]) and len(model.wte.weight) == 50304
+    expected = ["left out %d rows of its vocabulary, beyond GPT-2's 50257 tokens" % (vocab_size - 50257)] * (vocab_size > 50257)
+    assert [any(line in record.message for line in expected) for record in caplog.records] == [True] * len(expected)
+
+    batch = pack([([5, 6], [[7, 8, 50256]])])
+    assert {token for response in model.generate([[1, 2]] * 20, 10) for token in response} <= set(range(50257))
+    with torch.no_grad():
+        everything = model.log_softmax(model.states(batch))
+        assert everything.shape == (3, 50257)
+        torch.testing.assert_close(everything.exp().sum(-1), torch.ones(3), atol=1e-4, rtol=0)
+        torch.testing.assert_close(model.logprobs(batch), everything.gather(1, batch.target[:, None])[:, 0])
+
+
+def test_more_rows_than_padding_are_another_vocabulary(tmp_path):
+    for vocab_size in (50256, 50305):
+        GPT(GPTConfig(vocab_size, 16, n_layer=1, n_head=1, n_embd=2)).save_pretrained(str(tmp_path))
+        with pytest.raises(SystemExit, match=f"a vocabulary of {vocab_size} is not GPT-2's, which has 50257 tokens"):
+            load_model_only(str(tmp_path))
+    GPT(GPTConfig(50300, 16, n_layer=1, n_head=1, n_embd=2)).save_pretrained(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 50290}))
+    with pytest.raises(SystemExit, match=r"wte.weight has shape \(50300, 2\), config.json says \(50290, 2\)"):
+        load_model_only(str(tmp_path))
+
+
+def test_tokens_that_were_added_do_not_make_another_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "VOCAB_SIZE", 2)
+    monkeypatch.setattr(weights, "VOCABULARY_SHA256", hashlib.sha256(b"a\nb").hexdigest())
+    for vocabulary in ({"a": 0, "b": 1}, {"<pad>": 2, "b": 1, "a": 0}):
+        (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+        weights.check_vocabulary(str(tmp_path))
+    for vocabulary in ({"<pad>": 0, "a": 1, "b": 2}, {"a": 1, "b": 0}, {"a": 0}):
+        (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+        with pytest.raises(SystemExit, match="vocab.json: not GPT-2's vocabulary"):
+            weights.check_vocabulary(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_a_model_on_the_hub_is_read_as_the_folder_that_it_is_fetched_to(kind, theirs, tmp_path, monkeypatch):
+    """Weights in one format only, the safer one if there is a choice; once, however often it is named."""
+    hub = pytest.importorskip("huggingface_hub")
+    pytest.importorskip("safetensors")
+    if kind == "torch":
+        torch.save(as_published(theirs), tmp_path / "pytorch_model.bin")
+        theirs.config.save_pretrained(tmp_path)
+    else:
+        theirs.save_pretrained(tmp_path)
+    asked = []
+
+    def snapshot_download(repository, allow_patterns):
+        asked.append((repository, "pytorch_model*.bin" in allow_patterns))
+        assert "config.json" in allow_patterns and not any(pattern.startswith("*") for pattern in allow_patterns)
+        return str(tmp_path)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    weights.fetch_from_hub.cache_clear()
+    for _ in range(2):
+        assert_same_logits(GPT.from_pretrained("hub:somebody/tiny"), theirs)
+    assert asked == [("somebody/tiny", False), ("somebody/tiny", True)][:2 if kind == "torch" else 1]
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0}))
+    with pytest.raises(SystemExit, match="a vocabulary of 97 is not GPT-2's"):
+        load_model_only("hub:somebody/tiny")
+    with pytest.raises(SystemExit, match="vocab.json: not GPT-2's vocabulary"):
+        weights.check_vocabulary("hub:somebody/tiny")
+    assert template_of_checkpoint("hub:somebody/tiny") == "plain"
+
+
+def test_a_model_on_the_hub_that_cannot_be_had(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def refuse(*args, **kwargs):
+        raise OSError("no route\nto the host")
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(SystemExit, match="^hub:somebody/none: cannot be fetched .OSError: no route.$"):
+        load_model_only("hub:somebody/none")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    message = "^hub:somebody/other: reading it needs the package huggingface_hub: pip install huggingface_hub safetensors$"
+    with pytest.raises(SystemExit, match=message):
+        load_model_only("hub:somebody/other")
 
 
 def test_our_own_folder_round_trips_to_the_bit(tmp_path):
