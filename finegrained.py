@@ -1,7 +1,7 @@
 """Fine-Grained RLHF (Wu et al. 2023, arXiv:2306.01693): a reward for each segment and each kind of error.
 
-Three reward models, one per kind of error, replace the one number per response. Each judges segments of
-the length at which its kind of error shows. With the response y cut into L_k segments by the k-th reward
+Three reward models, one per kind of error, replace the one number per response. Each judges segments of the
+length that suits its kind of error. With the response y cut into L_k segments by the k-th reward
 model, the reward at token t is
 
     r_t = Σ_k Σ_j 1(t = T_j^k) · w_k · R_k(x, y, j)                                                 (§2)
@@ -13,13 +13,13 @@ missing_eos_penalty) from r_t. This page has the segments, the training of the r
 reward_fn that puts their judgements on the (B, R) grid.
 
     python finegrained.py                          the animals world, from nothing
-    python finegrained.py --reward=rm              the baseline: one reward model per response
+    python finegrained.py --reward=rm              the baseline: one reward per response
     python finegrained.py qa_feedback --init=gpt2  the paper's questions and feedback
 
 An example: of "A crab has ten legs, and it can swim in the sea. It has fur." an annotator marks "it can swim
 in the sea" as Irrelevant and "It has fur" as Wrong-Grounding. Relevance has three segments, with labels 1, 0
 and 1. Factuality has two, the sentences: the second has label 0, the first has none, because a part of it is
-beside the point.
+irrelevant.
 
 Left out:
   - the paper's filter of error spans shorter than five words (its code has it for relevance only)
@@ -61,7 +61,7 @@ AXES = {
 
 @dataclass
 class Config(ppo.Config):
-    reward: Literal["finegrained", "rm", "gold"] = "finegrained"  # rm, gold: one number a response
+    reward: Literal["finegrained", "rm", "gold"] = "finegrained"  # rm, gold: one scalar per response
     reward_models: str | None = None  # their folder; None: out/rewards-RECIPE, trained first if missing
     share_trunk: bool = True          # three heads on one trunk; False: three models
     value_init: Literal["reward", "sft"] = "sft"  # the value model's start; reward only with --reward=rm
@@ -109,9 +109,9 @@ def cut_response(tokenizer, response):
 
 
 def segment_label(segment, spans):
-    """1 for a good segment, 0 if a span of its axis overlaps it, None if the segment teaches nothing.
+    """1 for a good segment, 0 if a span of its axis overlaps it, None if there is nothing to learn from it.
 
-    Annotators did not judge the truth of what they had marked as beside the point: where only spans of other
+    Annotators did not judge the truth of what they had marked as irrelevant: where only spans of other
     axes overlap, factuality is unknown (as in the code of arXiv:2306.01693). spans:
     [(start, end, category), …] in characters.
     """
@@ -140,7 +140,11 @@ class Feedback:
 
 
 def load_feedback(data, split, axes, tokenizer, max_len, most=None):
-    """The training data of some axes: {"spans": Feedback, "comparisons": Feedback}, or the one they need."""
+    """The training data of some axes: {"spans": Feedback, "comparisons": Feedback}, or what the axes need.
+
+    An example longer than max_len loses the beginning of its prompt first, so most spans keep their place in
+    the response.
+    """
     feedback = {}
     if "relevance" in axes or "factuality" in axes:
         examples = data.spans(split)[:most]
@@ -149,7 +153,8 @@ def load_feedback(data, split, axes, tokenizer, max_len, most=None):
         clusters = clusters_of(data, [prompt for prompt, _, _ in examples])
         feedback["spans"] = Feedback(groups, marks, clusters)
     if "completeness" in axes:
-        comparisons = [c for c in data.completeness(split)[:most] if len(set(c.ranks)) > 1]  # not all tie
+        comparisons = data.completeness(split)[:most]
+        comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # skips those whose responses all tie
         groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], max_len)
         marks = [rank_marks(group, c.ranks) for group, c in zip(groups, comparisons)]
         clusters = clusters_of(data, [c.prompt for c in comparisons])
@@ -189,7 +194,7 @@ def check_feedback(feedback, axes, run):
         if len(values) < 2:
             quantity = "every" if values == {0} else "no"  # 0: marked as an error
             run.print0(f"{quantity} segment of {run.cfg.data} is marked {' or '.join(AXES[axis])}: "
-                       f"the {axis} of all text will be judged alike")
+                       f"the model of {axis} has nothing to tell apart")
     if "comparisons" in feedback:
         comparisons = feedback["comparisons"]
         ranks = [[mark.value for mark in marks] for marks in comparisons.marks]
@@ -240,7 +245,7 @@ def judge(models, batch, marks):
 
 
 def reward_losses(scores, marks, axes):
-    """The summed loss of each axis, and how often each was right: two dicts. scores: (M,), one per mark.
+    """The summed loss and the number of correct judgements of each axis, as dicts. scores: (M,), one per mark.
 
     Relevance and factuality: the cross-entropy of σ(score) with the label, over segments. Completeness:
     −log σ(r_w − r_l), over comparisons.
@@ -252,7 +257,7 @@ def reward_losses(scores, marks, axes):
         value = marks.value[of_axis]
         if axis == "completeness":
             group = marks.group[of_axis]
-            n_comparisons = len(group.unique())  # ranking_loss is a mean over them
+            n_comparisons = len(group.unique())  # ranking_loss is a mean over them, and 0 if there are none
             loss, accuracy = reward.ranking_loss(s, group, value)
             losses[axis] = n_comparisons * loss
             right[axis] = n_comparisons * accuracy
@@ -268,7 +273,8 @@ def judgements(models, feedback, axes, micro_tokens):
 
     Marks and scores are in the order of the indices, and for each group in the order of feedback.marks.
     """
-    # Every process may call this with groups of its own.
+    # Every process may call this with groups of its own. (The model is asked whether it is sharded: then all
+    # processes need the same number of micro-batches.)
     for indices in batches.all_micro_batches(feedback.groups, micro_tokens, models[0]):
         groups = [feedback.groups[i] for i in indices]
         batch, marks = pack_marks(groups, [feedback.marks[i] for i in indices], axes, models[0].device)
@@ -315,7 +321,8 @@ def train_rewards(cfg, init, axes):
         marks += source.marks
     sizes = ", ".join(f"{len(source.groups)} {kind}" for kind, source in feedback.items())
     run.print0(f"finegrained: {sizes} of {cfg.data}, {init} -> {run.out} on {run.device}")
-    run.show_data(groups, loss_tokens=[[mark.token for mark in marks[0]]])
+    first_marks = [mark.token for mark in marks[0]]  # where the first example is judged
+    run.show_data(groups, loss_tokens=[first_marks])
 
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
     run.start_or_resume(model, optimizer, ["loss", *(f"{axis}_accuracy" for axis in axes)])
@@ -351,8 +358,8 @@ def train_rewards(cfg, init, axes):
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, model, optimizer, axes=axes)
 
-    # R_3 is normalized by the mean and standard deviation of its scores on some comparisons that it learned
-    # from, the first eval_n.
+    # R_3 is normalized by the mean and standard deviation of its scores on the first eval_n training
+    # comparisons.
     mean, std = 0.0, 1.0
     if "completeness" in axes:
         mean, std = completeness_normalizer(model, feedback["comparisons"], axes, cfg)
@@ -434,7 +441,7 @@ def load_rewards(cfg, init, tokenizer):
 
     loaded = RewardModels([], [], 0.0, 1.0)
     for folder, axes in parts.items():
-        checkpoint = trained_checkpoint(folder, axes, init, cfg)
+        checkpoint = load_or_train(folder, axes, init, cfg)
         model, its_tokenizer = checkpoints.load_model(folder, cfg, is_policy=False)
         if its_tokenizer.name != tokenizer.name:
             raise SystemExit(f"{folder}: this reward model has the tokenizer {its_tokenizer.name}, "
@@ -447,7 +454,7 @@ def load_rewards(cfg, init, tokenizer):
     return loaded
 
 
-def trained_checkpoint(folder, axes, init, cfg):
+def load_or_train(folder, axes, init, cfg):
     """The checkpoint of a reward model for these axes, which is trained first if missing or unfinished."""
     checkpoint = None
     if checkpoints.checkpoint_files(folder):
@@ -472,20 +479,20 @@ def trained_checkpoint(folder, axes, init, cfg):
 
 # ----------------------------------------------------------------------------------------------- the reward
 
-def finegrained_reward(rewards, tokenizer, cfg):
-    """A reward_fn for ppo.train: r_t of §2. rewards: RewardModels."""
+def finegrained_reward(reward_models, tokenizer, cfg):
+    """A reward_fn for ppo.train: r_t of §2. reward_models: RewardModels."""
     weights = {"relevance": cfg.w1, "factuality": cfg.w2, "completeness": cfg.w3}  # w_k
 
     def reward_of(axis, score):
         """R_k of a segment, from its score."""
         if axis == "completeness":
-            return (score - rewards.completeness_mean) / rewards.completeness_std
+            return (score - reward_models.completeness_mean) / reward_models.completeness_std
         if cfg.soft:
             return 2 * score.sigmoid() - 1
         return score.sign()
 
     def reward_fn(prompts, responses):
-        # Segment: cut each response, differently for each axis. An axis of weight 0 is not asked.
+        # Segment: cut each response, differently for each axis. An axis of weight 0 is skipped.
         marks = []
         for response in responses:
             segments_of_response = cut_response(tokenizer, response)
@@ -493,13 +500,15 @@ def finegrained_reward(rewards, tokenizer, cfg):
         feedback = Feedback([(prompt, [response]) for prompt, response in zip(prompts, responses)], marks)
 
         r = torch.zeros(grids.length_mask(responses).shape)  # (B, R)
-        for indices, _, scores in judgements(rewards.models, feedback, rewards.axes, cfg.micro_tokens):
+        for indices, _, scores in judgements(
+                reward_models.models, feedback, reward_models.axes, cfg.micro_tokens):
             # Judge: a score for each segment of these responses, one response after the other.
-            scores = iter(scores.cpu())
+            judged = []
             for i in indices:
-                for mark in marks[i]:
-                    # Weigh, and place on the segment's last token. Where segments end together, they add up.
-                    r[i, mark.token] += weights[mark.axis] * reward_of(mark.axis, next(scores))
+                judged += [(i, mark) for mark in marks[i]]
+            for (i, mark), score in zip(judged, scores.cpu()):
+                # Weigh, and place on the segment's last token. Where segments end together, they add up.
+                r[i, mark.token] += weights[mark.axis] * reward_of(mark.axis, score)
         return r
 
     return reward_fn
@@ -515,14 +524,14 @@ def train(cfg):
     data = run.data
     if not hasattr(data, "spans"):
         raise SystemExit(f"--data={cfg.data}: holds no span feedback")
-    ppo.check_settings(cfg, data, has_reward_fn=True)
+    ppo.check_settings(cfg, data, has_reward_fn=True)  # now, and not after the reward models are trained
     init = cfg.init or run.train_if_missing("sft")
 
     # The three reward models, then PPO from their rewards.
-    _, tokenizer = run.load_model(init)
-    rewards = load_rewards(cfg, init, tokenizer)
-    rewards.models = [run.prepare(model) for model in rewards.models]
-    reward_fn = finegrained_reward(rewards, tokenizer, cfg)
+    _, tokenizer = run.load_model(init)  # only for its tokenizer; ppo.train loads the model itself
+    reward_models = load_rewards(cfg, init, tokenizer)
+    reward_models.models = [run.prepare(model) for model in reward_models.models]
+    reward_fn = finegrained_reward(reward_models, tokenizer, cfg)
     cfg = replace(cfg, out=run.out)
     del run  # ppo.train has its own Run in this folder, which loads the checkpoint of a resumed run again
     return ppo.train(cfg, reward_fn)

@@ -5,8 +5,8 @@ It maximizes, with π_ref the SFT model,
 
     E[ r(x, y) − β log π_θ(y|x)/π_ref(y|x) ] + ptx_coef E_demonstrations[ log π_θ(y|x) ]         (eq. 2)
 
-whose optimum, at ptx_coef = 0 (the paper's γ), is π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). An iteration has
-seven steps. Each has its own section below, and is marked with its number in `train`:
+whose optimum, without the second term (ptx_coef is the paper's γ), is π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). An
+iteration has seven steps. Each has its own section below, and is marked with its number in `train`:
 
     1. rollout         sample K responses per prompt from the policy, by default one, and get their rewards
     2. evaluate_tokens log π, log π_ref, V and the exact KL at every token
@@ -32,13 +32,13 @@ grid[mask] is such a flat array (N,), in the same order.
 Or call train(cfg, reward_fn) with your own reward. If it is a function of two texts, text_reward(function,
 tokenizer) makes a reward_fn of it. In general, reward_fn(prompts, responses), two lists of lists of token
 ids, returns the reward of each response token, (B, R) numbers with R the length of the longest
-response, and 0 after a response's end. The page then clips it, subtracts missing_eos_penalty where a
+response, and 0 after a response's end. PPO then clips it, subtracts missing_eos_penalty where a
 response did not end, and subtracts the KL penalty. With several processes, each calls it for its own share
 of the prompts.
 
-Left out: an entropy bonus, GRPO's KL in the loss (here it is in the reward), and generation that runs beside
-training. The pretraining text of eq. 2 is replaced by demonstrations, as a mean over their tokens, so γ is
-not the paper's 27.8.
+Left out: an entropy bonus, GRPO's KL in the loss (here it is in the reward), and asynchronous generation.
+The pretraining text of eq. 2 is replaced by demonstrations, as a mean over their tokens, so γ is not the
+paper's 27.8.
 """
 import copy
 import time
@@ -66,13 +66,13 @@ class Config(RunConfig):
     normalize_reward: bool = False      # divide scores by their standard deviation on demonstrations
     reward_clip: PositiveFloat | None = None  # the largest absolute reward of a token, before the KL penalty
     missing_eos_penalty: NonNegativeFloat = 1.0  # subtracted at the last token of a response that did not end
-    value_init: Literal["reward", "sft"] = "reward"  # the value model's start; without a reward model, SFT
-    share_value: bool = False           # a new value head on the policy instead of a value model
-    kl_coef: NonNegativeFloat = 0.1     # β: a nat's price in units of reward; with kl_target, its first value
+    value_init: Literal["reward", "sft"] = "reward"  # the value model's start; SFT without a reward model
+    share_value: bool = False           # a new value head on the policy, no value model (nor value_init)
+    kl_coef: NonNegativeFloat = 0.1     # β, weight of the KL penalty; with kl_target, its first value
     kl_target: PositiveFloat | None = None  # KL(π‖π_ref) per response for β to reach; None: β is fixed
     kl_horizon: PositiveFloat = 10000.0  # episodes over which β is adapted (arXiv:1909.08593 §2.2)
     stop_kl: NonNegativeFloat | None = None  # KL(π_old‖π) per token at which an iteration's epochs end
-    temperature: PositiveFloat = 1.0    # τ, of sampling, of PPO's log-probs, and of the closing table
+    temperature: PositiveFloat = 1.0    # τ, of sampling, of PPO's log-probs, and of the final evaluation
     max_new_tokens: PositiveInt = 40    # the longest response
     advantage: Literal["gae", "rloo", "grpo"] = "gae"  # rloo, grpo: from each prompt's k responses, without V
     k: PositiveInt = 1                  # K: responses per prompt; batch_size counts responses
@@ -111,7 +111,7 @@ RECIPES = {
 }
 
 CONSOLE = ["score", "gold", "kl", "entropy", "clip_frac", "response_len"]  # log.jsonl has all
-RUNAWAY_KL = 1.0  # nats per token: beyond this the policy has left its reference behind, and we warn
+RUNAWAY_KL = 1.0  # nats per token: beyond this the policy has drifted too far from its reference; we warn
 
 
 @dataclass
@@ -187,7 +187,7 @@ def rollout(policy, prompts, reward_fn, tokenizer, cfg):
     my_responses, my_logprobs = sampler.generate(
         my_prompts, cfg.max_new_tokens, cfg.temperature, eos=tokenizer.eot_token,
         noise=dist.process_share(noise), return_logprobs=True)
-    with torch.random.fork_rng(devices=[]):  # what reward_fn draws must not change our random numbers
+    with torch.random.fork_rng(devices=[]):  # what reward_fn draws must not change our random numbers (CPU's)
         my_rewards = grids.check_reward(reward_fn(my_prompts, my_responses), my_responses, tokenizer)
 
     # Gather the episodes of all processes. Their grids differ in width, so rewards travel as lists without
@@ -263,9 +263,9 @@ def evaluate_batch(models, batch, temperature):
         logp = models.policy.log_softmax(s, temperature)              # (n, V)
         ref_logp = models.ref_policy.log_softmax(ref_s, temperature)  # (n, V)
         p = logp.exp()
-        pieces["logprobs"].append(logp.gather(1, y)[:, 0])  # bit for bit token_logprobs in `update`
+        pieces["logprobs"].append(logp.gather(1, y)[:, 0])  # bit for bit those of `update`
         pieces["ref_logprobs"].append(ref_logp.gather(1, y)[:, 0])
-        # Σ_v π(v|s_t) log π/π_ref (v|s_t); rounding can take a KL of almost 0 below it
+        # Σ_v π(v|s_t) log π/π_ref (v|s_t); rounding can make a KL of almost 0 negative
         pieces["kl"].append((p * (logp - ref_logp)).sum(-1).clamp(min=0))
         pieces["entropy"].append(-(p * logp).sum(-1))
     quantities = {name: torch.cat(tensors) for name, tensors in pieces.items()}
@@ -300,8 +300,8 @@ def k1_k3(logprobs, ref_logprobs, mask):
     """Two unbiased estimates of KL(π‖π_ref) from samples of π, in nats per response: scalars.
 
     k1 = log π/π_ref, and k3 = π_ref/π − 1 + log π/π_ref, which is never negative (Schulman 2020,
-    http://joschu.net/blog/kl-approx.html). k3 has less variance only while π is near π_ref: if π avoids what
-    π_ref does not, as (0.99, 0.01) beside (0.5, 0.5), its variance is 20 where that of k1 is 0.2.
+    http://joschu.net/blog/kl-approx.html). k3 has less variance only while π is near π_ref: where π rarely
+    takes what π_ref often takes, as with (0.99, 0.01) and (0.5, 0.5), its variance is 20 and that of k1 0.2.
     """
     logratio = (logprobs - ref_logprobs) * mask
     k1 = logratio
@@ -438,7 +438,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
     epochs: from shuffled_epochs. optimizers: {"policy": …, "value": …}, without "value" if the value head is
     the policy's or there is none; lrs: their learning rates. ptx_batches: an iterator over lists of
     demonstrations, one list per optimizer step; None: no demonstrations. Returns the means of losses and
-    statistics over the optimizer steps, and how many there were (without a step that stop_kl prevented).
+    statistics over the optimizer steps, and how many there were; one that stop_kl prevented does not count.
     """
     cfg = run.cfg
     groups = episodes.groups
@@ -476,7 +476,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                 (loss * weight).backward()
 
             # InstructGPT's eq. 2, second term: ptx_coef · E[log π] on demonstrations; its gradient is added
-            # to PPO's.
+            # to PPO's. (The zero is for processes whose share is empty: all must log the same keys.)
             metrics.add(ptx_loss=torch.zeros((), device=run.device))
             if ptx_batches is not None:
                 demonstrations = next(ptx_batches)
@@ -598,7 +598,7 @@ def load_models(run, init, has_reward_fn):
         value_model = policy
     for model in (policy, ref_policy, value_model, reward_model):
         if model is not None:
-            run.prepare(model)  # to the device; sharded or compiled if asked for. A second call does nothing
+            run.prepare(model)  # in place: to the device; sharded or compiled. A second call does nothing
     return Models(policy, ref_policy, value_model, reward_model), tokenizer
 
 
@@ -608,8 +608,8 @@ def check_settings(cfg, data, has_reward_fn):
         raise SystemExit(f"--advantage={cfg.advantage} compares a response with others to the same prompt: "
                          "it needs --k=2 or more")
     if cfg.advantage != "gae" and cfg.whiten_rewards:
-        raise SystemExit(f"--whiten_rewards: with --advantage={cfg.advantage} it would reward length, "
-                         "because it keeps the mean of every token's reward")
+        raise SystemExit(f"--whiten_rewards: with --advantage={cfg.advantage} it would judge length, because "
+                         "it adds a constant to each token's reward, and these are summed")
     if cfg.batch_size % (cfg.minibatches * cfg.k):
         raise SystemExit(f"--batch_size={cfg.batch_size} is not a multiple of "
                          f"--minibatches={cfg.minibatches} times --k={cfg.k}")
@@ -623,14 +623,14 @@ def check_settings(cfg, data, has_reward_fn):
         raise SystemExit(f"--kl_target={cfg.kl_target:g}: the KL controller multiplies β, so --kl_coef, "
                          "where it starts, must be above 0")
     if cfg.kl_target is not None and cfg.kl_horizon <= cfg.batch_size / 5:
-        raise SystemExit(f"--kl_horizon={cfg.kl_horizon:g}: with a fifth of --batch_size={cfg.batch_size} or "
-                         "less, one update of the KL controller could make β 0 or negative")
+        raise SystemExit(f"--kl_horizon={cfg.kl_horizon:g}: must be above a fifth of --batch_size="
+                         f"{cfg.batch_size}, or one update of the KL controller could make β 0 or negative")
     if cfg.reward == "gold" and not has_reward_fn and not hasattr(data, "gold"):
         raise SystemExit(f"--reward=gold: the true reward of --data={cfg.data} is not known")
 
 
 def stage_name(cfg, reward_fn):
-    """The first part of the folder's name out/STAGE-RECIPE: the estimator, and gold if that is rewarded."""
+    """The first part of the folder's name out/STAGE-RECIPE: the estimator, "-gold" with the true reward."""
     stage = "ppo" if cfg.advantage == "gae" else cfg.advantage
     if cfg.reward == "gold" and reward_fn is None:
         stage += "-gold"
@@ -665,7 +665,7 @@ def train(cfg, reward_fn=None):
     prompt_batches = run.shuffled_batches(prompts, cfg.batch_size // cfg.k)
     if cfg.ptx_coef:
         demonstrations = DemonstrationBatches(run, tokenizer)  # of eq. 2's second term
-    run.print0(f"ppo: {len(prompts)} prompts of {cfg.data}, {init} -> {run.out} on {run.device}")
+    run.print0(f"{cfg.advantage}: {len(prompts)} prompts of {cfg.data}, {init} -> {run.out} on {run.device}")
     run.show_data([(prompt, []) for prompt in prompts])
 
     # Open the log. With --resume, first restore the models, the optimizers, β and the random state.
@@ -694,7 +694,8 @@ def train(cfg, reward_fn=None):
             first_epoch += run.micro_batches(minibatch, episodes.groups)
         evaluate_tokens(episodes, models, first_epoch, cfg)
 
-        # 3. The r_t that PPO sees: −β log π/π_ref (y_t|s_t), and on the last token r(x, y).
+        # 3. The r_t that PPO sees: each token's reward minus β log π/π_ref (y_t|s_t). Most rewards, like those
+        # of a reward model, are on the last token only. There a missing EOS is penalized too.
         kl_coef = kl_controller.coef  # β
         episodes.dense_rewards = dense_reward(
             episodes.rewards, episodes.logprobs, episodes.ref_logprobs, episodes.ended, episodes.mask,
@@ -714,7 +715,7 @@ def train(cfg, reward_fn=None):
             # Not whitened: each group has its own baseline, and whitening would subtract one of all groups.
             estimator = rloo_advantages if cfg.advantage == "rloo" else grpo_advantages
             episodes.advantages = group_advantages(rewards, episodes.mask, estimator, cfg.k)
-        score_s = time.time() - begin
+        evaluate_s = time.time() - begin
 
         # 5. Epochs of clipped updates on minibatches of the episodes.
         begin = time.time()
@@ -730,7 +731,7 @@ def train(cfg, reward_fn=None):
         # 7. Log, show samples, and save a checkpoint when one is due or when Ctrl-C asked for it.
         stats = statistics(episodes, kl_coef, data, tokenizer)
         run.log(step + 1, tokens=episodes.n_tokens, **stats, **losses, lr=lrs["policy"],
-                rollout_s=rollout_s, score_s=score_s, update_s=update_s)
+                rollout_s=rollout_s, evaluate_s=evaluate_s, update_s=update_s)
         if stats["kl"] > RUNAWAY_KL * stats["response_len"] and not warned:
             warned = True
             run.print0("warning: the KL to the reference is running away: "
@@ -747,9 +748,9 @@ def train(cfg, reward_fn=None):
         run.save_if_due(step + 1, models.policy, optimizers["policy"], kl_coef=kl_controller.coef,
                         **value_state)
 
-    # The policy and its reference on held-out prompts, both at the run's temperature: π_τ was trained, and
-    # the KL above is to π_ref at τ. The scores are the reward model's own, without --normalize_reward.
-    del optimizers
+    # The policy and its reference on held-out prompts. Both are sampled at the run's temperature τ, at which
+    # PPO trained. The scores are the reward model's own, without --normalize_reward.
+    del optimizers  # frees memory for the evaluation
     reward_model = cfg.reward_model if models.reward_model else None
     evaluate.report(run, models.policy, init, models.ref_policy, reward_model, cfg.temperature)
     return models.policy

@@ -140,7 +140,8 @@ def write_ranked(args, policy, tokenizer, data):
     """Samples, ranks and writes: all of --rank."""
     block_size = policy.config.block_size
     if block_size < args.max_len:
-        raise SystemExit(f"--max_len={args.max_len}: the context of {args.checkpoints[0]} is {block_size} tokens")
+        raise SystemExit(f"--max_len={args.max_len}: the context of {args.checkpoints[0]} is "
+                         f"{block_size} tokens")
     reward_model = None
     if args.rank != "gold":
         reward_model = load_reward_model(args.rank, tokenizer).to(policy.device)
@@ -210,7 +211,7 @@ def arguments(argv):
     add("--k", type=int, default=4, help="for --rank: answers to each prompt (default 4)")
     add("--seed", type=int, default=0, help="for --rank: of prompts, answers and labels (default 0)")
     add("--max_len", type=int,
-        help="for --rank: tokens of prompt and answer that training will use; default: as the checkpoint's run")
+        help="for --rank: tokens of prompt and answer that training will use; default: the checkpoint's")
     add("--page", metavar="FILE", help="write a page there that shows answers token by token")
     add("--json", metavar="FILE", help="write the numbers of that page there")
     add("--reward_model", metavar="RUN", help="for --page: for scores; default: that of a run of ppo.py")
@@ -252,8 +253,8 @@ def main(argv=None):
     if args.rank:
         data = evaluate.load_data(args, configs)
         if args.rank == "gold" and not hasattr(data, "gold"):
-            raise SystemExit("--rank=gold: the true reward of this data is not known; name a reward model, or "
-                             "the data that the prompts come from with --data")
+            raise SystemExit("--rank=gold: the true reward of this data is not known; name a reward model, "
+                             "or the data that the prompts come from with --data")
         if args.max_len is None:
             args.max_len = configs[0].get("max_len", models[0][1].config.block_size)
         write_ranked(args, models[0][1], tokenizer, data)

@@ -133,8 +133,8 @@ def train(cfg):
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log, every val_every steps with the loss on held-out demonstrations. Save a checkpoint when one is
-        # due, or when Ctrl-C asked for it, which ends the run.
+        # 3. Log, every val_every steps with the loss on held-out demonstrations. Save a checkpoint when one
+        # is due, or when Ctrl-C asked for it, which ends the run.
         val_loss = None
         if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
             val_loss = validation_loss(policy, validation, run)

@@ -43,7 +43,7 @@ class Metrics:
 
 
 class Progress:
-    """A line at the bottom of a terminal that rewrites itself every second; nothing where output is redirected."""
+    """A line at the bottom of a terminal that rewrites itself every second; nothing in a file or a pipe."""
 
     def __init__(self):
         self.shown_at = 0.0
@@ -51,7 +51,7 @@ class Progress:
     def show(self, text):
         now = time.time()
         if is_main() and sys.stdout.isatty() and now - self.shown_at >= 1:
-            # The cursor goes back to the line's beginning, so that whatever is printed next replaces the line.
+            # The cursor goes back to the line's beginning, so that what is printed next replaces the line.
             print("\033[K" + text[:100], end="\r", flush=True)
             self.shown_at = now
 

@@ -223,7 +223,7 @@ def shrinking_means(points, half):
 def plot_overoptimization(path, runs):
     """Draws reward-model score and true reward against √KL along PPO runs that differ in their seed.
 
-    A point is an iteration of all runs, the line is its running mean, over fewer iterations towards both ends.
+    A point is an iteration of all runs; the line is its running mean, over fewer iterations at both ends.
     Behind it, faint, are the running means of each run.
     """
     logs = []

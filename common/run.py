@@ -227,7 +227,7 @@ class Run:
         return micro_batches(batch, groups, self.cfg.micro_tokens)
 
     def all_micro_batches(self, groups, model):
-        """All groups, not only a share of them, as lists of indices. Other processes may have other groups."""
+        """All groups, not a share of them, as lists of indices. Other processes may have other groups."""
         return all_micro_batches(groups, self.cfg.micro_tokens, model)
 
     def show_data(self, groups, labels=("response",), loss_tokens=None):

@@ -3,8 +3,8 @@
     python docs/frontier.py 0 1 2
 
 The first seed makes all points; the others make those that the table has errors for. A run that is finished
-is skipped, so this may be stopped and started again, and `python docs/frontier.py 0` and `… 1` may run side by
-side. When all of these seeds are done, it prints the tables and draws frontier.png (which needs matplotlib).
+is skipped, so this may be stopped and started again, and `python docs/frontier.py 0` and `… 1` may run side
+by side. When all of these seeds are done, it prints the tables and draws frontier.png (which needs matplotlib).
 Everything lies in out/frontier/SEED. ± is the standard error over seeds.
 """
 import json
@@ -37,8 +37,8 @@ class Point:
     every_seed: bool = True   # or only the first
 
 
-# The labels are σ(LABEL_SCALE · difference of gold), so the rewards that DPO fits and the reward model's scores
-# are about LABEL_SCALE · gold, and their β is one of β / LABEL_SCALE.
+# The labels are σ(LABEL_SCALE · difference of gold), so the rewards that DPO fits and the reward model's
+# scores are about LABEL_SCALE · gold. In units of gold, their β is β / LABEL_SCALE.
 def dpo(beta, label, every_seed=False):
     return Point(f"dpo-beta{beta}", f"dpo.py --beta={beta} --init={{out}}/sft", "DPO", label,
                  beta / LABEL_SCALE, every_seed)
@@ -62,9 +62,10 @@ def dpo_round(i, kind, label=""):
     pairs = f"{{out}}/{kind}{i}.jsonl"
     ref = f"--ref={{out}}/sft --beta={FIXED_BETA}" if kind == "fixed" else f"--beta={MOVING_BETA}"
     beta = FIXED_BETA / LABEL_SCALE if kind == "fixed" else MOVING_BETA / i / LABEL_SCALE
-    return [Point(f"{kind}{i}.jsonl", f"sample.py {last} --rank=gold --k=4 --n=2500 --data=animals --seed={i} --out={pairs}"),
-            Point(f"{kind}{i}", f"dpo.py animals --data={pairs} --init={last} {ref} --steps=200 --eval_n=0",
-                  f"DPO in rounds, reference {kind}", label, beta)]
+    rank = f"sample.py {last} --rank=gold --data=animals --k=4 --n=2500 --seed={i} --out={pairs}"
+    train = f"dpo.py animals --data={pairs} --init={last} {ref} --steps=200 --eval_n=0"
+    return [Point(f"{kind}{i}.jsonl", rank),
+            Point(f"{kind}{i}", train, f"DPO in rounds, reference {kind}", label, beta)]
 
 
 FIXED_BETA = 0.4
@@ -75,9 +76,10 @@ POINTS = [
     dpo(1.0, "DPO", every_seed=True),
     simpo("simpo", "", "SimPO", every_seed=True),
     ppo(0.1, "PPO", every_seed=True),
-    Point("rloo", "ppo.py --advantage=rloo --k=8 --init={out}/sft --reward_model={out}/reward", "RLOO", "RLOO",
-          0.1 / LABEL_SCALE),
-    Point("ppo-gold", "ppo.py --reward=gold --kl_coef=0.05 --init={out}/sft", "PPO on gold", "PPO on gold", 0.05),
+    Point("rloo", "ppo.py --advantage=rloo --k=8 --init={out}/sft --reward_model={out}/reward",
+          "RLOO", "RLOO", 0.1 / LABEL_SCALE),
+    Point("ppo-gold", "ppo.py --reward=gold --kl_coef=0.05 --init={out}/sft",
+          "PPO on gold", "PPO on gold", 0.05),
     *dpo_round(1, "fixed"), *dpo_round(2, "fixed"), *dpo_round(3, "fixed", "DPO in rounds"),
     *dpo_round(1, "moving"), *dpo_round(2, "moving"), *dpo_round(3, "moving", "rounds, moving reference"),
     Point("finegrained", "finegrained.py --init={out}/sft", "fine-grained", "fine-grained"),
@@ -121,7 +123,8 @@ def evaluate(seed, points):
     path = f"{FOLDER}/{seed}/frontier.json"
     if not os.path.exists(path):
         folders = [f"{FOLDER}/{seed}/{point.name}" for point in points]
-        command = [sys.executable, ROOT / "evaluate.py", *folders, "--data=animals", "--frontier", f"--json={path}"]
+        options = ["--data=animals", "--frontier", f"--json={path}"]
+        command = [sys.executable, ROOT / "evaluate.py", *folders, *options]
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     with open(path) as f:
         return json.load(f)

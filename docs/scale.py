@@ -2,11 +2,11 @@
 
     python docs/scale.py
 
-A model of 4 layers of 64 and the vocabulary of the animals world, as in the default runs, takes steps of DPO's
-work: log-probs of every response, backward, no optimizer. Lengths are exponential around their means. Each
-column starts from the same work: 64 prompts of about 50 tokens, 2 responses of 15. A step's predicted time is
-that of this work, times the ratio of the FLOPs that the tokens need, padding not counted. `packing` is the share
-of the step that laying out the batch takes.
+A model of 4 layers of 64 and the vocabulary of the animals world, as in the default runs, takes steps of
+DPO's work: log-probs of every response, backward, no optimizer. Lengths are exponential around their means.
+One of three numbers at a time is changed from the same work: 64 prompts of about 50 tokens, 2 responses of 15
+to each. The predicted time is that of this work, times the ratio of the FLOPs that the tokens need, padding
+not counted. `packing` is the share of the step that laying out the batch takes.
 """
 import statistics
 import sys
@@ -26,6 +26,7 @@ from model import GPT, GPTConfig  # noqa: E402
 CONFIG = GPTConfig(vocab_size=437, block_size=4096, n_layer=4, n_head=4, n_embd=64)
 MICRO_TOKENS = 16384
 REPEAT = 5
+SCALES = {"n": [8, 64, 256, 1024], "prompt_tokens": [50, 200, 450, 900], "k": [2, 4, 8, 16]}
 
 
 def make_groups(n, prompt_tokens, k, response_tokens=15, seed=0):
@@ -77,7 +78,7 @@ def main():
     base_seconds, _ = step_time(model, base_groups)
     seconds_per_flop = base_seconds / forward_flops(CONFIG, base_groups)
     rows = [["", "tokens", "seconds", "predicted", "ratio", "packing"]]
-    for name, values in (("n", [8, 64, 256, 1024]), ("prompt_tokens", [50, 200, 450, 900]), ("k", [2, 4, 8, 16])):
+    for name, values in SCALES.items():
         for value in values:
             groups = make_groups(**base | {name: value})
             n_tokens = sum(len(prompt) + sum(map(len, responses)) for prompt, responses in groups)

@@ -209,7 +209,7 @@ def test_options_as_argparse_takes_them():
 
 
 def test_a_horizon_with_which_beta_could_become_negative_is_refused():
-    with pytest.raises(SystemExit, match="--kl_horizon=20: with a fifth of --batch_size=128 or less"):
+    with pytest.raises(SystemExit, match="--kl_horizon=20: must be above a fifth of --batch_size=128"):
         ppo.check_settings(ppo.Config(kl_target=1.0, kl_horizon=20.0), None, has_reward_fn=True)
     with pytest.raises(SystemExit, match="the KL controller multiplies β, so --kl_coef"):
         ppo.check_settings(ppo.Config(kl_target=1.0, kl_coef=0.0), None, has_reward_fn=True)

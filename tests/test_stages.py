@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 TINY = dict(n_layer=1, n_head=2, n_embd=16, batch_size=8, log_every=5, device="cpu")
 
 
-def log_of(out, drop=("tokens_per_s", "time_s", "rollout_s", "score_s", "update_s")):
+def log_of(out, drop=("tokens_per_s", "time_s", "rollout_s", "evaluate_s", "update_s")):
     return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in open(Path(out) / "log.jsonl")]
 
 
@@ -184,7 +184,7 @@ def test_settings_that_ppo_cannot_run_get_one_line(start, small_world, monkeypat
             (dict(minibatches=3), "--batch_size=8 is not a multiple of --minibatches=3"),
             (dict(k=3, minibatches=1), "--batch_size=8 is not a multiple of --minibatches=1 times --k=3"),
             (dict(k=4, minibatches=4), "--batch_size=8 is not a multiple of --minibatches=4 times --k=4"),
-            (dict(advantage="rloo", k=2, whiten_rewards=True), "--whiten_rewards: with --advantage=rloo it would reward length"),
+            (dict(advantage="rloo", k=2, whiten_rewards=True), "--whiten_rewards: with --advantage=rloo it would judge length"),
             (dict(advantage="rloo"), "--advantage=rloo compares a response with others to the same prompt: it needs --k=2 or more"),
             (dict(advantage="grpo"), "--advantage=grpo .* needs --k=2 or more"),
             (dict(advantage="gea"), "unknown advantage 'gea'; did you mean 'gae'"),
