@@ -186,15 +186,16 @@ def main():
             row = mean_over_seeds(point.name, same) | {"method": point.method, "label": point.label}
             rows.append((point, row))
 
-    # The rows of the optimum are of the same β in each seed; a seed's curve may end before another's.
-    optimum, best = [], []
-    for kind in [row["checkpoint"] for row in min(frontiers, key=len)]:
-        same = [row for frontier in frontiers for row in frontier if row["checkpoint"] == kind]
-        row = mean_over_seeds(kind, same)
-        if kind.startswith("best"):
-            best.append(row)
-        elif len(same) == len(seeds):
-            optimum.append(row | {"beta": same[0]["beta"]})
+    # The curve of the optimum, row by row. Its β differ between seeds by their rewards' spread, about 1%.
+    optimum = []
+    curves = [[row for row in frontier if row["checkpoint"].startswith("optimum")] for frontier in frontiers]
+    for same in zip(*curves):  # a seed's curve may end before another's
+        beta = sum(row["beta"] for row in same) / len(same)
+        optimum.append(mean_over_seeds(same[0]["checkpoint"], same) | {"beta": beta})
+    best = []
+    for name in [row["checkpoint"] for row in frontiers[0] if row["checkpoint"].startswith("best")]:
+        same = [row for frontier in frontiers for row in frontier if row["checkpoint"] == name]
+        best.append(mean_over_seeds(name, same))
     print(markdown(rows, optimum))
     plot_frontier(f"{FOLDER}/frontier.png", "gold", [row for _, row in rows], optimum, best)
 
