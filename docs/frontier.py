@@ -62,10 +62,10 @@ def dpo_round(i, kind, label=""):
     pairs = f"{{out}}/{kind}{i}.jsonl"
     ref = f"--ref={{out}}/sft --beta={FIXED_BETA}" if kind == "fixed" else f"--beta={MOVING_BETA}"
     beta = FIXED_BETA / LABEL_SCALE if kind == "fixed" else MOVING_BETA / i / LABEL_SCALE
-    rank = f"sample.py {last} --rank=gold --data=animals --k=4 --n=2500 --seed={i} --out={pairs}"
-    train = f"dpo.py animals --data={pairs} --init={last} {ref} --steps=200 --eval_n=0"
-    return [Point(f"{kind}{i}.jsonl", rank),
-            Point(f"{kind}{i}", train, f"DPO in rounds, reference {kind}", label, beta)]
+    rank = f"sample.py {last} --rank=gold --data=animals --k=4 --n=4332 --seed={i} --out={pairs}"
+    train = f"dpo.py animals --data={pairs} --init={last} {ref} --lr=5e-4 --steps=300 --eval_n=0"
+    return [Point(f"{kind}{i}.jsonl", rank, every_seed=kind == "moving"),
+            Point(f"{kind}{i}", train, f"DPO in rounds, {kind} reference", label, beta, kind == "moving")]
 
 
 FIXED_BETA = 0.4
@@ -75,14 +75,15 @@ POINTS = [
     Point("reward", "reward.py --init={out}/sft"),
     dpo(1.0, "DPO", every_seed=True),
     simpo("simpo", "", "SimPO", every_seed=True),
+    *dpo_round(1, "moving"), *dpo_round(2, "moving"), *dpo_round(3, "moving", "DPO in rounds"),
     ppo(0.1, "PPO", every_seed=True),
+    Point("finegrained", "finegrained.py --init={out}/sft --reward_models={out}/rewards", "fine-grained",
+          "fine-grained"),
     Point("rloo", "ppo.py --advantage=rloo --k=8 --init={out}/sft --reward_model={out}/reward",
           "RLOO", "RLOO", 0.1 / LABEL_SCALE),
     Point("ppo-gold", "ppo.py --reward=gold --kl_coef=0.05 --init={out}/sft",
           "PPO on gold", "PPO on gold", 0.05),
-    *dpo_round(1, "fixed"), *dpo_round(2, "fixed"), *dpo_round(3, "fixed", "DPO in rounds"),
-    *dpo_round(1, "moving"), *dpo_round(2, "moving"), *dpo_round(3, "moving", "rounds, moving reference"),
-    Point("finegrained", "finegrained.py --init={out}/sft", "fine-grained", "fine-grained"),
+    *dpo_round(1, "fixed"), *dpo_round(2, "fixed"), *dpo_round(3, "fixed", "rounds, fixed reference"),
     dpo(3.0, "β 3"),
     dpo(0.5, "β 0.5"),
     dpo(0.3, "β 0.3"),
