@@ -4,8 +4,8 @@
 
 The first seed makes all points; the others make those that the table has errors for. A run that is finished
 is skipped, so this may be stopped and started again, and `python docs/frontier.py 0` and `… 1` may run side
-by side. When all of these seeds are done, it prints the tables and draws frontier.png (which needs matplotlib).
-Everything lies in out/frontier/SEED. ± is the standard error over seeds.
+by side. When all of these seeds are done, it prints the table and draws frontier.png and overoptimization.png
+(which needs matplotlib). Everything lies in out/frontier/SEED. ± is the standard error over seeds.
 """
 import json
 import math
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.checkpoints import checkpoint_files, is_finished  # noqa: E402
-from common.plots import plot_frontier  # noqa: E402
+from common.plots import plot_frontier, plot_overoptimization  # noqa: E402
 from common.standard_errors import mean_se  # noqa: E402
 from data.animals import LABEL_SCALE  # noqa: E402
 
@@ -93,6 +93,10 @@ POINTS = [
     ppo(0.03),
     ppo(0.3),
     ppo(1.0),
+    # Over-optimization: a reward model that was stopped early, and no price on KL.
+    Point("reward-weak", "reward.py --steps=300 --init={out}/sft"),
+    Point("ppo-weak", "ppo.py --kl_coef=0 --lr=5e-4 --init={out}/sft --reward_model={out}/reward-weak "
+          "--eval_n=0"),
 ]
 COLUMNS = ["gold", "kl", "gap", "win_rate", "length", "grammar"]
 
@@ -199,6 +203,8 @@ def main():
         best.append(mean_over_seeds(name, same))
     print(markdown(rows, optimum))
     plot_frontier(f"{FOLDER}/frontier.png", "gold", [row for _, row in rows], optimum, best)
+    weak = [f"{FOLDER}/{seed}/ppo-weak" for seed in seeds]
+    plot_overoptimization(f"{FOLDER}/overoptimization.png", weak)
 
 
 if __name__ == "__main__":
