@@ -6,12 +6,12 @@ RLHF maximizes E[r(x, y)] − β KL(π ‖ π_ref). Its optimum has a closed for
     r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x)                                                 (eq. 5)
 
 A policy is a reward model in disguise. The unknown Z(x) cancels when two responses to one prompt are
-compared, y_w chosen over y_l. So the Bradley–Terry likelihood of such comparisons (x, y_w ≻ y_l) can be
+compared, y_w preferred to y_l. So the Bradley–Terry likelihood of such comparisons (x, y_w ≻ y_l) can be
 maximized in the policy itself, without a reward model and without sampling:
 
     L(θ) = −E log σ( β log π_θ/π_ref (y_w|x) − β log π_θ/π_ref (y_l|x) )                            (eq. 7)
 
-    python dpo.py                                           the animals world, from nothing, SFT included
+    python dpo.py                                           the animals world, from scratch, SFT included
     python dpo.py hh                                        Anthropic's HH-RLHF, GPT-2
     python dpo.py tldr                                      summaries of Reddit posts
     python dpo.py imdb --beta=0.1                           the paper's Figure 2 (all commands: data/imdb.py)
@@ -47,7 +47,7 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
     ipo_average: bool = False       # with ipo: log-probs are means over tokens instead of sums
     ref: str | None = None          # a run whose policy is π_ref; None: the policy that training starts from
     precompute_ref: bool = True     # compute π_ref's log-probs before training; False: at each step
-    reward_model: str | None = None  # a run of reward.py, for scores and win rates in the closing table
+    reward_model: str | None = None  # a run of reward.py, for scores and win rates in the final table
     lr: NonNegativeFloat = 1e-3     # peak learning rate: reached by a linear warm-up, then half a cosine to 0
 
 
@@ -107,7 +107,7 @@ def pair_logp(policy, pairs, average=False):
     logprobs = policy.logprobs(batch)       # (N,): of all response tokens
     logp = per_sequence(logprobs, batch)    # (2B,): chosen, rejected, chosen, …
     if average:
-        logp = logp / torch.bincount(batch.sequence)  # `sequence` numbers the response of each token
+        logp = logp / torch.bincount(batch.sequence)  # `sequence` numbers the response of each response token
     return logp[0::2], logp[1::2]
 
 
@@ -126,7 +126,7 @@ def precompute_reference(ref_policy, pairs, batches, run):
 
     How a log-prob is rounded depends on the other rows of its forward pass. So each pair is computed in the
     micro-batch in which training first meets it; in the first step, before any update, all log-ratios are
-    then exactly 0.
+    then exactly 0 (without --ref).
     """
     logp = torch.zeros(len(pairs), 2, device=run.device)
     visited = set()
@@ -189,7 +189,7 @@ def train(cfg):
     # reference(indices) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs, (b,) each.
     ref_logp = None
     if cfg.precompute_ref:
-        ref_logp = run.checkpoint.get("ref_logp")  # with --resume: from the last checkpoint
+        ref_logp = run.checkpoint.get("ref_logp")  # run.checkpoint: with --resume the last one, otherwise {}
         if ref_logp is None or cfg.steps > run.checkpoint["config"]["steps"]:  # more steps visit more pairs
             ref_logp = precompute_reference(ref_policy, pairs, batches, run)
         ref_logp = ref_logp.to(run.device)
@@ -222,8 +222,8 @@ def train(cfg):
                 cfg.beta, cfg.label_smoothing, cfg.loss_type)
             (losses.sum() / cfg.batch_size).backward()
 
-            # The accuracy of the policy as a reward model, where a tie counts one half (in the first step,
-            # where π is π_ref, all pairs tie), and the quantities to watch.
+            # The accuracy of the policy as a reward model, where a tie counts one half (while π is π_ref, all
+            # pairs tie), and the quantities to watch. `add` sums them up, without gradient.
             tie = (chosen_reward == rejected_reward).float()
             right = (chosen_reward > rejected_reward).float() + 0.5 * tie
             metrics.add(loss=losses, accuracy=right, margin=chosen_reward - rejected_reward,
@@ -235,13 +235,13 @@ def train(cfg):
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log the means over the batch, of all processes. Save a checkpoint when one is due, or when Ctrl-C
-        # asked for it, which ends the run.
+        # 3. Log the means over the batch: the sums, of all processes, divided by its size. Save a checkpoint
+        # when one is due, or when Ctrl-C asked for it, which ends the run.
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer, ref_logp=ref_logp)
 
-    # The reference and the policy. On held-out prompts: KL, length, and reward and win rate where a reward is
-    # known. On held-out comparisons: how the implicit rewards β log π/π_ref order the responses.
+    # The reference and the policy. On held-out prompts: KL and length, and if a reward is known, that and the
+    # win rate. On held-out comparisons: how the implicit rewards β log π/π_ref order the responses.
     del optimizer  # frees memory for the evaluation
     rewards = cfg.beta * (logp_of_responses(policy, held_out_groups, run) - held_out_ref_logp)
     rewards_of_reference = torch.zeros_like(rewards)  # β log π_ref/π_ref

@@ -67,7 +67,7 @@ ANSWER_SEED = 0     # of every model's answers
 REFERENCE_SEED = 1  # of the reference's answers that the win rate compares them with
 FRONTIER_SEED = 2   # of the reference's samples for the frontier
 
-# Limits on the closing table's memory: it must not need more than training did.
+# Limits on the final table's memory: it must not need more than training did.
 CACHE_BYTES = 2**28      # of a key-value cache
 KL_ROWS = 64             # responses in a forward pass
 KL_TOKENS = 2048         # tokens in a forward pass
@@ -314,7 +314,7 @@ def report_preferences(run, init, comparisons, rewards_before, rewards_after, n_
 
 
 def save_rows(run, rows):
-    """Writes the rows of a closing table to OUT/eval.json, in the main process."""
+    """Writes the rows of a final table to OUT/eval.json, in the main process."""
     if is_main():
         with write_atomically(os.path.join(run.out, "eval.json")) as f:
             json.dump(rows, f, indent=2)

@@ -12,7 +12,7 @@ model trained on comparisons. PPO is that of ppo.py, which subtracts its KL pena
 missing_eos_penalty) from r_t. This page has the segments, the training of the reward models, and the
 reward_fn that puts their judgements on the (B, R) grid.
 
-    python finegrained.py                          the animals world, from nothing
+    python finegrained.py                          the animals world, from scratch
     python finegrained.py --reward=rm              the baseline: one reward per response
     python finegrained.py qa_feedback --init=gpt2  the paper's questions and feedback
 
@@ -65,7 +65,6 @@ class Config(ppo.Config):
     reward_models: str | None = None  # their folder; None: out/rewards-RECIPE, trained first if missing
     share_trunk: bool = True          # three heads on one trunk; False: three models
     value_init: Literal["reward", "sft"] = "sft"  # the value model's start; reward only with --reward=rm
-    kl_coef: NonNegativeFloat = 0.1   # β: the price of a nat of KL; with kl_target, its first value
     w1: float = 0.3                   # weight of relevance: ±w1 for each sub-sentence
     w2: float = 0.3                   # weight of factuality: ±w2 for each sentence
     w3: float = 0.3                   # weight of completeness: in standard deviations of its model's scores
@@ -126,7 +125,7 @@ def segment_label(segment, spans):
 # ------------------------------------------------------------------------------------------------- feedback
 
 class Mark(NamedTuple):
-    """One place of a response to judge, and in training its label."""
+    """A position in a response to be judged, and in training its label."""
     axis: str
     token: int  # counted over all response tokens of the group
     value: int  # relevance, factuality: 1 good, 0 bad; completeness: a rank, 0 best; not used in reward_fn
@@ -186,7 +185,7 @@ def rank_marks(group, ranks):
 
 
 def check_feedback(feedback, axes, run):
-    """Warns of an axis whose labels are all alike; exits if there is nothing to learn from comparisons."""
+    """Warns of an axis whose labels are all the same; exits if there is nothing to learn from comparisons."""
     for axis in axes:
         if axis == "completeness":
             continue
@@ -194,7 +193,7 @@ def check_feedback(feedback, axes, run):
         if len(values) < 2:
             quantity = "every" if values == {0} else "no"  # 0: marked as an error
             run.print0(f"{quantity} segment of {run.cfg.data} is marked {' or '.join(AXES[axis])}: "
-                       f"the model of {axis} has nothing to tell apart")
+                       f"the model of {axis} has nothing to learn")
     if "comparisons" in feedback:
         comparisons = feedback["comparisons"]
         ranks = [[mark.value for mark in marks] for marks in comparisons.marks]
@@ -204,7 +203,7 @@ def check_feedback(feedback, axes, run):
 # -------------------------------------------------------------------------------------------- reward models
 
 @dataclass
-class Marks:
+class PackedMarks:
     """The marks of a packed batch, side by side: (M,) each."""
     axis: torch.Tensor   # index into the axes of the reward model
     place: torch.Tensor  # index into the batch's N response tokens
@@ -217,7 +216,7 @@ class Marks:
 
 
 def pack_marks(groups, marks, axes, device):
-    """The packed batch of some groups, and their marks (a list of Mark per group) -> Batch, Marks."""
+    """The packed batch of some groups, and their marks (a list of Mark per group) -> Batch, PackedMarks."""
     columns = {"axis": [], "place": [], "value": [], "group": []}
     first = 0  # the index, in the batch, of the group's first response token
     for i, ((_, responses), group_marks) in enumerate(zip(groups, marks)):
@@ -229,7 +228,7 @@ def pack_marks(groups, marks, axes, device):
         first += sum(map(len, responses))
     for name, column in columns.items():
         columns[name] = torch.tensor(column, dtype=torch.long, device=device)
-    return pack(groups).to(device), Marks(**columns)
+    return pack(groups).to(device), PackedMarks(**columns)
 
 
 def judge(models, batch, marks):
@@ -238,6 +237,7 @@ def judge(models, batch, marks):
     The heads of all models, one after the other, are in the order of the axes.
     """
     # A judgement is read at the segment's last token itself, not at the state before it as V(s_t) is.
+    # token_index: the place, in the packed batch, of each of its response tokens.
     positions = batch.token_index[marks.place]
     heads = [model.scalars(model.states(batch, positions)) for model in models]
     scores = torch.cat(heads, 1)  # (M, axes): every head at every place
@@ -245,7 +245,7 @@ def judge(models, batch, marks):
 
 
 def reward_losses(scores, marks, axes):
-    """The summed loss and the number of correct judgements of each axis, as dicts. scores: (M,), one per mark.
+    """The summed loss and the number of correct judgements of each axis: dicts. scores: (M,), one per mark.
 
     Relevance and factuality: the cross-entropy of σ(score) with the label, over segments. Completeness:
     −log σ(r_w − r_l), over comparisons.
@@ -269,12 +269,12 @@ def reward_losses(scores, marks, axes):
 
 @torch.no_grad()
 def judgements(models, feedback, axes, micro_tokens):
-    """Judges every mark. Yields, per micro-batch, its indices into feedback.groups, Marks, and scores (M,).
+    """Judges every mark. Yields per micro-batch its indices into feedback.groups, marks, and scores (M,).
 
-    Marks and scores are in the order of the indices, and for each group in the order of feedback.marks.
+    The marks and scores are in the order of the indices, and for each group in the order of feedback.marks.
     """
-    # Every process may call this with groups of its own. (The model is asked whether it is sharded: then all
-    # processes need the same number of micro-batches.)
+    # Every process may call this with groups of its own. (The third argument tells whether the model is
+    # sharded, since then all processes need the same number of micro-batches.)
     for indices in batches.all_micro_batches(feedback.groups, micro_tokens, models[0]):
         groups = [feedback.groups[i] for i in indices]
         batch, marks = pack_marks(groups, [feedback.marks[i] for i in indices], axes, models[0].device)
@@ -381,7 +381,7 @@ def completeness_normalizer(model, feedback, axes, cfg):
 
 
 def accuracy_rows(model, axes, feedback, cfg):
-    """A row per axis: accuracy, that of always giving the commoner answer, and the F1 of finding errors."""
+    """A row per axis: accuracy, that of predicting the majority class, and the F1 of finding errors."""
     comparisons_right = []
     labels = {axis: [] for axis in axes}   # is the segment good?
     guesses = {axis: [] for axis in axes}  # does the model think so?
@@ -533,7 +533,7 @@ def train(cfg):
     reward_models.models = [run.prepare(model) for model in reward_models.models]
     reward_fn = finegrained_reward(reward_models, tokenizer, cfg)
     cfg = replace(cfg, out=run.out)
-    del run  # ppo.train has its own Run in this folder, which loads the checkpoint of a resumed run again
+    del run  # ppo.train opens its own Run in this folder; with --resume that one loads the checkpoint again
     return ppo.train(cfg, reward_fn)
 
 

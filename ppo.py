@@ -19,22 +19,22 @@ iteration has seven steps. Each has its own section below, and is marked with it
 
 Every quantity lives on a (B, R) grid of response tokens: column t is about the action y_t, taken in the
 state (x, y_<t). `mask` is True where there is a token; the EOS is an action and is in the mask. The models
-work on packed batches instead: `pack` lays prompts and responses end to end without padding, and
-`states(batch)` are the hidden states (N, n_embd) that predict its N response tokens, batch.target.
+work on packed batches instead: `pack` lays prompts and responses end to end without padding (a response sees
+its prompt and itself, and its positions go on from the prompt's), and `states(batch)` are the hidden states
+(N, n_embd) that predict its N response tokens, batch.target.
 grid[mask] is such a flat array (N,), in the same order.
 
-    python ppo.py                         the animals world, from nothing: SFT and reward model first
+    python ppo.py                         the animals world, from scratch: SFT and reward model first
     python ppo.py --reward=gold           against the true reward: a programmatic verifier
     python ppo.py --advantage=rloo --k=8  without a value model: eight responses to each prompt
     python ppo.py hh --init=out/sft-hh    Anthropic's HH-RLHF, GPT-2
     python ppo.py tldr                    summaries of Reddit posts; likewise imdb
 
-Or call train(cfg, reward_fn) with your own reward. If it is a function of two texts, text_reward(function,
-tokenizer) makes a reward_fn of it. In general, reward_fn(prompts, responses), two lists of lists of token
-ids, returns the reward of each response token, (B, R) numbers with R the length of the longest
-response, and 0 after a response's end. PPO then clips it, subtracts missing_eos_penalty where a
-response did not end, and subtracts the KL penalty. With several processes, each calls it for its own share
-of the prompts.
+Or call train(cfg, reward_fn) with your own reward. If yours takes two texts, wrap it: text_reward(function,
+tokenizer). In general, reward_fn(prompts, responses), two lists of lists of token ids, returns the reward of
+each response token, (B, R) numbers with R the length of the longest response, and 0 after a response's end.
+PPO then clips it, subtracts missing_eos_penalty where a response did not end, and subtracts the KL penalty.
+With several processes, each calls it for its own share of the prompts.
 
 Left out: an entropy bonus, GRPO's KL in the loss (here it is in the reward), and asynchronous generation.
 The pretraining text of eq. 2 is replaced by demonstrations, as a mean over their tokens, so γ is not the
@@ -86,7 +86,7 @@ class Config(RunConfig):
     whiten_advantages: bool = True      # shift and scale GAE's advantages to mean 0 and unit variance
     steps: PositiveInt = 80             # iterations: a rollout and its epochs
     batch_size: PositiveInt = 128       # episodes (responses) per iteration, over all processes
-    epochs: PositiveInt = 4             # how often an iteration goes through its rollout
+    epochs: PositiveInt = 4             # passes over each rollout
     minibatches: PositiveInt = 4        # optimizer steps per epoch
     lr: NonNegativeFloat = 3e-4         # peak learning rate of the policy
     value_lr: NonNegativeFloat = 1e-3   # peak learning rate of the value model
@@ -183,7 +183,7 @@ def rollout(policy, prompts, reward_fn, tokenizer, cfg):
     # One uniform number per token decides what is sampled (by inverting the CDF), the same in every process.
     # In float64, since the 24 random bits of a float32 could never draw most of the rarest tokens.
     noise = torch.rand(len(prompts), cfg.max_new_tokens, dtype=torch.float64)
-    my_prompts = dist.process_share(prompts)
+    my_prompts = dist.process_share(prompts)  # contiguous, so the K rows of a prompt stay together
     my_responses, my_logprobs = sampler.generate(
         my_prompts, cfg.max_new_tokens, cfg.temperature, eos=tokenizer.eot_token,
         noise=dist.process_share(noise), return_logprobs=True)
@@ -234,8 +234,8 @@ def evaluate_tokens(episodes, models, micro_batches, cfg):
     """Fills in log π, log π_ref, V, the exact KL and the entropy at every token.
 
     log π is computed anew, since on CUDA the sampler has less precision. micro_batches are this process's
-    lists of groups in the first epoch of `update`. There the same log-probs are computed once more, from the
-    same micro-batches, so the ratio π/π_old is exactly 1 until the first optimizer step. (On CUDA, compiled
+    lists of groups in the first epoch of `update`. `update` recomputes these log-probs from the same
+    micro-batches, so the ratio π/π_old is exactly 1 until the first optimizer step. (On CUDA, compiled
     code with gradients may round differently from code without.)
     """
     names = ["logprobs", "ref_logprobs", "kl", "entropy"]
@@ -494,7 +494,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
             step_metrics = metrics.total()  # sums of weighted means, so means over the minibatch
 
             # The policy has moved far enough from the one that sampled: throw this gradient away, and
-            # sample anew.
+            # start a new rollout.
             if cfg.stop_kl is not None and step_metrics["approx_kl"] > cfg.stop_kl:
                 for optimizer in optimizers.values():
                     optimizer.zero_grad(set_to_none=True)
@@ -546,7 +546,7 @@ class AdaptiveKL:
 # --------------------------------------------------------------------------------------------------- 7. log
 
 def statistics(episodes, kl_coef, data, tokenizer):
-    """What the log says about an iteration's episodes: a dict of numbers."""
+    """The logged statistics of an iteration's episodes: a dict of numbers."""
     mask = episodes.mask
     gold = None
     if hasattr(data, "gold"):
@@ -582,7 +582,7 @@ def load_models(run, init, has_reward_fn):
     cfg = run.cfg
     policy, tokenizer = run.load_model(init)
     run.adopt_template(init)  # a policy that was trained on conversations gets prompts as their turns
-    policy.set_scalar_heads(0)
+    policy.set_scalar_heads(0)  # a language model, without a value head
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
     value_model = None
     if cfg.advantage == "gae":
@@ -661,7 +661,7 @@ def train(cfg, reward_fn=None):
         optimizers["value"] = make_optimizer(models.value_model, cfg.value_lr, cfg.weight_decay)
     kl_controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
 
-    prompts = run.rollout_prompts(cfg.max_new_tokens)  # lists of ids
+    prompts = run.rollout_prompts(cfg.max_new_tokens)  # lists of ids; long ones lose their beginning
     prompt_batches = run.shuffled_batches(prompts, cfg.batch_size // cfg.k)
     if cfg.ptx_coef:
         demonstrations = DemonstrationBatches(run, tokenizer)  # of eq. 2's second term
@@ -694,15 +694,15 @@ def train(cfg, reward_fn=None):
             first_epoch += run.micro_batches(minibatch, episodes.groups)
         evaluate_tokens(episodes, models, first_epoch, cfg)
 
-        # 3. The r_t that PPO sees: each token's reward minus β log π/π_ref (y_t|s_t). Most rewards, like those
-        # of a reward model, are on the last token only. There a missing EOS is penalized too.
+        # 3. The r_t that PPO sees: each token's reward minus β log π/π_ref (y_t|s_t). Most rewards, as a
+        # reward model's, are on the last token only. There a missing EOS is penalized too.
         kl_coef = kl_controller.coef  # β
         episodes.dense_rewards = dense_reward(
             episodes.rewards, episodes.logprobs, episodes.ref_logprobs, episodes.ended, episodes.mask,
             kl_coef, cfg.reward_clip, cfg.missing_eos_penalty)
 
-        # 4. Advantages: δ_t = r_t + γ V(s_{t+1}) − V(s_t), and Â_t = δ_t + γλ Â_{t+1}. Without V:
-        # how much better a response is than the others to its prompt.
+        # 4. Advantages: δ_t = r_t + γ V(s_{t+1}) − V(s_t), and Â_t = δ_t + γλ Â_{t+1}. Without V, the
+        # advantage is how much better a response is than the others to its prompt.
         rewards = episodes.dense_rewards
         if cfg.whiten_rewards:
             rewards = whiten(rewards, episodes.mask, shift_mean=False)
@@ -721,7 +721,9 @@ def train(cfg, reward_fn=None):
         begin = time.time()
         factor = run.lr_schedule(step)
         lrs = {"policy": cfg.lr * factor, "value": cfg.value_lr * factor}
-        ptx_batches = demonstrations.of_iteration(step) if cfg.ptx_coef else None
+        ptx_batches = None
+        if cfg.ptx_coef:  # for each optimizer step as many demonstrations as it has episodes
+            ptx_batches = demonstrations.of_iteration(step)
         losses = update(run, models, optimizers, episodes, epochs, lrs, ptx_batches)
         update_s = time.time() - begin
 

@@ -14,7 +14,7 @@ in InstructGPT, the bias is shifted so that demonstrations score 0 on average. T
   leaves the differences alone. At K = 2 it is (r_w + r_l)², arXiv:2312.09244.
 - the standard deviation of the demonstrations' scores, saved with the weights so that PPO can divide by it.
 
-    python reward.py                                the animals world, from nothing: SFT first
+    python reward.py                                the animals world, from scratch: SFT first
     python reward.py hh --init=out/sft-hh           Anthropic's HH-RLHF, GPT-2
     python reward.py imdb                           the sentiment of IMDb reviews
     python reward.py tldr                           summaries of Reddit posts; likewise qa_feedback
@@ -103,7 +103,7 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
         losses.append(pair_losses.mean() + centering)  # without ties, the mean is eq. 1's 1/(K choose 2)
         right = (r_w > r_l).float() + 0.5 * (r_w == r_l).float()
         accuracies.append(right.mean())
-    if not losses:  # no pair at all: a zero that is attached to the graph (finegrained.py needs it)
+    if not losses:  # no pair at all: a zero that backward() accepts (finegrained.py has such micro-batches)
         return 0 * scores.sum(), 0 * scores.detach().sum()
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
@@ -191,8 +191,8 @@ def train(cfg):
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(reward_model, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log the means over the batch (of all processes), now and then with the accuracy on held-out
-        # comparisons.
+        # 3. Log the means over the batch (of all processes), every val_every steps with the accuracy on
+        # held-out comparisons.
         val_accuracy = None
         if validation and ((step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps):
             scores = run.score_groups(reward_model, validation_groups)
@@ -200,12 +200,13 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), val_accuracy=val_accuracy,
                 lr=lr, grad_norm=grad_norm)
 
-        # 4. Save a checkpoint when one is due. The last one waits until the scores are centered, below.
+        # 4. Save a checkpoint when one is due, or when Ctrl-C asked for it, which ends the run. The last one
+        # waits until the scores are centered, below.
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, reward_model, optimizer)
 
-    # Center the scores: training demonstrations get 0 on average. A finished run that is resumed has their
-    # standard deviation in its checkpoint.
+    # Center the scores: training demonstrations (of comparisons, the best responses) get 0 on average. A
+    # finished run that is resumed has their standard deviation in its checkpoint.
     score_std = checkpoint.get("score_std")
     if score_std is None or run.start < cfg.steps:
         demonstrations = data.demonstrations("train")[:max(2, cfg.eval_n)]  # a deviation needs two

@@ -9,12 +9,12 @@ The EOS that ends a response is one of its tokens, so the model learns when to s
 The result is π_SFT: the policy that every later stage starts from, and the reference π_ref that their KL is
 measured against.
 
-    python sft.py                                the animals world, from nothing
+    python sft.py                                the animals world, from scratch
     python sft.py hh --init=gpt2-medium          the chosen answers of Anthropic's HH-RLHF
     python sft.py tldr                           Reddit posts and their TL;DRs; likewise qa_feedback and imdb
     python sft.py --data=mine.jsonl --init=gpt2  your own file (data/jsonl.py), with the settings of hh
 
-Left out: dropout, loss on prompts.
+Left out: dropout, loss on prompt tokens.
 """
 from dataclasses import dataclass
 
@@ -32,9 +32,9 @@ from engine.packing import pack
 
 @dataclass
 class Config(RunConfig):  # all other options: common/options.py
-    init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], a run's or a Hugging Face folder
+    init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], a run's folder, or Hugging Face's
     steps: PositiveInt = 1500       # optimizer steps
-    batch_size: PositiveInt = 16    # groups per step: a prompt with up to four of its demonstrations
+    batch_size: PositiveInt = 16    # groups per step; a group is a prompt with up to four demonstrations
     lr: NonNegativeFloat = 4e-3     # peak learning rate
     warmup: NonNegativeInt = 20     # steps of linear warm-up, before the cosine to 0
     val_every: PositiveInt = 100    # steps between validation losses
@@ -60,7 +60,7 @@ MAX_DEMONSTRATIONS = 4  # the most responses in a group; a prompt with more is s
 
 
 def group_by_prompt(demonstrations):
-    """[(prompt, response), …] -> [(prompt, [response, …]), …], so that a prompt is computed once."""
+    """[(prompt, response), …] -> [(prompt, [response, …]), …], so that each prompt is computed once."""
     responses_to = {}
     for prompt, response in demonstrations:
         responses_to.setdefault(prompt, []).append(response)
@@ -90,7 +90,8 @@ def validation_loss(policy, groups, run):
     if not groups:
         return None
     total = 0.0
-    for indices in run.all_micro_batches(groups, policy):  # every process takes all, in pieces that fit
+    # Every process takes all groups, in pieces of at most cfg.micro_tokens tokens.
+    for indices in run.all_micro_batches(groups, policy):
         batch = pack([groups[i] for i in indices]).to(run.device)
         total += policy.logprobs(batch).sum().item()
     return -total / count_response_tokens(groups)
@@ -141,8 +142,8 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(n_tokens), val_loss=val_loss, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
-    # The model before and after, on held-out prompts. The optimizer's memory is freed for that.
-    del optimizer
+    # The model before (with init="scratch", its random weights) and after, on held-out prompts.
+    del optimizer  # frees memory for the evaluation
     evaluate.report(run, policy, cfg.init)
     return policy
 

@@ -10,12 +10,12 @@ times their mean (eq. 4). The chosen response has to win by a margin γ:
 There is no reference, so only one model is in memory. But nothing keeps the policy near its start either; the
 paper relies on a small learning rate. The length |y| counts the EOS, where a response has one.
 
-What goes wrong in our runs is that responses become too short (docs/results.md). We sample and log the length
+In our runs the failure is that responses become too short (docs/results.md). We sample and log the length
 during training. To keep it from shrinking, we add the SFT term (App. H): sft_weight times the mean of −log π
 over all tokens of the batch's chosen responses. Every token has the same weight there, while in eq. 6 a token
 of a long response has less. The paper's own settings have sft_weight 0, and so do the recipes for real data.
 
-    python simpo.py                                the animals world, from nothing: SFT first, then SimPO
+    python simpo.py                                the animals world, from scratch: SFT first, then SimPO
     python simpo.py hh                             Anthropic's HH-RLHF, GPT-2
     python simpo.py tldr                           summaries of Reddit posts; imdb: see data/imdb.py
     python simpo.py --data=mine.jsonl --init=gpt2  your own comparisons, with the settings of hh
@@ -46,7 +46,7 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
     gamma_beta_ratio: NonNegativeFloat | None = None  # γ/β, as the authors' scripts give it; overrides gamma
     sft_weight: NonNegativeFloat = 0.5  # weight of the SFT term, −log π of the chosen responses
     label_smoothing: LabelNoise = 0.0  # ε: the share of labels assumed to be flipped
-    reward_model: str | None = None  # a run of reward.py, for scores and win rates in the closing table
+    reward_model: str | None = None  # a run of reward.py, for scores and win rates in the final table
     lr: NonNegativeFloat = 3e-4     # peak learning rate
     sample_every: PositiveInt = 25  # steps between samples of the length
     sample_n: NonNegativeInt = 64   # validation prompts that are sampled for it
@@ -160,13 +160,14 @@ def train(cfg):
                 chosen_logp, rejected_logp, chosen_len, rejected_len, cfg.beta, gamma, cfg.label_smoothing)
 
             # App. H, the SFT term: the mean of −log π over all tokens of the batch's chosen responses is
-            # Σ −log π(y_w|x) / Σ |y_w|, and Σ |y_w| = B · mean |y_w|. So it is the mean over pairs of
+            # Σ −log π(y_w|x) / Σ |y_w|, and Σ |y_w| = B · mean |y_w|. So each of the B pairs contributes
+            # −log π(y_w|x) / mean |y_w|, divided by B like the other losses.
             sft_losses = -chosen_logp / mean_chosen_len
             losses = losses + cfg.sft_weight * sft_losses
             (losses.sum() / cfg.batch_size).backward()
 
             # The accuracy of the policy as a reward model, where a tie counts one half, and the quantities to
-            # watch.
+            # watch. `add` sums them up, without gradient.
             tie = (chosen_reward == rejected_reward).float()
             right = (chosen_reward > rejected_reward).float() + 0.5 * tie
             metrics.add(loss=losses, sft_loss=sft_losses, accuracy=right,
@@ -180,14 +181,14 @@ def train(cfg):
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Every sample_every steps, sample: has the length begun to collapse? Every process samples all
-        # prompts, at temperature 1, up to 128 tokens, each time with the same random numbers.
+        # prompts, each time with the same random numbers, which are not those of training.
         lengths = {"response_len": None, "empty": None, "unfinished": None}
         if sample_prompts and ((step + 1) % cfg.sample_every == 0 or step + 1 == cfg.steps):
-            responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token)
+            responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token, max_new_tokens=128)
             lengths = length_statistics(responses, tokenizer.eot_token)
 
-        # 4. Log the means over the batch, of all processes. Save a checkpoint when one is due, or when Ctrl-C
-        # asked for it, which ends the run.
+        # 4. Log the means over the batch: the sums, of all processes, divided by its size. Save a checkpoint
+        # when one is due, or when Ctrl-C asked for it, which ends the run.
         run.log(step + 1, **metrics.mean(cfg.batch_size), **lengths, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 

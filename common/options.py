@@ -95,7 +95,7 @@ class RunConfig:
     ckpt_every: PositiveInt = 50        # steps between checkpoints
     wandb: str | None = None            # log to this project of Weights & Biases too
     tensorboard: bool = False           # log for TensorBoard too, in OUT/tensorboard
-    eval_n: NonNegativeInt = 500        # held-out prompts in the closing table; 0: no table
+    eval_n: NonNegativeInt = 500        # held-out prompts in the final table; 0: no table
     resume: bool = False                # continue from the run's last checkpoint; with --out, in its settings
     overwrite: bool = False             # start again in a folder that holds a run already
 

@@ -20,7 +20,7 @@ from common.checkpoints import load_model, save_checkpoint
 from common.optim import make_optimizer
 from data import animals, dataset, get_tokenizer
 from data.segments import decode_with_ends, segments, sentences
-from finegrained import (AXES, Marks, RewardModels, Segment, accuracy_rows, cut_response, finegrained_reward,
+from finegrained import (AXES, PackedMarks, RewardModels, Segment, accuracy_rows, cut_response, finegrained_reward,
                          judge, load_feedback, pack_marks, reward_losses, segment_label)
 from test_stages import TINY, log_of
 
@@ -173,7 +173,7 @@ class Table:
 
 def test_the_losses_of_the_reward_models_by_hand():
     axis, value = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([1, 1, 0, 0, 1, 1])
-    marks = Marks(axis, torch.arange(6), value, group=torch.tensor([0, 0, 0, 1, 1, 1]))
+    marks = PackedMarks(axis, torch.arange(6), value, group=torch.tensor([0, 0, 0, 1, 1, 1]))
     scores = judge([Table()], SimpleNamespace(token_index=torch.arange(6)), marks)
     assert scores.tolist() == [2, -1, 0.5, 3, 1, 0]  # each by the head of its own axis
     losses, right = reward_losses(scores, marks, list(AXES))

@@ -146,7 +146,7 @@ STAGES = {
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_runs_there_and_logs_what_the_cpu_logs(name, small_world, start, monkeypatch, capsys):
-    """In float32, with a dense mask, and with its closing table."""
+    """In float32, with a dense mask, and with its final table."""
     stage, settings = STAGES[name]
     settings = dict(init=str(start / "start"), steps=2, batch_size=4, warmup=0, eval_n=4, max_len=64) | settings
     if stage is ppo:

@@ -221,7 +221,7 @@ def test_the_reference_in_memory_and_precomputed_give_one_log(start):
 
 @pytest.mark.parametrize("precompute_ref", [True, False])
 def test_ref_is_the_model_that_dpo_refers_to(start, precompute_ref):
-    """Rewards are β log π/π_ref, π_ref being --ref and not the start; the closing table's KL is to it too."""
+    """Rewards are β log π/π_ref, π_ref being --ref and not the start; the final table's KL is to it too."""
     settings = dict(**TINY, data=str(start / "mine.jsonl"), steps=2, eval_n=4, precompute_ref=precompute_ref)
     dpo.train(dpo.Config(**settings, init=str(start / "start"), out=str(start / "round1"), lr=1e-2))
     settings |= dict(init=str(start / "round1"), out=str(start / "round2"), overwrite=True)
@@ -324,7 +324,7 @@ def test_a_run_is_not_resumed_on_other_data_or_from_other_weights(change, start)
 
 
 def test_a_model_trained_on_turns_is_asked_in_turns(start, monkeypatch, capsys):
-    """By sample.py, by PPO on a file of plain prompts, and in the closing table; --raw turns it off."""
+    """By sample.py, by PPO on a file of plain prompts, and in the final table; --raw turns it off."""
     monkeypatch.chdir(start)
     shape = dict(n_layer=1, n_head=2, n_embd=16, device="cpu", steps=1, batch_size=4, init=str(start / "start"))
     records = [{"id": i, "messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}]} for i in range(40)]

@@ -178,7 +178,7 @@ def test_the_numbers_of_ppo_are_those_of_its_functions(runs, name):
 def test_the_ends_of_answers_and_the_alternatives(runs):
     page, episodes = make_page("start", "ppo", "--reward_model=rm")
     policy, reference = load_model("ppo")[0], load_model("start")[0]
-    reward_model = load_reward_model("rm", TOKENIZER)  # not normalized: as in the closing table
+    reward_model = load_reward_model("rm", TOKENIZER)  # not normalized: as in the final table
     for i, written in enumerate(episodes):
         groups = [(prompt, [response]) for prompt, response in zip(written.prompts, written.responses)]
         with torch.no_grad():
