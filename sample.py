@@ -27,7 +27,7 @@ import torch
 import evaluate
 from common.checkpoints import load_model_only, load_reward_model, template_of_checkpoint
 from common.dist import log_to_console
-from common.files import write_atomically
+from common.files import append_to, write_atomically
 from common.scoring import score_groups
 from common.sharding import sampling_copy
 from data import encode_groups, encode_prompts
@@ -105,6 +105,24 @@ def complete(policy, tokenizer, prompts, k, max_new_tokens, max_len, batch_size=
     return examples
 
 
+def with_room(prompts, tokenizer, max_len):
+    """The prompts that leave a quarter of max_len for an answer, and how many tokens the longest has.
+
+    All answers are sampled with the room that the longest prompt leaves, so one prompt would cut them all.
+    """
+    most = 3 * max_len // 4
+    lengths = [len(ids) for ids in encode_prompts(tokenizer, prompts)]
+    if min(lengths) > most:
+        raise SystemExit(f"--max_len={max_len} leaves no room for an answer: "
+                         f"a prompt has {min(lengths)} tokens or more")
+    n_long = sum(length > most for length in lengths)
+    if n_long:
+        print(f"left out {n_long} of {len(prompts)} prompts, which take more than three quarters of "
+              f"--max_len={max_len}")
+    kept = [prompt for prompt, length in zip(prompts, lengths) if length <= most]
+    return kept, max(length for length in lengths if length <= most)
+
+
 def labels(args, data, examples, tokenizer, reward_model):
     """How good each response of [(prompt, [response, …]), …] is: a list of numbers for each prompt.
 
@@ -149,10 +167,9 @@ def write_ranked(args, policy, tokenizer, data):
     if args.n < len(prompts):
         prompts = random.Random(args.seed).sample(prompts, args.n)
     prompts = apply_template(template_of_checkpoint(args.checkpoints[0]), prompts)
-    longest = max(len(ids) for ids in encode_prompts(tokenizer, prompts))
-    if longest >= args.max_len:
-        raise SystemExit(f"--max_len={args.max_len} leaves no room for an answer: "
-                         f"a prompt has {longest} tokens")
+    prompts, longest = with_room(prompts, tokenizer, args.max_len)
+    with append_to(args.out):
+        pass  # a place that cannot be written is an error now, not after the work
     torch.manual_seed(args.seed)
     max_new_tokens = min(args.max_len + SPARE, block_size - longest)
     examples = complete(sampling_copy(policy), tokenizer, prompts, args.k, max_new_tokens, args.max_len)
@@ -203,8 +220,8 @@ def arguments(argv):
         help="a run's folder, a ckpt.pt, a Hugging Face folder, or gpt2 …")
     add("--prompt", metavar="TEXT", help="print each model's answer to TEXT, instead of asking for lines")
     add("--raw", action="store_true", help="prompts as they are, not as turns of a conversation")
-    add("--temperature", type=float, default=1.0, help="of the answers; 0: the likeliest (default 1)")
-    add("--max_new_tokens", type=int, default=128, help="the longest answer (default 128)")
+    add("--temperature", type=float, default=1.0, help="of the answers to lines and --prompt; 0: the likeliest (default 1)")
+    add("--max_new_tokens", type=int, default=128, help="the longest answer, not for --rank (default 128)")
     add("--rank", metavar="gold|RUN",
         help="sample answers and rank them by the true reward, or by this reward model")
     add("--out", metavar="FILE", help="for --rank: write the ranked answers there")
@@ -229,6 +246,9 @@ def arguments(argv):
     if len(tasks) > 1:
         raise SystemExit("sample.py does one thing at a time: --prompt=TEXT, --rank=…, --export=DIR or "
                          "--page=FILE, with or without --json=FILE")
+    for name in ("rank", "export"):
+        if getattr(args, name) == "":
+            raise SystemExit(f"--{name}=: a value is missing")
     for name, least in (("n", 1), ("k", 2), ("max_len", 2), ("temperature", 0), ("max_new_tokens", 1)):
         value = getattr(args, name)
         if value is not None and value < least:

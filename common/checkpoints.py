@@ -28,6 +28,8 @@ def load_model(init, cfg=None, is_policy=True):
 
 def load_model_only(init, cfg=None, is_policy=False):
     """load_model with only the name of the tokenizer, which may have to be fetched."""
+    if init == "scratch" and cfg is None:
+        raise SystemExit("scratch: new weights, which only --init of a training run can name")
     if init == "scratch":
         model, tokenizer_name = new_model(cfg)
     elif is_pretrained(init):
@@ -220,12 +222,13 @@ def compare_settings(out, cfg, settings_before, free):
 def resume(checkpoint, out, cfg, model, optimizer, digests):
     """Restores model, optimizer and random state from the checkpoint of load_to_resume.
 
-    Exits with a one-line message if the run in `out` was started with another reward model, other data or
-    other initial weights. `digests` are those of this run (common/digests.py).
+    Exits with a one-line message if the run in `out` was started with another reward model, other data, other
+    initial weights or another reference. `digests` are those of this run (common/digests.py).
     """
     compare_settings(out, cfg, checkpoint["config"], FREE_ON_RESUME)
     stored = checkpoint.get("digests", digests)
-    problems = {"data": f"--data={cfg.data} holds other data", "init": "--init names other weights"}
+    problems = {"data": f"--data={cfg.data} holds other data", "init": "--init names other weights",
+                "ref": "--ref names other weights"}
     for key, problem in problems.items():
         if stored.get(key) != digests.get(key):
             raise SystemExit(f"--resume: {problem} than when {out} was started")

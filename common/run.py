@@ -121,6 +121,7 @@ class Run:
                              f"{self.tokenizer.name}")
         if reference.config != policy.config:
             raise SystemExit(f"--ref={name}: a model of another shape than the policy")
+        self.digests["ref"] = weights_digest(reference)
         return reference.requires_grad_(False)
 
     def adopt_template(self, init):

@@ -107,7 +107,7 @@ def run(seed, point):
     folder = f"{out}/{point.name}"
     script, *options = point.command.format(out=out).split()
     if script == "sample.py":
-        if os.path.exists(folder):
+        if os.path.exists(folder) and os.path.getsize(folder):  # it is empty until all answers are ranked
             return
     else:
         if is_finished(folder):
@@ -124,15 +124,25 @@ def run(seed, point):
 
 
 def evaluate(seed, points):
-    """The frontier of this seed's SFT model, and all of its runs beside it."""
+    """Evaluates a seed's points -> {name of a point: its row}, the rows of the optimum and of best-of-n.
+
+    The rows are kept in a file, and computed again if it lacks a point.
+    """
     path = f"{FOLDER}/{seed}/frontier.json"
-    if not os.path.exists(path):
-        folders = [f"{FOLDER}/{seed}/{point.name}" for point in points]
+    folders = [f"{FOLDER}/{seed}/{point.name}" for point in points]
+    if not os.path.exists(path) or not set(folders) <= read_table(path).keys():
         options = ["--data=animals", "--frontier", f"--json={path}"]
         command = [sys.executable, ROOT / "evaluate.py", *folders, *options]
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    table = read_table(path)  # of these points, and perhaps of more: another time, this was the first seed
+    frontier = [row for name, row in table.items() if name.startswith(("optimum", "best"))]
+    return {point.name: table[folder] for point, folder in zip(points, folders)}, frontier
+
+
+def read_table(path):
+    """{checkpoint: its row} of what evaluate.py wrote with --json."""
     with open(path) as f:
-        return json.load(f)
+        return {row["checkpoint"]: row for row in json.load(f)}
 
 
 def mean_over_seeds(name, rows):
@@ -180,9 +190,8 @@ def main():
         for point in points:
             run(seed, point)
         shown = [point for point in points if point.method]
-        rows = evaluate(seed, shown)
-        tables[seed] = {point.name: row for point, row in zip(shown, rows)}
-        frontiers.append(rows[len(shown):])
+        tables[seed], frontier = evaluate(seed, shown)
+        frontiers.append(frontier)
 
     rows = []
     for point in POINTS:

@@ -1,8 +1,10 @@
 """The frontier of evaluate.py: the tilted reference by hand, best-of-n, and both against the exact optimum of an enumerable problem."""
+import importlib.util
 import json
 import math
 import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from common.optim import make_optimizer
 from common.plots import shrinking_means
 from data import get_tokenizer
 from engine.packing import pack, per_sequence
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_tilt_by_hand():
@@ -328,3 +332,25 @@ def test_overoptimization_needs_a_run_of_ppo(start):
     (start / "start" / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "kl": null, "score": 0.1, "gold": 0.2}\n')
     with pytest.raises(SystemExit, match="start: --overoptimization reads the log of a run of ppo.py"):
         evaluate.main([str(start / "start"), "--overoptimization", "--plot=x.png"])
+
+
+def test_the_frontier_script_finds_the_rows_of_a_seed_that_once_was_the_first(tmp_path, monkeypatch):
+    """Then its table holds more points than are asked for; if it holds fewer, it is made again."""
+    spec = importlib.util.spec_from_file_location("frontier_script", ROOT / "docs" / "frontier.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/frontier/1").mkdir(parents=True)
+    made = []
+
+    def evaluate_py(command, **options):
+        folders = [word for word in command if str(word).startswith("out/")]
+        made.append(folders)
+        rows = [{"checkpoint": name} for name in [*folders, "optimum, beta 1", "best of 2"]]
+        (tmp_path / "out/frontier/1/frontier.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(script.subprocess, "run", evaluate_py)
+    points = [script.Point(name, "") for name in ("sft", "dpo", "ppo")]
+    for asked, n_made in ((points[::2], 1), (points, 2), (points[::2], 2)):
+        rows, frontier = script.evaluate("1", asked)
+        assert rows == {point.name: {"checkpoint": f"out/frontier/1/{point.name}"} for point in asked}
+        assert [row["checkpoint"] for row in frontier] == ["optimum, beta 1", "best of 2"] and len(made) == n_made

@@ -240,6 +240,18 @@ def test_ref_is_the_model_that_dpo_refers_to(start, precompute_ref):
     assert rows[0]["checkpoint"] == str(start / "start") and rows[0]["kl"] == 0 and rows[1]["kl"] > 0
 
 
+def test_a_resumed_run_wants_the_reference_that_it_had(start):
+    """The folder that --ref names may hold another model by then, as the one of --init may."""
+    shutil.copytree(start / "start", start / "ref")
+    settings = dict(**TINY, data=str(start / "mine.jsonl"), init=str(start / "start"), out=str(start / "a"),
+                    ref=str(start / "ref"), eval_n=0)
+    dpo.train(dpo.Config(**settings, steps=1))
+    model = make_model(5, get_tokenizer("animals").n_vocab, 64, n_layer=1, n_embd=16)
+    save_checkpoint(str(start / "ref"), 1, model, make_optimizer(model, 1e-3), dpo.Config(), "animals")
+    with pytest.raises(SystemExit, match="--resume: --ref names other weights than when .*a was started"):
+        dpo.train(dpo.Config(**settings, steps=2, resume=True))
+
+
 def test_a_reference_of_another_tokenizer_or_shape_is_one_line(start):
     settings = dict(**TINY, data=str(start / "mine.jsonl"), init=str(start / "start"), out=str(start / "a"))
     for name, options, tokenizer in (("deep", dict(n_layer=2), "animals"), ("foreign", {}, "gpt2")):
@@ -267,6 +279,33 @@ def test_ranked_answers_of_a_policy_train_the_next_round(start, small_world, cap
         sample.main([str(start / "start"), "--rank=gold"])
     with pytest.raises(SystemExit, match="--max_len=9 leaves no room for an answer: a prompt has"):
         sample.main([str(start / "start"), "--rank=gold", "--max_len=9", f"--out={start}/x.jsonl"])
+
+
+def test_one_long_prompt_does_not_cut_the_answers_to_the_others(start, small_world, capsys):
+    """All answers are sampled with the room that the longest prompt leaves: too few tokens for an answer to end in."""
+    sft.train(sft.Config(**TINY, out=str(start / "sft"), steps=40, lr=1e-2, eval_n=0))  # a context of 64 tokens
+    tokenizer = get_tokenizer("animals")
+    long = tokenizer.decode(tokenizer.encode("Tell me about the owl: what it eats. " * 9)[:62])
+    prompts = animals.prompts("train")[:20]
+    prompts.insert(2, long)  # the first two prompts are for validation and test
+    (start / "some.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    sample.main([str(start / "sft"), f"--rank={start}/reward", f"--data={start}/some.jsonl", f"--out={start}/pairs.jsonl"])
+    assert "left out 1 of 18 prompts, which take more than three quarters of --max_len=64" in capsys.readouterr().out
+    assert sum(1 for _ in open(start / "pairs.jsonl")) > 10
+
+
+def test_what_rank_cannot_do_is_an_error_before_the_work(start, monkeypatch):
+    def no_work(*args):
+        raise AssertionError("it sampled")
+    monkeypatch.setattr(sample, "complete", no_work)
+    for argv, message in (
+            ([str(start / "start"), "--rank=gold", f"--out={start}/start/ckpt.pt/x.jsonl"], "x.jsonl: cannot be written"),
+            ([str(start / "start"), "--rank=", "--out=x.jsonl"], "--rank=: a value is missing"),
+            ([str(start / "start"), "--export="], "--export=: a value is missing"),
+            ([str(start / "start"), "--rank=scratch", "--out=x.jsonl"], "scratch: new weights, which only --init"),
+            (["scratch", "--prompt=Hi"], "scratch: new weights, which only --init")):
+        with pytest.raises(SystemExit, match=message):
+            sample.main(argv)
 
 
 def test_labels_follow_bradley_terry():

@@ -305,6 +305,18 @@ def test_the_report_ends_with_the_command(runs, capsys):
     assert capsys.readouterr().out == "20 prompts, 2 models -> tokens.html\n"
 
 
+def test_a_run_on_other_data_than_its_reference_is_shown_on_its_own(runs, capsys):
+    """The command at the end of `dpo.py --data=mine.jsonl --init=RUN`: the prompts are those of the run's data."""
+    with open("mine.jsonl", "w") as f:
+        for i in range(40):
+            f.write(json.dumps({"prompt": f"The owl {i}:", "chosen": " It eats mice.", "rejected": " It is a fish."}) + "\n")
+    dpo.train(dpo.Config(**TINY, data="mine.jsonl", init="start", out="on-mine", steps=1, warmup=0, eval_n=0))
+    page, _ = make_page("on-mine")
+    assert [entry["prompt"] for entry in page["prompts"]] == ["The owl 1:", "The owl 21:"]
+    with pytest.raises(SystemExit, match="these models were trained on different data"):
+        make_page("start", "on-mine")
+
+
 def test_another_reference_than_that_of_the_training_is_pointed_out(runs, capsys):
     make_page("ppo", "shared", temperature=1)
     assert "shared did not start from ppo as it is now: its KL, and with it r_t, is not that of its training" in capsys.readouterr().out

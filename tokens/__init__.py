@@ -32,8 +32,10 @@ from tokens.page import write_page
 def write(args):
     """Does what --page and --json of sample.py ask for; args are its arguments."""
     names = with_reference(args.checkpoints)
-    models, tokenizer, configs = evaluate.load_models(names, args.data)
-    data = evaluate.load_data(args, configs)
+    # A run's own reference may have been trained on other data; the prompts are those of what was named.
+    any_data = "any" if len(names) > len(args.checkpoints) else None
+    models, tokenizer, configs = evaluate.load_models(names, args.data or any_data)
+    data = evaluate.load_data(args, configs[-len(args.checkpoints):])
     prompts = held_out_prompts(names, models, data, args.n, tokenizer)
     sampling = shared_sampling(names, models, configs, prompts, args.max_new_tokens)
     subjects = []
