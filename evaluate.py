@@ -491,8 +491,10 @@ def main(argv=None):
 
     if args.mean and len(models) < 2:
         raise SystemExit("--mean is over the checkpoints after the first: name some")
-    few_prompts = min(args.n, len(data.prompts("test"))) < 2
-    if args.frontier and (few_prompts or args.samples < 2 * MIN_ESS or args.samples % 4):
+    n_prompts = min(args.n, len(data.prompts("test")))
+    if n_prompts == 0:
+        raise SystemExit("no held-out prompts: nothing to evaluate")
+    if args.frontier and (n_prompts < 2 or args.samples < 2 * MIN_ESS or args.samples % 4):
         raise SystemExit(f"--frontier needs at least two prompts (--n) and {2 * MIN_ESS} --samples of each, "
                          "a multiple of 4")
     if args.frontier and not hasattr(data, "gold") and not reward_model:

@@ -72,7 +72,7 @@ def plot_frontier(path, key, rows, optimum, best):
                 name = f"{name} at {row['kl']:.1f}"
             else:
                 ax.errorbar(*where, row[key + "_se"], row["kl_se"], "o", color=color, capsize=2, ms=4)
-                obstacles += [(where[0] - row["kl_se"], where[1]), (where[0] + row["kl_se"], where[1])]
+                obstacles += along([row["kl"] - row["kl_se"], row["kl"] + row["kl_se"]], [row[key]] * 2)
             obstacles.append(where)
             if name:
                 labels.append((name, *where, color))

@@ -183,6 +183,8 @@ def markdown(rows, optimum):
 
 def main():
     seeds = sys.argv[1:] or ["0", "1", "2"]
+    if not all(seed.isdigit() for seed in seeds):
+        raise SystemExit(__doc__)
     tables = {}  # {seed: {name of a point: its row}}
     frontiers = []  # of each seed: the rows of the optimum and of best-of-n
     for seed in seeds:

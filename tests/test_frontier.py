@@ -14,6 +14,7 @@ import dpo
 import evaluate
 import ppo
 import sft
+from common import plots
 from common.checkpoints import save_checkpoint
 from common.frontier import (MIN_ESS, best_of, best_of_kl, best_of_kl_without_ties, extrapolate, frontier, gap,
                              optimum_at, tilt)
@@ -294,6 +295,21 @@ def test_pictures(start, small_world, capsys):
     assert all((start / name).read_bytes().startswith(b"\x89PNG") for name in ("frontier.png", "over.png"))
 
 
+def test_a_label_covers_no_error_bar(tmp_path, monkeypatch):
+    """The label beside a point would lie on a wide bar, so it moves off it."""
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    row = {"checkpoint": "out/ppo-a", "gold": 0.5, "gold_se": 0.01, "kl": 1.0, "kl_se": 0.5}
+    optimum = [{"gold": x / 10, "gold_se": 0.01, "kl": x / 5, "kl_se": 0.01} for x in range(11)]
+    plots.plot_frontier(str(tmp_path / "x.png"), "gold", [row], optimum, optimum)
+    figure, = figures
+    label, = [text for text in figure.axes[0].texts if text.get_text() == "ppo-a"]
+    box = label.get_window_extent()
+    height = figure.axes[0].transData.transform((1.0, 0.5))[1]
+    assert not box.y0 < height < box.y1
+
+
 def test_what_cannot_be_drawn_gets_one_line(start, small_world, monkeypatch):
     folder = str(start / "start")
     checkpoint = torch.load(start / "start/ckpt.pt", weights_only=True)
@@ -302,10 +318,12 @@ def test_what_cannot_be_drawn_gets_one_line(start, small_world, monkeypatch):
         changed = checkpoint | {"config": dict(checkpoint["config"])}
         change(changed)
         torch.save(changed, start / name / "ckpt.pt")
+    (start / "one.jsonl").write_text('{"prompt": "a", "completion": " b"}\n')
     for argv, message in [
             ([folder, "--frontier", "--n=1"], "--frontier needs at least two prompts .--n. and 48 --samples of each, a multiple of 4"),
             ([folder, "--frontier", "--samples=50"], "--frontier needs at least two prompts .--n. and 48 --samples of each, a multiple of 4"),
             ([folder, "--plot=x.png"], "--plot draws --frontier, --overoptimization or --curves: say which"),
+            ([folder, f"--data={start}/one.jsonl", "--n=2"], "no held-out prompts: nothing to evaluate"),
             ([folder, "--overoptimization"], "takes runs of ppo.py and --plot=FILE"),
             ([folder, str(start / "nameless")], "nameless/ckpt.pt: not a checkpoint of this repository, or damaged"),
             ([folder, str(start / "other")], "trained on different data .*start: animals, .*other: hh.: say which to compare them on with --data"),
