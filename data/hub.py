@@ -1,9 +1,8 @@
 """--data=hub:OWNER/NAME[:SPLIT]: a data set of the Hugging Face hub, read with the package `datasets`.
 
-Its rows are records in one of the shapes of data/jsonl.py, and are read, refused and split as those
-of a file. SPLIT is one of its splits; without it, the one named train, or else the
-only one. A folder of .parquet, .json or .jsonl files can stand in place of OWNER/NAME, as `datasets` allows.
-Nothing from the hub is executed.
+Its rows are records in one of the shapes of data/jsonl.py, and are read, refused and split as those of a
+file. SPLIT is one of its splits; without it, the one named train, or else the only one. A folder of .parquet,
+.json or .jsonl files can stand in place of OWNER/NAME, as `datasets` allows. Nothing from the hub is executed.
 """
 from data.jsonl import Jsonl
 from engine.files import first_line, import_package, short_repr

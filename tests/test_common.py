@@ -318,7 +318,7 @@ def test_every_option_is_read(stage):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/using.md", "docs/data.md", "docs/first-gpu-run.md"])
 def test_every_stage_command_of_a_page_is_understood(page, recorders):
-    commands = re.findall(r"(?:python|torchrun \S+) (sft|reward|ppo|dpo|simpo|finegrained)\.py([^`\n#;]*)", (ROOT / page).read_text())
+    commands = re.findall(r"(?:python|torchrun \S+) (sft|reward|ppo|dpo|simpo|finegrained)\.py([^`\n#;&]*)", (ROOT / page).read_text())
     assert len(commands) >= 3
     for stage, options in commands:
         module = {stage.__name__: stage for stage in STAGES}[stage]
