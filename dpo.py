@@ -150,7 +150,7 @@ def precompute_reference(ref_policy, pairs, batches, run):
 
 def check_settings(cfg):
     """Exits with one line if the settings cannot work together."""
-    if cfg.label_smoothing and cfg.loss_type in ("ipo", "hinge"):
+    if cfg.label_smoothing and cfg.loss_type not in ("sigmoid", "robust"):
         raise SystemExit(f"--label_smoothing={cfg.label_smoothing:g}: --loss_type={cfg.loss_type} does not "
                          "use ε; only sigmoid and robust use it")
     if cfg.ipo_average and cfg.loss_type != "ipo":
@@ -170,7 +170,7 @@ def train(cfg):
     comparisons = run.data.comparisons("train")
     pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
     batches = run.shuffled_batches(pairs)  # for each step a list of indices into pairs
-    run.print0(f"dpo: {len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
+    run.print0(f"{len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns of suspicious data
 
     # Held-out comparisons, for the table at the end.

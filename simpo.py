@@ -132,7 +132,7 @@ def train(cfg):
     comparisons = run.data.comparisons("train")
     pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
     batches = run.shuffled_batches(pairs)  # for each step a list of indices into pairs
-    run.print0(f"simpo: {len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
+    run.print0(f"{len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns of suspicious data
     # Held-out prompts to watch the length on; a prompt longer than half of the context loses its beginning.
     sample_prompts = evaluate.encode_cut(run.data.prompts("validation")[:cfg.sample_n], policy, tokenizer)

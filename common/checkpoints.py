@@ -49,7 +49,8 @@ def load_model_only(init, cfg=None, is_policy=False):
         tokenizer_name = checkpoint["tokenizer"]
         load_weights(model, checkpoint["model"], init)
     if cfg and cfg.max_len > model.config.block_size:
-        raise SystemExit(f"--max_len={cfg.max_len}: the context of {init} is {model.config.block_size} tokens")
+        raise SystemExit(f"--max_len={cfg.max_len}: the context of {init} is {model.config.block_size} tokens, "
+                         "the most that --max_len can be")
     if cfg and cfg.dtype:
         model.dtype = getattr(torch, cfg.dtype)
     return model, tokenizer_name

@@ -72,7 +72,10 @@ def plot_frontier(path, key, rows, optimum, best):
                 name = f"{name} at {row['kl']:.1f}"
             else:
                 ax.errorbar(*where, row[key + "_se"], row["kl_se"], "o", color=color, capsize=2, ms=4)
-                obstacles += along([row["kl"] - row["kl_se"], row["kl"] + row["kl_se"]], [row[key]] * 2)
+                low, high = row["kl"] - (row["kl_se"] or 0), row["kl"] + (row["kl_se"] or 0)
+                obstacles += along([low, high], [row[key], row[key]])
+                low, high = row[key] - (row[key + "_se"] or 0), row[key] + (row[key + "_se"] or 0)
+                obstacles += along([row["kl"], row["kl"]], [low, high])
             obstacles.append(where)
             if name:
                 labels.append((name, *where, color))

@@ -35,10 +35,12 @@ def load_subject(name, policy, config, sampling, tokenizer, data):
     subject = Subject(name, policy, config, ppo.Config(**sampling))
     if "kl_coef" in config:
         add_ppo(subject, sampling, tokenizer, data)
-    elif "loss_type" in config:
+    elif "precompute_ref" in config:  # dpo.py, or a copy of it with another loss
         subject.stage = "dpo"
         subject.beta = config["beta"]
         subject.label = f"DPO, β {subject.beta:g}"
+        if config.get("loss_type", "sigmoid") != "sigmoid":
+            subject.label += f", {config['loss_type']}"
     elif "gamma_beta_ratio" in config:
         subject.stage = "simpo"
         subject.beta = config["beta"]

@@ -79,7 +79,7 @@ def pair_rows(viewer, groups, setting):
     ref_logp = episodes.ref_logprobs.sum(1)
     length = mask.sum(1)
     if viewer.stage == "dpo":
-        if viewer.config["ipo_average"]:
+        if viewer.config.get("ipo_average"):
             logp = logp / length
             ref_logp = ref_logp / length
         _, chosen_reward, rejected_reward = dpo.dpo_loss(
