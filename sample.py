@@ -220,7 +220,8 @@ def arguments(argv):
         help="a run's folder, a ckpt.pt, a Hugging Face folder, or gpt2 …")
     add("--prompt", metavar="TEXT", help="print each model's answer to TEXT, instead of asking for lines")
     add("--raw", action="store_true", help="prompts as they are, not as turns of a conversation")
-    add("--temperature", type=float, default=1.0, help="of the answers to lines and --prompt; 0: the likeliest (default 1)")
+    add("--temperature", type=float, default=1.0,
+        help="of the answers to lines and --prompt; 0: the likeliest (default 1)")
     add("--max_new_tokens", type=int, default=128, help="the longest answer, not for --rank (default 128)")
     add("--rank", metavar="gold|RUN",
         help="sample answers and rank them by the true reward, or by this reward model")
