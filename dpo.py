@@ -73,8 +73,8 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
         sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0, otherwise cDPO (Mitchell 2023,
                                                                 ericmitchell.ai/cdpo.pdf eq. 3)
         ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17, with sums over tokens
-                                                                as there; its authors advise means instead,
-                                                                as TRL takes: --ipo_average
+                                                                as there; its authors recommend means,
+                                                                as TRL does: --ipo_average
         hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409
     Returns (B,) each: the losses, and the implicit rewards β · log-ratio of chosen and rejected, without
@@ -124,26 +124,27 @@ def logp_of_responses(policy, groups, run):
 def precompute_reference(ref_policy, pairs, batches, run):
     """log π_ref of chosen and rejected for every pair that training will visit: (len(pairs), 2).
 
-    How a log-prob is rounded depends on the other rows of its forward pass. So each pair is computed in the
-    micro-batch in which training first meets it; in the first step, before any update, all log-ratios are
+    How a log-prob is rounded depends on the other rows in the same forward pass. So each pair is computed in
+    the micro-batch in which training first meets it; in the first step, before any update, all log-ratios are
     then exactly 0 (without --ref).
     """
     logp = torch.zeros(len(pairs), 2, device=run.device)
     visited = set()
-    for batch in batches:
+    for step_indices in batches:
         # Each epoch drops its last, incomplete batch, so a later epoch can hold pairs not computed before.
-        if visited.issuperset(batch):
+        if visited.issuperset(step_indices):
             continue
         # The whole batch, even if some of its pairs are known: these are the micro-batches of training. With
-        # several processes, each computes its share of the batch and leaves the other pairs at 0.
-        for indices in run.micro_batches(batch, pairs):
+        # several processes, each computes its share of the batch and leaves the other pairs at 0. A pair is
+        # written only once, in one process, because the sum over processes must count it once.
+        for indices in run.micro_batches(step_indices, pairs):
             chosen_logp, rejected_logp = pair_logp(
                 ref_policy, [pairs[i] for i in indices], run.cfg.ipo_average)
             for i, chosen, rejected in zip(indices, chosen_logp, rejected_logp):
                 if i not in visited:
                     logp[i, 0] = chosen
                     logp[i, 1] = rejected
-        visited.update(batch)
+        visited.update(step_indices)
         run.show_progress(f"the reference's log-probs: {len(visited)} of {len(pairs)} pairs")
     return all_reduce(logp)  # the sum over the processes collects all shares
 
@@ -154,7 +155,7 @@ def check_settings(cfg):
         raise SystemExit(f"--label_smoothing={cfg.label_smoothing:g}: --loss_type={cfg.loss_type} does not "
                          "use ε; only sigmoid and robust use it")
     if cfg.ipo_average and cfg.loss_type != "ipo":
-        raise SystemExit(f"--ipo_average: only --loss_type=ipo takes means, not {cfg.loss_type}")
+        raise SystemExit(f"--ipo_average: only --loss_type=ipo averages log-probs, not {cfg.loss_type}")
 
 
 def train(cfg):
@@ -236,12 +237,12 @@ def train(cfg):
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Log the means over the batch: the sums, of all processes, divided by its size. Save a checkpoint
-        # when one is due, or when Ctrl-C asked for it, which ends the run.
+        # when one is due, or when Ctrl-C asked for it; then the program ends here.
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer, ref_logp=ref_logp)
 
-    # The reference and the policy. On held-out prompts: KL and length, and if a reward is known, that and the
-    # win rate. On held-out comparisons: how the implicit rewards β log π/π_ref order the responses.
+    # The reference and the policy. On held-out prompts: KL and length, plus reward and win rate if a reward is
+    # available. On held-out comparisons: how the implicit rewards β log π/π_ref order the responses.
     del optimizer  # frees memory for the evaluation
     rewards = cfg.beta * (logp_of_responses(policy, held_out_groups, run) - held_out_ref_logp)
     rewards_of_reference = torch.zeros_like(rewards)  # β log π_ref/π_ref

@@ -28,8 +28,8 @@ Left out:
   - hiding the passages from the relevance model, as the authors' code does
   - completeness labels from matching passages (see data/qa_feedback.py)
   - settings of the authors' code that recipe qa_feedback does not share: it samples at τ = 0.7 from the 20
-    likeliest tokens, four responses to a prompt, whitens rewards, weighs the value loss by 1, does not clip
-    gradients, trains SFT on other questions and finds sentences with spaCy
+    likeliest tokens, four responses to a prompt, whitens rewards, weights the value loss by 1, does not clip
+    gradients, trains SFT on other questions, and finds sentences with spaCy
 """
 import os
 from dataclasses import dataclass, replace
@@ -141,8 +141,8 @@ class Feedback:
 def load_feedback(data, split, axes, tokenizer, max_len, most=None):
     """The training data of some axes: {"spans": Feedback, "comparisons": Feedback}, or what the axes need.
 
-    An example longer than max_len loses the beginning of its prompt first, so most spans keep their place in
-    the response.
+    An example longer than max_len loses the beginning of its prompt, and if that is not enough the end of its
+    response. So spans keep their places, and those beyond the end have no segment left.
     """
     feedback = {}
     if "relevance" in axes or "factuality" in axes:
@@ -193,7 +193,7 @@ def check_feedback(feedback, axes, run):
         if len(values) < 2:
             quantity = "every" if values == {0} else "no"  # 0: marked as an error
             run.print0(f"{quantity} segment of {run.cfg.data} is marked {' or '.join(AXES[axis])}: "
-                       f"the model of {axis} has nothing to learn")
+                       f"the {axis} model has nothing to learn")
     if "comparisons" in feedback:
         comparisons = feedback["comparisons"]
         ranks = [[mark.value for mark in marks] for marks in comparisons.marks]
@@ -257,7 +257,9 @@ def reward_losses(scores, marks, axes):
         value = marks.value[of_axis]
         if axis == "completeness":
             group = marks.group[of_axis]
-            n_comparisons = len(group.unique())  # ranking_loss is a mean over them, and 0 if there are none
+            # ranking_loss is a mean over comparisons, and 0 without any. Each has a pair: load_feedback left out
+            # those whose responses all tie.
+            n_comparisons = len(group.unique())
             loss, accuracy = reward.ranking_loss(s, group, value)
             losses[axis] = n_comparisons * loss
             right[axis] = n_comparisons * accuracy
@@ -507,7 +509,7 @@ def finegrained_reward(reward_models, tokenizer, cfg):
             for i in indices:
                 judged += [(i, mark) for mark in marks[i]]
             for (i, mark), score in zip(judged, scores.cpu()):
-                # Weigh, and place on the segment's last token. Where segments end together, they add up.
+                # Weight it, and add it at the segment's last token: segments may end together.
                 r[i, mark.token] += weights[mark.axis] * reward_of(mark.axis, score)
         return r
 
@@ -523,7 +525,7 @@ def train(cfg):
     run = Run("finegrained", cfg)
     data = run.data
     if not hasattr(data, "spans"):
-        raise SystemExit(f"--data={cfg.data}: holds no span feedback")
+        raise SystemExit(f"--data={cfg.data}: has no span feedback")
     ppo.check_settings(cfg, data, has_reward_fn=True)  # now, and not after the reward models are trained
     init = cfg.init or run.train_if_missing("sft")
 

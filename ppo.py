@@ -20,7 +20,7 @@ iteration has seven steps. Each has its own section below, and is marked with it
 Every quantity lives on a (B, R) grid of response tokens: column t is about the action y_t, taken in the
 state (x, y_<t). `mask` is True where there is a token; the EOS is an action and is in the mask. The models
 work on packed batches instead: `pack` lays prompts and responses end to end without padding (a response sees
-its prompt and itself, and its positions go on from the prompt's), and `states(batch)` are the hidden states
+its prompt and itself, and its positions continue the prompt's), and `states(batch)` are the hidden states
 (N, n_embd) that predict its N response tokens, batch.target.
 grid[mask] is such a flat array (N,), in the same order.
 
@@ -70,7 +70,7 @@ class Config(RunConfig):
     share_value: bool = False           # a new value head on the policy, no value model (nor value_init)
     kl_coef: NonNegativeFloat = 0.1     # β, weight of the KL penalty; with kl_target, its first value
     kl_target: PositiveFloat | None = None  # KL(π‖π_ref) per response for β to reach; None: β is fixed
-    kl_horizon: PositiveFloat = 10000.0  # episodes over which β is adapted (arXiv:1909.08593 §2.2)
+    kl_horizon: PositiveFloat = 10000.0  # larger: β adapts more slowly (arXiv:1909.08593 §2.2)
     stop_kl: NonNegativeFloat | None = None  # KL(π_old‖π) per token at which an iteration's epochs end
     temperature: PositiveFloat = 1.0    # τ, of sampling, of PPO's log-probs, and of the final evaluation
     max_new_tokens: PositiveInt = 40    # the longest response
@@ -119,7 +119,7 @@ class Models:
     policy: torch.nn.Module               # π
     ref_policy: torch.nn.Module           # π_ref, frozen
     value_model: torch.nn.Module | None   # V; with --share_value the policy itself; None without GAE
-    reward_model: torch.nn.Module | None  # r, frozen; None with another reward
+    reward_model: torch.nn.Module | None  # r, frozen; None if the reward is not a model
 
 
 @dataclass
@@ -187,7 +187,7 @@ def rollout(policy, prompts, reward_fn, tokenizer, cfg):
     my_responses, my_logprobs = sampler.generate(
         my_prompts, cfg.max_new_tokens, cfg.temperature, eos=tokenizer.eot_token,
         noise=dist.process_share(noise), return_logprobs=True)
-    with torch.random.fork_rng(devices=[]):  # what reward_fn draws must not change our random numbers (CPU's)
+    with torch.random.fork_rng(devices=[]):  # what reward_fn draws must not advance our random state
         my_rewards = grids.check_reward(reward_fn(my_prompts, my_responses), my_responses, tokenizer)
 
     # Gather the episodes of all processes. Their grids differ in width, so rewards travel as lists without
@@ -258,7 +258,7 @@ def evaluate_batch(models, batch, temperature):
     states = models.policy.states(batch)
     ref_states = models.ref_policy.states(batch)
     pieces = {"logprobs": [], "ref_logprobs": [], "kl": [], "entropy": []}
-    # The distributions over the V tokens of the vocabulary are held for only CHUNK positions at a time.
+    # The distributions over the vocabulary are held for only CHUNK positions at a time.
     for s, ref_s, y in zip(states.split(CHUNK), ref_states.split(CHUNK), batch.target[:, None].split(CHUNK)):
         logp = models.policy.log_softmax(s, temperature)              # (n, V)
         ref_logp = models.ref_policy.log_softmax(ref_s, temperature)  # (n, V)
@@ -301,7 +301,7 @@ def k1_k3(logprobs, ref_logprobs, mask):
 
     k1 = log π/π_ref, and k3 = π_ref/π − 1 + log π/π_ref, which is never negative (Schulman 2020,
     http://joschu.net/blog/kl-approx.html). k3 has less variance only while π is near π_ref: where π rarely
-    takes what π_ref often takes, as with (0.99, 0.01) and (0.5, 0.5), its variance is 20 and that of k1 0.2.
+    takes what π_ref often takes, as for π = (0.99, 0.01) and π_ref = (0.5, 0.5), its variance is 20, k1's 0.2.
     """
     logratio = (logprobs - ref_logprobs) * mask
     k1 = logratio
@@ -332,7 +332,7 @@ def compute_gae(rewards, values, mask, gamma, lam):
     """Generalized advantage estimation, arXiv:1506.02438 eq. 16: Â_t = Σ_l (γλ)^l δ_{t+l}. All (B, R).
 
     Each row of the mask is True, then False; what follows a response's last token is worth 0. Returns
-    advantages and returns = advantages + values (its footnote 2), 0 off the mask. At λ = 1 the returns are
+    advantages and returns = advantages + values (footnote 2 there), 0 off the mask. At λ = 1 the returns are
     the Monte Carlo returns of eq. 28.
     """
     values = values * mask
@@ -449,8 +449,8 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
             metrics = Metrics()
             n_tokens = episodes.mask[episodes.rows(minibatch)].sum().to(run.device)
 
-            # Every loss below is divided by the tokens of the whole minibatch. So gradients and metrics add
-            # up, first over the micro-batches of this process's share (lists of groups of at most
+            # Policy and value loss are divided by the tokens of the whole minibatch. So gradients and metrics
+            # add up, first over the micro-batches of this process's share (lists of groups of at most
             # cfg.micro_tokens tokens), then over the processes.
             for indices in run.micro_batches(minibatch, groups):
                 batch = pack([groups[i] for i in indices]).to(run.device)
@@ -753,8 +753,8 @@ def train(cfg, reward_fn=None):
     # The policy and its reference on held-out prompts. Both are sampled at the run's temperature τ, at which
     # PPO trained. The scores are the reward model's own, without --normalize_reward.
     del optimizers  # frees memory for the evaluation
-    reward_model = cfg.reward_model if models.reward_model else None
-    evaluate.report(run, models.policy, init, models.ref_policy, reward_model, cfg.temperature)
+    reward_model_folder = cfg.reward_model if models.reward_model else None
+    evaluate.report(run, models.policy, init, models.ref_policy, reward_model_folder, cfg.temperature)
     return models.policy
 
 

@@ -20,7 +20,7 @@ in InstructGPT, the bias is shifted so that demonstrations score 0 on average. T
     python reward.py tldr                           summaries of Reddit posts; likewise qa_feedback
     python reward.py --data=mine.jsonl --init=gpt2  your own comparisons, with the settings of hh
 
-Left out: labels with a degree of preference, ensembles, models that read a whole conversation turn by turn.
+Left out: graded preference labels, ensembles, models that read a whole conversation turn by turn.
 """
 from dataclasses import dataclass
 from typing import Annotated
@@ -45,7 +45,7 @@ class Config(RunConfig):
     center_coef: NonNegativeFloat = 0.01  # of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1600           # optimizer steps
     batch_size: PositiveInt = 16        # prompts per step, each with its K responses, over all processes
-    micro_tokens: PositiveInt = 1024    # the most tokens in a forward pass; a larger batch is accumulated
+    micro_tokens: PositiveInt = 1024    # tokens in a forward pass at most; larger batches accumulate
     lr: NonNegativeFloat = 2e-3         # peak learning rate
     warmup: NonNegativeInt = 20         # steps of linear warm-up, before the cosine to 0
     val_every: PositiveInt = 800        # steps between validation accuracies
@@ -87,7 +87,7 @@ def split_by_prompt(scores, group, rank):
 def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
     """The reward model's loss, arXiv:2203.02155 eq. 1: a mean over each prompt's pairs, then over prompts.
 
-    scores (S,); group (S,): the prompt of each response; rank (S,): 0 is best, equal ranks are a tie and no
+    scores (S,); group (S,): the prompt of each response; rank (S,): 0 is best, equal ranks tie and form no
     pair. A pair's loss is −log σ(r_w − r_l − margin). Each prompt adds center_coef · (2 r̄)², with r̄ the
     mean of its scores: a sum over pairs of (r_w + r_l)² would, for K > 2, also shrink the differences.
     Returns the loss in nats, and the accuracy: the share of pairs with r_w > r_l, equal scores counting one
@@ -128,7 +128,8 @@ def group_and_rank(comparisons, device="cpu"):
 
 def center_scores(reward_model, scores):
     """Moves the bias so that the mean of these scores (S,) becomes 0. Returns their standard deviation."""
-    # The state dict holds the parameter itself; in a sharded model, scalar_head.bias may be a gathered copy.
+    # The state dict holds the parameter itself, so this changes the model. (In a sharded model, the attribute
+    # scalar_head.bias may be a gathered copy.)
     bias = reward_model.state_dict()["scalar_head.bias"]
     with torch.no_grad():
         bias -= scores.mean().item()
@@ -172,11 +173,12 @@ def train(cfg):
             # r(x, y) of every response, prompt by prompt; the responses to one prompt do not see each other.
             batch = pack([groups[i] for i in indices]).to(run.device)
             scores = reward_model.score(batch)  # (S,), read at each response's last token
-            group, rank = group_and_rank([comparisons[i] for i in indices], run.device)  # (S,), same order
+            # The prompt of each response, as an index, and its rank among that prompt's responses: (S,) each
+            prompt_index, rank = group_and_rank([comparisons[i] for i in indices], run.device)
 
             # eq. 1: −log σ(r(x, y_w) − r(x, y_l)), a mean over each prompt's pairs, then over prompts; and a
             # small term that holds the prompt's mean score near 0
-            loss, accuracy = ranking_loss(scores, group, rank, cfg.margin, cfg.center_coef)
+            loss, accuracy = ranking_loss(scores, prompt_index, rank, cfg.margin, cfg.center_coef)
 
             # Turn the micro-batch's mean over prompts into its share of the batch's mean. (Every prompt has a
             # pair: those whose responses all tie were left out when the comparisons were loaded.) Metrics
@@ -184,7 +186,7 @@ def train(cfg):
             n_prompts = len(indices)
             (loss * n_prompts / cfg.batch_size).backward()
             metrics.add(loss=loss * n_prompts, accuracy=accuracy * n_prompts,
-                        margin=score_gap(scores, group, rank))  # of each prompt, (n_prompts,)
+                        margin=score_gap(scores, prompt_index, rank))  # r_w − r_l of each prompt
 
         # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step, clear.
         sync_gradients(reward_model)
@@ -200,16 +202,16 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), val_accuracy=val_accuracy,
                 lr=lr, grad_norm=grad_norm)
 
-        # 4. Save a checkpoint when one is due, or when Ctrl-C asked for it, which ends the run. The last one
-        # waits until the scores are centered, below.
+        # 4. Save a checkpoint when one is due, or when Ctrl-C asked for it; then the program ends here. The
+        # last checkpoint waits until the scores are centered, below.
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, reward_model, optimizer)
 
-    # Center the scores: training demonstrations (of comparisons, the best responses) get 0 on average. A
-    # finished run that is resumed has their standard deviation in its checkpoint.
+    # Center the scores: training demonstrations (for comparison data, the best responses) get 0 on average. A
+    # finished run that is resumed was centered before; the standard deviation is in its checkpoint.
     score_std = checkpoint.get("score_std")
     if score_std is None or run.start < cfg.steps:
-        demonstrations = data.demonstrations("train")[:max(2, cfg.eval_n)]  # a deviation needs two
+        demonstrations = data.demonstrations("train")[:max(2, cfg.eval_n)]  # a standard deviation needs two
         examples = [(prompt, [response]) for prompt, response in demonstrations]
         demonstrations = encode_groups(tokenizer, examples, cfg.max_len)
         score_std = center_scores(reward_model, run.score_groups(reward_model, demonstrations))

@@ -6,8 +6,8 @@ The language-model loss on demonstrations, taken over the tokens of the response
 
 The EOS that ends a response is one of its tokens, so the model learns when to stop.
 
-The result is π_SFT: the policy that every later stage starts from, and the reference π_ref that their KL is
-measured against.
+The result is π_SFT: the policy that every later stage starts from, and the reference π_ref against which it
+measures its KL.
 
     python sft.py                                the animals world, from scratch
     python sft.py hh --init=gpt2-medium          the chosen answers of Anthropic's HH-RLHF
@@ -56,7 +56,7 @@ RECIPES = {
                  val_every=100, log_every=10, ckpt_every=100, eval_n=64),
 }
 
-MAX_DEMONSTRATIONS = 4  # the most responses in a group; a prompt with more is split over several groups
+MAX_DEMONSTRATIONS = 4  # responses in a group at most; a prompt with more is split over several groups
 
 
 def group_by_prompt(demonstrations):
@@ -90,7 +90,8 @@ def validation_loss(policy, groups, run):
     if not groups:
         return None
     total = 0.0
-    # Every process takes all groups, in pieces of at most cfg.micro_tokens tokens.
+    # Every process takes all groups, in pieces of at most cfg.micro_tokens tokens. (It asks if the
+    # policy is sharded: then all processes must have equally many pieces.)
     for indices in run.all_micro_batches(groups, policy):
         batch = pack([groups[i] for i in indices]).to(run.device)
         total += policy.logprobs(batch).sum().item()
@@ -106,7 +107,7 @@ def train(cfg):
     run.print0(f"sft: {n_parameters / 1e6:.1f}M parameters on {run.device}, {cfg.data} -> {run.out}")
 
     # Demonstrations: a prompt x and one or more responses y, as token ids with the EOS at the end of y.
-    # An example longer than max_len loses the beginning of its prompt first, then the end of its response.
+    # An example longer than max_len loses the beginning of its prompt first, then the response's end and EOS.
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
     batches = run.shuffled_batches(groups)  # for each step a list of indices into groups
@@ -134,8 +135,8 @@ def train(cfg):
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log, every val_every steps with the loss on held-out demonstrations. Save a checkpoint when one
-        # is due, or when Ctrl-C asked for it, which ends the run.
+        # 3. Log; every val_every steps this includes the loss on held-out demonstrations. Save a checkpoint
+        # when one is due, or when Ctrl-C asked for it; then the program ends here.
         val_loss = None
         if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
             val_loss = validation_loss(policy, validation, run)

@@ -10,8 +10,8 @@ times their mean (eq. 4). The chosen response has to win by a margin γ:
 There is no reference, so only one model is in memory. But nothing keeps the policy near its start either; the
 paper relies on a small learning rate. The length |y| counts the EOS, where a response has one.
 
-In our runs the failure is that responses become too short (docs/results.md). We sample and log the length
-during training. To keep it from shrinking, we add the SFT term (App. H): sft_weight times the mean of −log π
+In our runs the failure mode is that responses become too short (docs/results.md). We sample and log their
+length during training. To keep it from shrinking, we add the SFT term (App. H): sft_weight times the mean of −log π
 over all tokens of the batch's chosen responses. Every token has the same weight there, while in eq. 6 a token
 of a long response has less. The paper's own settings have sft_weight 0, and so do the recipes for real data.
 
@@ -55,7 +55,7 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
 RECIPES = {
     "hh": dict(data="hh", sft_weight=0.0, steps=2500, max_len=512, lr=1e-6, warmup=150, sample_every=250,
                ckpt_every=500, eval_n=64),
-    # The paper has neither hh nor tldr. Rate, steps and warm-up are those of dpo.py
+    # The paper has neither hh nor tldr. Learning rate, steps and warm-up are those of dpo.py
     "tldr": dict(data="tldr", sft_weight=0.0, steps=1450, max_len=640, lr=1e-6, warmup=150, sample_every=250,
                  ckpt_every=500, eval_n=64),
     "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", sft_weight=0.0, steps=2100, max_len=136,
@@ -106,7 +106,7 @@ def mean_chosen_length(pairs):
 
 
 def length_statistics(responses, eos):
-    """The early signs of a collapse of the length. responses: lists of token ids.
+    """The early signs of length collapse. responses: lists of token ids.
 
     response_len: mean length in tokens; empty: the share of responses that are nothing but the EOS;
     unfinished: the share that reached the limit of new tokens before an EOS.
@@ -138,6 +138,7 @@ def train(cfg):
     sample_prompts = evaluate.encode_cut(run.data.prompts("validation")[:cfg.sample_n], policy, tokenizer)
 
     # Held-out comparisons, and the rewards of their responses before training, for the table at the end.
+    # (With --resume, run.start_or_resume below loads the weights of the last checkpoint.)
     held_out, held_out_groups = run.held_out_comparisons()
     rewards_before = response_rewards(policy, held_out_groups, run, cfg.beta)
 
@@ -181,14 +182,14 @@ def train(cfg):
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Every sample_every steps, sample: has the length begun to collapse? Every process samples all
-        # prompts, each time with the same random numbers, which are not those of training.
+        # prompts, at temperature 1, with the same random numbers each time; training's are untouched.
         lengths = {"response_len": None, "empty": None, "unfinished": None}
         if sample_prompts and ((step + 1) % cfg.sample_every == 0 or step + 1 == cfg.steps):
             responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token, max_new_tokens=128)
             lengths = length_statistics(responses, tokenizer.eot_token)
 
         # 4. Log the means over the batch: the sums, of all processes, divided by its size. Save a checkpoint
-        # when one is due, or when Ctrl-C asked for it, which ends the run.
+        # when one is due, or when Ctrl-C asked for it; then the program ends here.
         run.log(step + 1, **metrics.mean(cfg.batch_size), **lengths, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 

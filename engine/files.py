@@ -32,7 +32,7 @@ def import_package(module, where, packages):
         return importlib.import_module(module)
     except ImportError:
         missing = module.partition(".")[0]
-        raise SystemExit(f"{where}: reading it needs the package {missing}: pip install {packages}")
+        raise SystemExit(f"{where}: this needs the package {missing}: pip install {packages}")
 
 
 def fetch(path, url, sha256=None):

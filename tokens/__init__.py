@@ -1,6 +1,6 @@
 """RLHF token by token: the page of `python sample.py RUN [RUN …] --page=FILE`, and --json=FILE.
 
-It shows the answers of each model to some held-out prompts, and what runs of dpo.py and simpo.py make of some
+It shows the answers of each model to some held-out prompts, and how runs of dpo.py and simpo.py score some
 held-out pairs. The first model is the reference π_ref. Every number is computed by the page of its stage:
 
     logprobs, logratio, kl, entropy, value    ppo.evaluate_tokens

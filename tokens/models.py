@@ -115,7 +115,7 @@ def with_reference(names):
     name = names[0]
     if len(names) > 1 or not is_run(name):
         return names
-    load_model(name)  # if it is a reward model, or no model at all, that is to be said first
+    load_model(name)  # a reward model, or no model at all, is an error of its own
     config = load_checkpoint(name)["config"]
     init = config.get("ref") or config["init"] or run_dir("sft", SimpleNamespace(**config))
     if init == "scratch":  # random weights are no reference: it is its own
