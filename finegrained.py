@@ -257,8 +257,8 @@ def reward_losses(scores, marks, axes):
         value = marks.value[of_axis]
         if axis == "completeness":
             group = marks.group[of_axis]
-            # ranking_loss is a mean over comparisons, and 0 without any. Each has a pair: load_feedback left out
-            # those whose responses all tie.
+            # ranking_loss is a mean over comparisons, and 0 without any. Each has a pair: load_feedback left
+            # out those whose responses all tie.
             n_comparisons = len(group.unique())
             loss, accuracy = reward.ranking_loss(s, group, value)
             losses[axis] = n_comparisons * loss

@@ -301,7 +301,7 @@ def k1_k3(logprobs, ref_logprobs, mask):
 
     k1 = log π/π_ref, and k3 = π_ref/π − 1 + log π/π_ref, which is never negative (Schulman 2020,
     http://joschu.net/blog/kl-approx.html). k3 has less variance only while π is near π_ref: where π rarely
-    takes what π_ref often takes, as for π = (0.99, 0.01) and π_ref = (0.5, 0.5), its variance is 20, k1's 0.2.
+    takes what π_ref often takes, as for π = (0.99, 0.01), π_ref = (0.5, 0.5), its variance is 20, k1's 0.2.
     """
     logratio = (logprobs - ref_logprobs) * mask
     k1 = logratio

@@ -90,8 +90,8 @@ def validation_loss(policy, groups, run):
     if not groups:
         return None
     total = 0.0
-    # Every process takes all groups, in pieces of at most cfg.micro_tokens tokens. (It asks if the
-    # policy is sharded: then all processes must have equally many pieces.)
+    # Every process takes all groups, in pieces of at most cfg.micro_tokens tokens. (Whether the policy is
+    # sharded matters here: then all processes need equally many pieces.)
     for indices in run.all_micro_batches(groups, policy):
         batch = pack([groups[i] for i in indices]).to(run.device)
         total += policy.logprobs(batch).sum().item()
