@@ -241,8 +241,8 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer, ref_logp=ref_logp)
 
-    # The reference and the policy. On held-out prompts: KL and length, plus reward and win rate where there is
-    # a reward. On held-out comparisons: how the implicit rewards β log π/π_ref order the responses.
+    # The reference and the policy. On held-out prompts: KL and length, plus reward and win rate where there
+    # is a reward. On held-out comparisons: how the implicit rewards β log π/π_ref order the responses.
     del optimizer  # frees memory for the evaluation
     rewards = cfg.beta * (logp_of_responses(policy, held_out_groups, run) - held_out_ref_logp)
     rewards_of_reference = torch.zeros_like(rewards)  # β log π_ref/π_ref
