@@ -301,7 +301,7 @@ def test_the_bfloat16_sampler_is_near_the_policy(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_nothing_compiles_again_after_the_warm_up(device, monkeypatch):
+def test_nothing_compiles_again_after_the_warm_up(device):
     """The warm-up: two shapes of each kind of batch (one row or more, one block of 128 columns or more), with gradients and without."""
     model = prepared(device, True)
 
@@ -314,10 +314,10 @@ def test_nothing_compiles_again_after_the_warm_up(device, monkeypatch):
         for n in (1, 10 + seed):
             for longest in (20, 150):
                 both_passes(n, longest, seed)
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     rng = random.Random(0)
-    for seed in range(50):
-        both_passes(rng.choice([1, 3, 10, 30]), rng.choice([20, 60, 150]), seed)
+    with torch._dynamo.config.patch(error_on_recompile=True):  # monkeypatch would leave the setting deleted
+        for seed in range(50):
+            both_passes(rng.choice([1, 3, 10, 30]), rng.choice([20, 60, 150]), seed)
 
 
 def expected_memory(model, n_tokens):

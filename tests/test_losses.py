@@ -168,5 +168,5 @@ def test_ipo_may_average_over_tokens(start):
     a, b = log_of(start / "a")[0], log_of(start / "b")[0]
     assert a["loss"] == b["loss"] == pytest.approx(25.0) and a["margin"] == b["margin"] == 0  # at the reference
     assert a["grad_norm"] < b["grad_norm"] / 2 and a["chosen_logp"] > b["chosen_logp"] / 2
-    with pytest.raises(SystemExit, match="--ipo_average: only --loss_type=ipo takes means, not sigmoid"):
+    with pytest.raises(SystemExit, match="--ipo_average: only --loss_type=ipo averages log-probs, not sigmoid"):
         here("dpo", start, "c", "--ipo_average")
