@@ -32,11 +32,14 @@ def save_figure(figure, path):
 
 # ----------------------------------------------------------------------------------------------- the frontier
 
+COLORS = [f"C{i}" for i in (0, 1, 2, 3, 4, 5, 6, 8, 9)]  # matplotlib's, without the gray of best-of-n
+
+
 def plot_frontier(path, key, rows, optimum, best):
     """Reward against exact KL: the optimum, best-of-n, and each checkpoint with its standard errors.
 
     rows of one method (row["method"], or else the stage in their checkpoint's name) have one color, and with
-    "method" also a line through them. Each is labeled with row["label"], or else its name; "" is no label.
+    "method" also a line through them, in their order. Each is labeled with row["label"], or else its name; "" is no label.
     The axis ends a little after the optimum's curve. What lies beyond is an arrow at the edge, with its KL.
     """
     plt = import_pyplot()
@@ -56,9 +59,8 @@ def plot_frontier(path, key, rows, optimum, best):
     methods = list(dict.fromkeys(row.get("method") or stage_of(row["checkpoint"]) for row in rows))
     labels = []  # (text, x, y, color)
     for method in methods:
-        color = f"C{methods.index(method)}"
+        color = COLORS[methods.index(method) % len(COLORS)]
         points = [row for row in rows if (row.get("method") or stage_of(row["checkpoint"])) == method]
-        points.sort(key=lambda row: row["kl"])
         if "method" in points[0]:
             shown = [row for row in points if row["kl"] <= end]
             line = [row["kl"] for row in shown], [row[key] for row in shown]
