@@ -1,6 +1,7 @@
 """The SFT and DPO losses: hand-worked cases, gradients, limits, and the closed form."""
 import math
 from itertools import combinations, product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,3 +171,12 @@ def test_ipo_may_average_over_tokens(start):
     assert a["grad_norm"] < b["grad_norm"] / 2 and a["chosen_logp"] > b["chosen_logp"] / 2
     with pytest.raises(SystemExit, match="--ipo_average: only --loss_type=ipo averages log-probs, not sigmoid"):
         here("dpo", start, "c", "--ipo_average")
+
+
+def test_ipo_average_holds_for_held_out_responses_too():
+    """The rewards of the final table are differences of what the loss takes: means over 2, 3 and 1 tokens."""
+    groups = [([1], [[5, 6], [5, 6, 7]]), ([1], [[8]])]
+    sums = torch.tensor([-4.0, -6.0, -3.0])
+    for average, expected in ((True, [-2.0, -2.0, -3.0]), (False, sums.tolist())):
+        run = SimpleNamespace(cfg=SimpleNamespace(ipo_average=average), logp_groups=lambda policy, groups: sums)
+        assert dpo.logp_of_responses(None, groups, run).tolist() == expected
