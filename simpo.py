@@ -13,8 +13,8 @@ paper relies on a small learning rate. The length |y| counts the EOS, where a re
 In our runs the failure mode is that responses become too short (docs/results.md). We sample and log their
 length during training. To keep it from shrinking, we add the SFT term (App. H): sft_weight times the mean of
 −log π over all tokens of the batch's chosen responses. Every token has the same weight there, while in eq. 6
-a token of a long response has less. The paper's own settings have sft_weight 0, and so do the recipes for real
-data.
+a token of a long response has less. The paper's own settings have sft_weight 0, and so do the recipes for
+real data.
 
     python simpo.py                                the animals world, from scratch: SFT first, then SimPO
     python simpo.py hh                             Anthropic's HH-RLHF, GPT-2

@@ -38,9 +38,10 @@ COLORS = [f"C{i}" for i in (0, 1, 2, 3, 4, 5, 6, 8, 9)]  # matplotlib's, without
 def plot_frontier(path, key, rows, optimum, best):
     """Reward against exact KL: the optimum, best-of-n, and each checkpoint with its standard errors.
 
-    rows of one method (row["method"], or else the stage in their checkpoint's name) have one color, and with
-    "method" also a line through them, in their order. Each is labeled with row["label"], or else its name; "" is no label.
-    The axis ends a little after the optimum's curve. What lies beyond is an arrow at the edge, with its KL.
+    Rows of one method (row["method"], or else the stage in the checkpoint's name) share a color. With "method",
+    a line also joins them, in their order. Each row is labeled with row["label"], or else its name; "" means no
+    label. The axis ends a little beyond the optimum's curve. A row further out is an arrow at the edge, with
+    its KL.
     """
     plt = import_pyplot()
     figure, ax = plt.subplots(figsize=(8, 5.5), layout="constrained")
@@ -107,11 +108,13 @@ def place_labels(figure, ax, labels, obstacles):
     frame = ax.get_window_extent()
     taken = [ax.get_legend().get_window_extent()]
     points = ax.transData.transform(obstacles)
+    # Each label tries all directions, near its point first, and keeps the place that covers least.
     for text, x, y, color in labels:
         annotation = ax.annotate(text, (x, y), (0, 0), color=color, fontsize=8, textcoords="offset points")
         annotation.set_va("center")
         places = []
         for distance in (8, 14, 20, 28, 38, 50):
+            # In each direction: on the right, below, above, on the left, …
             for dx, dy in ((1, 0), (1, -1), (1, 1), (-1, 0), (-1, 1), (-1, -1), (0, -1.5), (0, 1.5)):
                 annotation.set_ha({1: "left", -1: "right", 0: "center"}[dx])
                 annotation.set_position((distance * dx, distance * dy))

@@ -1,4 +1,4 @@
-"""The page that shows RLHF token by token: its numbers are those of the stages, its texts are texts, a browser shows it."""
+"""The page that shows RLHF token by token: its numbers are the stages' own, its text is escaped, and a browser shows it."""
 import base64
 import json
 import os
