@@ -15,7 +15,7 @@ maximized in the policy itself, without a reward model and without sampling:
     python dpo.py hh                                        Anthropic's HH-RLHF, GPT-2
     python dpo.py tldr                                      summaries of Reddit posts
     python dpo.py imdb --beta=0.1                           the paper's Figure 2 (all commands: data/imdb.py)
-    python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons, with the settings of hh
+    python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons, in the recipe hh with β 0.3
 
 DPO in rounds, each on fresh pairs of the policy's own answers, is a loop in the shell: docs/using.md.
 
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from common.dist import all_reduce, sync_gradients
+from common.dist import sync_gradients
 from common.log import Metrics
 from common.optim import make_optimizer, optimizer_step
 from common.options import LabelNoise, NonNegativeFloat, PositiveFloat, RunConfig, parse
@@ -45,19 +45,21 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # eq. 7 or a variant, see dpo_loss
     label_smoothing: LabelNoise = 0.0  # ε: the share of labels assumed to be flipped, for sigmoid and robust
     ipo_average: bool = False       # with ipo: log-probs are means over tokens instead of sums
-    ref: str | None = None          # a run whose policy is π_ref; None: the policy that training starts from
+    ref: str | None = None          # the folder of a run to use as π_ref; None: where training starts from
     precompute_ref: bool = True     # compute π_ref's log-probs before training; False: at each step
     reward_model: str | None = None  # a run of reward.py, for scores and win rates in the final table
     lr: NonNegativeFloat = 1e-3     # peak learning rate: reached by a linear warm-up, then half a cosine to 0
 
 
-# Config's defaults are for the animals world.
+# Config's defaults are for the animals world, a small data set with a known true reward. A recipe replaces
+# some of them: `python dpo.py hh`. Your own data take the recipe hh.
 RECIPES = {
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
     # arXiv:2305.18290 App. B: β 0.5 on TL;DR, batch 64, lr 1e-6, 150 steps of warm-up; one epoch of 92,858
     "tldr": dict(data="tldr", beta=0.5, steps=1450, max_len=640, lr=1e-6, warmup=150, ckpt_every=500,
                  eval_n=64),
-    # App. C.1: the pairs that sample.py makes, 6 for each of 25,000 prefixes. Figure 2 has β 0.05, 0.1, 1, 5
+    # App. C.1: the pairs that sample.py makes, 6 for each of 25,000 prefixes, a tenth of them held out; one
+    # epoch. Figure 2 has β 0.05, 0.1, 1, 5
     "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", beta=0.1, steps=2100, max_len=136, lr=1e-6,
                  warmup=150, ckpt_every=500, eval_n=64),
 }
@@ -67,18 +69,19 @@ CONSOLE = ["loss", "accuracy", "margin", "chosen_logp", "rejected_logp", "grad_n
 
 def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, beta, label_smoothing=0.0,
              loss_type="sigmoid"):
-    """DPO, arXiv:2305.18290 eq. 7, and its variants. All log-probs are (B,), summed over response tokens.
+    """DPO, arXiv:2305.18290 eq. 7, and its variants.
 
+    All log-probs are (B,), summed over response tokens (with --ipo_average, means over them).
     With h = log π/π_ref (y_w|x) − log π/π_ref (y_l|x), and ε the label smoothing:
         sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0, otherwise cDPO (Mitchell 2023,
                                                                 ericmitchell.ai/cdpo.pdf eq. 3)
-        ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17, with sums over tokens
-                                                                as there; its authors recommend means,
-                                                                as TRL does: --ipo_average
+        ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17. log π(y|x) is a sum
+                                                                over tokens, as in the paper; its authors now
+                                                                recommend means, as in TRL: --ipo_average
         hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409
-    Returns (B,) each: the losses, and the implicit rewards β · log-ratio of chosen and rejected, without
-    gradient.
+    Returns three tensors (B,): the losses, and the implicit rewards β log π/π_ref of the chosen and of the
+    rejected responses, without gradient.
     """
     chosen_logratio = chosen_logp - ref_chosen_logp        # log π/π_ref (y_w|x)
     rejected_logratio = rejected_logp - ref_rejected_logp  # log π/π_ref (y_l|x)
@@ -97,6 +100,15 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
     return losses, (beta * chosen_logratio).detach(), (beta * rejected_logratio).detach()
 
 
+def mean_over_tokens(logp, groups):
+    """For --ipo_average: divides the log-probs (S,) of the S responses in `groups` by their lengths.
+
+    groups: list of (prompt_ids, [response_ids, …]). No response is empty: each has at least its EOS.
+    """
+    lengths = [len(response) for _, responses in groups for response in responses]
+    return logp / torch.tensor(lengths, device=logp.device)
+
+
 def pair_logp(policy, pairs, average=False):
     """log π(y_w|x) and log π(y_l|x), summed over response tokens, or averaged: (B,) each.
 
@@ -105,9 +117,9 @@ def pair_logp(policy, pairs, average=False):
     """
     batch = pack(pairs).to(policy.device)
     logprobs = policy.logprobs(batch)       # (N,): of all response tokens
-    logp = per_sequence(logprobs, batch)    # (2B,): chosen, rejected, chosen, …
+    logp = per_sequence(logprobs, batch)    # (2B,), the sum of each response: chosen, rejected, chosen, …
     if average:
-        logp = logp / torch.bincount(batch.sequence)  # `sequence` numbers the response of each response token
+        logp = mean_over_tokens(logp, pairs)
     return logp[0::2], logp[1::2]
 
 
@@ -115,38 +127,8 @@ def logp_of_responses(policy, groups, run):
     """log π(y|x) of every response, summed over tokens or, with --ipo_average, averaged: (S,) on the CPU."""
     logp = run.logp_groups(policy, groups)
     if run.cfg.ipo_average:
-        lengths = [len(response) for _, responses in groups for response in responses]
-        logp = logp / torch.tensor(lengths)
+        logp = mean_over_tokens(logp, groups)
     return logp
-
-
-@torch.no_grad()
-def precompute_reference(ref_policy, pairs, batches, run):
-    """log π_ref of chosen and rejected for every pair that training will visit: (len(pairs), 2).
-
-    How a log-prob is rounded depends on the other rows in the same forward pass. So each pair is computed in
-    the micro-batch in which training first meets it; in the first step, before any update, all log-ratios are
-    then exactly 0 (without --ref).
-    """
-    logp = torch.zeros(len(pairs), 2, device=run.device)
-    visited = set()
-    for step_indices in batches:
-        # Each epoch drops its last, incomplete batch, so a later epoch can hold pairs not computed before.
-        if visited.issuperset(step_indices):
-            continue
-        # The whole batch, even if some of its pairs are known: these are the micro-batches of training. With
-        # several processes, each computes its share of the batch and leaves the other pairs at 0. A pair is
-        # written only once, in one process, because the sum over processes must count it once.
-        for indices in run.micro_batches(step_indices, pairs):
-            chosen_logp, rejected_logp = pair_logp(
-                ref_policy, [pairs[i] for i in indices], run.cfg.ipo_average)
-            for i, chosen, rejected in zip(indices, chosen_logp, rejected_logp):
-                if i not in visited:
-                    logp[i, 0] = chosen
-                    logp[i, 1] = rejected
-        visited.update(step_indices)
-        run.show_progress(f"the reference's log-probs: {len(visited)} of {len(pairs)} pairs")
-    return all_reduce(logp)  # the sum over the processes collects all shares
 
 
 def check_settings(cfg):
@@ -164,17 +146,17 @@ def train(cfg):
     run = Run("dpo", cfg)  # the device, the folder, the log and the checkpoints
     init = cfg.init or run.train_if_missing("sft")
 
-    # Comparisons are prompts with ranked responses, as text. Every two responses that do not tie are a pair:
-    # a prompt x, the chosen response y_w and the rejected response y_l, as token ids. A pair longer than
-    # max_len loses the beginning of its prompt first, then the ends of its responses.
+    # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
+    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. A pair longer
+    # than max_len loses the beginning of its prompt first, then the ends of its responses.
     policy, tokenizer = run.load_model(init)
     comparisons = run.data.comparisons("train")
     pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
-    batches = run.shuffled_batches(pairs)  # for each step a list of indices into pairs
+    batches = run.shuffled_batches(pairs)  # for each step a list of cfg.batch_size indices into pairs
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns of suspicious data
 
-    # Held-out comparisons, for the table at the end.
+    # Held-out comparisons, as text and as token ids, for the table at the end.
     held_out, held_out_groups = run.held_out_comparisons()
 
     # The reference π_ref: the initial policy, or the model that --ref names. `policy` still has its initial
@@ -187,21 +169,24 @@ def train(cfg):
     ref_policy = run.prepare(ref_policy)
     held_out_ref_logp = logp_of_responses(ref_policy, held_out_groups, run)  # (S,), one per response
 
-    # reference(indices) -> log π_ref(y_w|x) and log π_ref(y_l|x) of those pairs, (b,) each.
+    # log π_ref never changes. So by default it is computed once, for all pairs in `batches`, and kept in the
+    # checkpoints; afterwards the reference itself is not needed.
     ref_logp = None
     if cfg.precompute_ref:
         ref_logp = run.checkpoint.get("ref_logp")  # run.checkpoint: with --resume the last one, otherwise {}
         if ref_logp is None or cfg.steps > run.checkpoint["config"]["steps"]:  # more steps visit more pairs
-            ref_logp = precompute_reference(ref_policy, pairs, batches, run)
+            ref_logp = run.logp_of_batches(ref_policy, pairs, batches)  # (len(pairs), 2), sums over tokens
+            if cfg.ipo_average:
+                ref_logp = mean_over_tokens(ref_logp.flatten(), pairs).view(-1, 2)
         ref_logp = ref_logp.to(run.device)
         del ref_policy  # frees its memory
 
-        def reference(indices):
+    @torch.no_grad()
+    def reference_logp(indices):
+        """log π_ref(y_w|x) and log π_ref(y_l|x) of some pairs, (b,) each."""
+        if cfg.precompute_ref:
             return ref_logp[indices].unbind(1)
-    else:
-        @torch.no_grad()
-        def reference(indices):
-            return pair_logp(ref_policy, [pairs[i] for i in indices], cfg.ipo_average)
+        return pair_logp(ref_policy, [pairs[i] for i in indices], cfg.ipo_average)
 
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     run.start_or_resume(policy, optimizer, CONSOLE)  # with --resume, continues from the last checkpoint
@@ -209,22 +194,23 @@ def train(cfg):
     for step in range(run.start, cfg.steps):
         metrics = Metrics()
 
-        # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch: a list of
-        # indices into pairs, of at most cfg.micro_tokens tokens. With several processes, these are the
-        # micro-batches of this process's share.
+        # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
+        # of indices; the pairs that they stand for have at most cfg.micro_tokens tokens. With several
+        # processes, each has the micro-batches of its share.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp = pair_logp(
                 policy, [pairs[i] for i in indices], cfg.ipo_average)  # (b,) each
-            ref_chosen_logp, ref_rejected_logp = reference(indices)
+            ref_chosen_logp, ref_rejected_logp = reference_logp(indices)
 
-            # eq. 7: −log σ(β [log π/π_ref (y_w|x) − log π/π_ref (y_l|x)])
+            # eq. 7: −log σ(β [log π/π_ref (y_w|x) − log π/π_ref (y_l|x)]), or another --loss_type
             losses, chosen_reward, rejected_reward = dpo_loss(
                 chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp,
                 cfg.beta, cfg.label_smoothing, cfg.loss_type)
             (losses.sum() / cfg.batch_size).backward()
 
-            # The accuracy of the policy as a reward model, where a tie counts one half (while π is π_ref, all
-            # pairs tie), and the quantities to watch. `add` sums them up, without gradient.
+            # The accuracy of the policy as a reward model, where a tie counts one half (before the first
+            # update π is π_ref, and all pairs tie), and the quantities to watch. `add` sums them up, without
+            # gradient.
             tie = (chosen_reward == rejected_reward).float()
             right = (chosen_reward > rejected_reward).float() + 0.5 * tie
             metrics.add(loss=losses, accuracy=right, margin=chosen_reward - rejected_reward,
@@ -236,13 +222,15 @@ def train(cfg):
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log the means over the batch: the sums, of all processes, divided by its size. Save a checkpoint
-        # when one is due, or when Ctrl-C asked for it; then the program ends here.
+        # 3. Log the batch means: the sums over all processes, divided by the batch size. Save a checkpoint
+        # when one is due, or when Ctrl-C asked for it; in that case the program ends here.
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer, ref_logp=ref_logp)
 
-    # The reference and the policy. On held-out prompts: KL and length, plus reward and win rate where there
-    # is a reward. On held-out comparisons: how the implicit rewards β log π/π_ref order the responses.
+    # The final table: a row for the reference (loaded again, since it may have been deleted above) and one
+    # for the policy. On held-out prompts: KL, length and, with the data's true reward or --reward_model,
+    # reward and win rate. On held-out comparisons: how often the implicit rewards β log π/π_ref order the
+    # responses right. The reference's own rewards are all 0, so all of its pairs tie.
     del optimizer  # frees memory for the evaluation
     rewards = cfg.beta * (logp_of_responses(policy, held_out_groups, run) - held_out_ref_logp)
     rewards_of_reference = torch.zeros_like(rewards)  # β log π_ref/π_ref

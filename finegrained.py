@@ -1,15 +1,15 @@
-"""Fine-Grained RLHF (Wu et al. 2023, arXiv:2306.01693): a reward for each segment and each kind of error.
+"""Fine-Grained RLHF (Wu et al. 2023, arXiv:2306.01693): a reward for each segment, along each of three axes.
 
-Three reward models, one per kind of error, replace the one number per response. Each judges segments of the
-length that suits its kind of error. With the response y cut into L_k segments by the k-th reward
-model, the reward at token t is
+Three reward models, one per axis (relevance, factuality, completeness), replace the one number per response.
+Each judges segments of the length that suits its axis. With the response y cut into L_k segments by the k-th
+reward model, the reward at token t is
 
     r_t = Σ_k Σ_j 1(t = T_j^k) · w_k · R_k(x, y, j)                                                 (§2)
 
 where T_j^k is the last token of the j-th segment. R_1, relevance, judges sub-sentences; R_2, factuality,
-judges sentences; both are ±1. R_3, completeness, judges the whole response: it is the normalized score of a
-model trained on comparisons. PPO is that of ppo.py, which subtracts its KL penalty (and
-missing_eos_penalty) from r_t. This page has the segments, the training of the reward models, and the
+judges sentences; both are ±1 (with --soft, in between). R_3, completeness, judges the whole response: it is
+the normalized score of a model trained on comparisons. PPO is that of ppo.py, which subtracts its KL penalty
+(and missing_eos_penalty) from r_t. This page has the segments, the training of the reward models, and the
 reward_fn that puts their judgements on the (B, R) grid.
 
     python finegrained.py                          the animals world, from scratch
@@ -24,12 +24,12 @@ irrelevant.
 Left out:
   - the paper's filter of error spans shorter than five words (its code has it for relevance only)
   - the separator tokens of its reward models: a causal model can be read at a segment's last token
-  - three separate reward models: here three heads share one trunk; --share_trunk=False has three models
+  - three separate reward models by default: three heads share one trunk; --share_trunk=False trains three
   - hiding the passages from the relevance model, as the authors' code does
   - completeness labels from matching passages (see data/qa_feedback.py)
-  - settings of the authors' code that recipe qa_feedback does not share: it samples at τ = 0.7 from the 20
-    likeliest tokens, four responses to a prompt, whitens rewards, weights the value loss by 1, does not clip
-    gradients, trains SFT on other questions, and finds sentences with spaCy
+  - settings of the authors' code that the recipe qa_feedback does not use: sampling at τ = 0.7 from the 20
+    likeliest tokens, four responses to a prompt, whitened rewards, a value loss of weight 1, gradients that
+    are not clipped, SFT on other questions, and sentences found with spaCy
 """
 import os
 from dataclasses import dataclass, replace
@@ -51,7 +51,8 @@ from common.tables import table
 from data import check_pairs, encode_groups, segments
 from engine.packing import pack
 
-# The axes, and the kinds of errors that annotators mark for them. Completeness is learned from comparisons.
+# The axes, and the categories of errors that annotators mark for them. Completeness is learned from
+# comparisons instead.
 AXES = {
     "relevance": ["Irrelevant", "Redundant", "Incoherent"],
     "factuality": ["Wrong-Grounding", "Unverifiable"],
@@ -67,7 +68,7 @@ class Config(ppo.Config):
     value_init: Literal["reward", "sft"] = "sft"  # the value model's start; reward only with --reward=rm
     w1: float = 0.3                   # weight of relevance: ±w1 for each sub-sentence
     w2: float = 0.3                   # weight of factuality: ±w2 for each sentence
-    w3: float = 0.3                   # weight of completeness: in standard deviations of its model's scores
+    w3: float = 0.3                   # weight of completeness: ±w3 for a score one std from the mean
     soft: bool = False                # 2p − 1 instead of ±1, with p the probability that the segment is good
     reward_steps: PositiveInt = 2000  # optimizer steps of the reward models
     reward_batch_size: Annotated[int, AtLeast(4)] = 64  # responses per step; a quarter as many comparisons
@@ -85,7 +86,7 @@ RECIPES = {
 
 class Segment(NamedTuple):
     axis: str
-    token: int  # T_j^k: the index, in the response, of the segment's last token
+    token: int  # T_j^k: the segment's last token, counted from the start of its response
     start: int  # in characters of the response
     end: int
 
@@ -110,8 +111,8 @@ def cut_response(tokenizer, response):
 def segment_label(segment, spans):
     """1 for a good segment, 0 if a span of its axis overlaps it, None if there is nothing to learn from it.
 
-    Annotators did not judge the truth of what they had marked as irrelevant: where only spans of other
-    axes overlap, factuality is unknown (as in the code of arXiv:2306.01693). spans:
+    Annotators did not judge the truth of what they had marked as irrelevant, redundant or incoherent: where
+    only such spans overlap, factuality is unknown (as in the code of arXiv:2306.01693). spans:
     [(start, end, category), …] in characters.
     """
     overlapping = [category for start, end, category in spans if start < segment.end and segment.start < end]
@@ -125,9 +126,9 @@ def segment_label(segment, spans):
 # ------------------------------------------------------------------------------------------------- feedback
 
 class Mark(NamedTuple):
-    """A position in a response to be judged, and in training its label."""
+    """A response token at which to judge, and in training the label."""
     axis: str
-    token: int  # counted over all response tokens of the group
+    token: int  # counted from the start of its group's first response
     value: int  # relevance, factuality: 1 good, 0 bad; completeness: a rank, 0 best; not used in reward_fn
 
 
@@ -142,7 +143,7 @@ def load_feedback(data, split, axes, tokenizer, max_len, most=None):
     """The training data of some axes: {"spans": Feedback, "comparisons": Feedback}, or what the axes need.
 
     An example longer than max_len loses the beginning of its prompt, and if that is not enough the end of its
-    response. So spans keep their places, and those beyond the end have no segment left.
+    response. So spans keep their places in the response, and those beyond the cut overlap no segment.
     """
     feedback = {}
     if "relevance" in axes or "factuality" in axes:
@@ -185,7 +186,7 @@ def rank_marks(group, ranks):
 
 
 def check_feedback(feedback, axes, run):
-    """Warns of an axis whose labels are all the same; exits if there is nothing to learn from comparisons."""
+    """Warns about an axis whose labels are all the same; exits if comparisons have nothing to learn from."""
     for axis in axes:
         if axis == "completeness":
             continue
@@ -206,7 +207,7 @@ def check_feedback(feedback, axes, run):
 class PackedMarks:
     """The marks of a packed batch, side by side: (M,) each."""
     axis: torch.Tensor   # index into the axes of the reward model
-    place: torch.Tensor  # index into the batch's N response tokens
+    token: torch.Tensor  # counted over the N response tokens of the batch
     value: torch.Tensor
     group: torch.Tensor  # index into the batch's groups
 
@@ -217,12 +218,12 @@ class PackedMarks:
 
 def pack_marks(groups, marks, axes, device):
     """The packed batch of some groups, and their marks (a list of Mark per group) -> Batch, PackedMarks."""
-    columns = {"axis": [], "place": [], "value": [], "group": []}
-    first = 0  # the index, in the batch, of the group's first response token
+    columns = {"axis": [], "token": [], "value": [], "group": []}
+    first = 0  # of the batch's response tokens, the group's first
     for i, ((_, responses), group_marks) in enumerate(zip(groups, marks)):
         for mark in group_marks:
             columns["axis"].append(axes.index(mark.axis))
-            columns["place"].append(first + mark.token)
+            columns["token"].append(first + mark.token)
             columns["value"].append(mark.value)
             columns["group"].append(i)
         first += sum(map(len, responses))
@@ -234,13 +235,13 @@ def pack_marks(groups, marks, axes, device):
 def judge(models, batch, marks):
     """The score of each mark by the head of its axis: (M,) float32.
 
-    The heads of all models, one after the other, are in the order of the axes.
+    The models' heads, side by side, are in the order of the axes.
     """
     # A judgement is read at the segment's last token itself, not at the state before it as V(s_t) is.
-    # token_index: the place, in the packed batch, of each of its response tokens.
-    positions = batch.token_index[marks.place]
-    heads = [model.scalars(model.states(batch, positions)) for model in models]
-    scores = torch.cat(heads, 1)  # (M, axes): every head at every place
+    # token_index (N,): where each response token stands among all tokens of the batch, prompts included.
+    positions = batch.token_index[marks.token]
+    scores = [model.scalars(model.states(batch, positions)) for model in models]
+    scores = torch.cat(scores, 1)  # (M, axes): by every head
     return scores.gather(1, marks.axis[:, None])[:, 0]
 
 
@@ -248,7 +249,7 @@ def reward_losses(scores, marks, axes):
     """The summed loss and the number of correct judgements of each axis: dicts. scores: (M,), one per mark.
 
     Relevance and factuality: the cross-entropy of σ(score) with the label, over segments. Completeness:
-    −log σ(r_w − r_l), over comparisons.
+    −log σ(r_w − r_l), the mean over a comparison's pairs, over comparisons.
     """
     losses, right = {}, {}
     for k, axis in enumerate(axes):
@@ -275,8 +276,8 @@ def judgements(models, feedback, axes, micro_tokens):
 
     The marks and scores are in the order of the indices, and for each group in the order of feedback.marks.
     """
-    # Every process may call this with groups of its own. (The third argument tells whether the model is
-    # sharded, since then all processes need the same number of micro-batches.)
+    # Every process may call this with groups of its own. (Processes that hold parts of one sharded model have
+    # to run it equally often: all_micro_batches cuts more finely where that is needed. No group comes twice.)
     for indices in batches.all_micro_batches(feedback.groups, micro_tokens, models[0]):
         groups = [feedback.groups[i] for i in indices]
         batch, marks = pack_marks(groups, [feedback.marks[i] for i in indices], axes, models[0].device)
@@ -284,7 +285,7 @@ def judgements(models, feedback, axes, micro_tokens):
 
 
 def count_per_axis(marks, axes):
-    """How many segments each axis has, and for completeness how many comparisons; at least 1."""
+    """How many labelled segments each axis has, and for completeness how many comparisons; at least 1."""
     n_of_axis = dict.fromkeys(axes, 0)
     for group_marks in marks:
         for axis in axes:
@@ -323,8 +324,9 @@ def train_rewards(cfg, init, axes):
         marks += source.marks
     sizes = ", ".join(f"{len(source.groups)} {kind}" for kind, source in feedback.items())
     run.print0(f"finegrained: {sizes} of {cfg.data}, {init} -> {run.out} on {run.device}")
-    first_marks = [mark.token for mark in marks[0]]  # where the first example is judged
-    run.show_data(groups, loss_tokens=[first_marks])
+    # Prints the first example, with the tokens marked where it is judged, and warns of suspicious data.
+    first_marks = [mark.token for mark in marks[0]]
+    run.show_data(groups, loss_tokens=[first_marks])  # a list for each response of the first group
 
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
     run.start_or_resume(model, optimizer, ["loss", *(f"{axis}_accuracy" for axis in axes)])
@@ -335,8 +337,9 @@ def train_rewards(cfg, init, axes):
         # The loss of an axis is a mean over its segments, or its comparisons, in the whole batch: count them.
         n_of_axis = count_per_axis([marks[i] for i in step_batches[step]], axes)
 
-        # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch: a list of
-        # indices into groups; with several processes, these are those of this process's share.
+        # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
+        # of indices; the groups that they stand for have at most cfg.micro_tokens tokens. With several
+        # processes, each has the micro-batches of its share.
         for indices in run.micro_batches(step_batches[step], groups):
             batch, batch_marks = pack_marks(
                 [groups[i] for i in indices], [marks[i] for i in indices], axes, run.device)
@@ -361,7 +364,7 @@ def train_rewards(cfg, init, axes):
             run.save_if_due(step + 1, model, optimizer, axes=axes)
 
     # R_3 is normalized by the mean and standard deviation of its scores on the first eval_n training
-    # comparisons.
+    # comparisons (at least two, for a standard deviation).
     mean, std = 0.0, 1.0
     if "completeness" in axes:
         mean, std = completeness_normalizer(model, feedback["comparisons"], axes, cfg)
@@ -383,7 +386,7 @@ def completeness_normalizer(model, feedback, axes, cfg):
 
 
 def accuracy_rows(model, axes, feedback, cfg):
-    """A row per axis: accuracy, that of predicting the majority class, and the F1 of finding errors."""
+    """A row per axis: the accuracy, that of always predicting the majority class, and the F1 on errors."""
     comparisons_right = []
     labels = {axis: [] for axis in axes}   # is the segment good?
     guesses = {axis: [] for axis in axes}  # does the model think so?
@@ -405,6 +408,7 @@ def accuracy_rows(model, axes, feedback, cfg):
                     clusters[axis] += [batch_clusters[g] for g in group]
     rows = []
     for axis in axes:
+        # "checkpoint" is the name of the table's first column.
         row = {"checkpoint": axis, "majority": None, "majority_se": None, "f1": None, "f1_se": None}
         if axis == "completeness":
             right = comparisons_right
@@ -437,12 +441,12 @@ class RewardModels:
 def load_rewards(cfg, init, tokenizer):
     """Loads the frozen reward models, on the CPU; those that are missing are trained first."""
     out = cfg.reward_models or run_dir("rewards", cfg)
-    parts = {out: list(AXES)}
+    axes_of_folder = {out: list(AXES)}
     if not cfg.share_trunk:
-        parts = {os.path.join(out, axis): [axis] for axis in AXES}
+        axes_of_folder = {os.path.join(out, axis): [axis] for axis in AXES}
 
     loaded = RewardModels([], [], 0.0, 1.0)
-    for folder, axes in parts.items():
+    for folder, axes in axes_of_folder.items():
         checkpoint = load_or_train(folder, axes, init, cfg)
         model, its_tokenizer = checkpoints.load_model(folder, cfg, is_policy=False)
         if its_tokenizer.name != tokenizer.name:
@@ -463,16 +467,15 @@ def load_or_train(folder, axes, init, cfg):
         checkpoint = checkpoints.load_checkpoint(folder)
         if checkpoint.get("axes") != axes:
             raise SystemExit(f"{folder}: not a reward model for {', '.join(axes)} "
-                             "(finegrained.py trains one)")
+                             "(finegrained.py trains one, in another folder)")
         if checkpoint["step"] == checkpoint["config"]["steps"]:
             return checkpoint
-    dist.print0(f"no reward model for {', '.join(axes)} in {folder}: training it first")
+    dist.print0(f"no finished reward model for {', '.join(axes)} in {folder}: training it first")
     # The settings: reward.py's recipe, then --reward_steps and the like.
     settings = {"recipe": cfg.recipe, **reward.RECIPES.get(cfg.recipe, {})}
     settings |= {"steps": cfg.reward_steps, "batch_size": cfg.reward_batch_size, "lr": cfg.reward_lr}
-    # The rest is what must agree with the policy. Not the seed: runs of PPO with other seeds share reward
-    # models.
-    for name in ("data", "data_dir", "device", "compile", "checkpoint_blocks", "fsdp", "max_len",
+    # The rest is as for PPO. Not the seed: runs of PPO with other seeds share reward models.
+    for name in ("data", "data_dir", "device", "compile", "dtype", "checkpoint_blocks", "fsdp", "max_len",
                  "micro_tokens", "n_layer", "n_head", "n_embd"):
         settings[name] = getattr(cfg, name)
     train_rewards(reward.Config(**settings, out=folder, resume=checkpoint is not None), init, axes)
@@ -509,7 +512,7 @@ def finegrained_reward(reward_models, tokenizer, cfg):
             for i in indices:
                 judged += [(i, mark) for mark in marks[i]]
             for (i, mark), score in zip(judged, scores.cpu()):
-                # Weight it, and add it at the segment's last token: segments may end together.
+                # Weigh it by w_k, and add it at the segment's last token: segments may end together.
                 r[i, mark.token] += weights[mark.axis] * reward_of(mark.axis, score)
         return r
 
@@ -525,7 +528,7 @@ def train(cfg):
     run = Run("finegrained", cfg)
     data = run.data
     if not hasattr(data, "spans"):
-        raise SystemExit(f"--data={cfg.data}: has no span feedback")
+        raise SystemExit(f"--data={cfg.data} has no span feedback")
     ppo.check_settings(cfg, data, has_reward_fn=True)  # now, and not after the reward models are trained
     init = cfg.init or run.train_if_missing("sft")
 

@@ -64,13 +64,13 @@ class Config(RunConfig):
     reward: Literal["rm", "gold"] = "rm"  # rm: a reward model; gold: the data's true reward, if known
     reward_model: str | None = None     # a run of reward.py; None: out/reward-…, trained first if missing
     normalize_reward: bool = False      # divide scores by their standard deviation on demonstrations
-    reward_clip: PositiveFloat | None = None  # the largest absolute reward of a token, before the KL penalty
+    reward_clip: PositiveFloat | None = None  # the largest absolute reward of a token, before all penalties
     missing_eos_penalty: NonNegativeFloat = 1.0  # subtracted at the last token of a response that did not end
     value_init: Literal["reward", "sft"] = "reward"  # the value model's start; SFT without a reward model
-    share_value: bool = False           # a new value head on the policy, no value model (nor value_init)
+    share_value: bool = False           # a value head on the policy, instead of a model from value_init
     kl_coef: NonNegativeFloat = 0.1     # β, weight of the KL penalty; with kl_target, its first value
     kl_target: PositiveFloat | None = None  # KL(π‖π_ref) per response for β to reach; None: β is fixed
-    kl_horizon: PositiveFloat = 10000.0  # larger: β adapts more slowly (arXiv:1909.08593 §2.2)
+    kl_horizon: PositiveFloat = 10000.0  # in episodes; larger: β adapts more slowly
     stop_kl: NonNegativeFloat | None = None  # KL(π_old‖π) per token at which an iteration's epochs end
     temperature: PositiveFloat = 1.0    # τ, of sampling, of PPO's log-probs, and of the final evaluation
     max_new_tokens: PositiveInt = 40    # the longest response
@@ -82,9 +82,9 @@ class Config(RunConfig):
     value_clip: PositiveFloat = 0.2     # how far a value may move
     vf_coef: NonNegativeFloat = 0.1     # weight of the value loss; matters mainly with --share_value
     ptx_coef: NonNegativeFloat = 0.0    # eq. 2's γ: weight of the language-model loss on demonstrations
-    whiten_rewards: bool = False        # scale rewards to unit variance, keeping their mean
+    whiten_rewards: bool = False        # scale rewards to unit variance, with their mean kept (see `whiten`)
     whiten_advantages: bool = True      # shift and scale GAE's advantages to mean 0 and unit variance
-    steps: PositiveInt = 80             # iterations: a rollout and its epochs
+    steps: PositiveInt = 80             # iterations of the seven steps above, not optimizer steps
     batch_size: PositiveInt = 128       # episodes (responses) per iteration, over all processes
     epochs: PositiveInt = 4             # passes over each rollout
     minibatches: PositiveInt = 4        # optimizer steps per epoch
@@ -124,7 +124,7 @@ class Models:
 
 @dataclass
 class Episodes:
-    """An iteration's rollout: B responses, their prompts, and (B, R) grids that the steps fill in.
+    """An iteration's rollout: B responses, their prompts, and (B, R) grids, filled in by the numbered steps.
 
     K neighbouring rows are the responses to one prompt, a group that is packed with its prompt once.
     """
@@ -181,7 +181,7 @@ def rollout(policy, prompts, reward_fn, tokenizer, cfg):
     prompts = grids.repeat_each(prompts, cfg.k)
     sampler = sharding.sampling_copy(policy)  # in bfloat16 on CUDA; on a CPU the policy itself
     # One uniform number per token decides what is sampled (by inverting the CDF), the same in every process.
-    # In float64, since the 24 random bits of a float32 could never draw most of the rarest tokens.
+    # In float64: steps of 2⁻²⁴, those of a float32, would pass over most of the rarest tokens.
     noise = torch.rand(len(prompts), cfg.max_new_tokens, dtype=torch.float64)
     my_prompts = dist.process_share(prompts)  # contiguous, so the K rows of a prompt stay together
     my_responses, my_logprobs = sampler.generate(
@@ -234,9 +234,9 @@ def evaluate_tokens(episodes, models, micro_batches, cfg):
     """Fills in log π, log π_ref, V, the exact KL and the entropy at every token.
 
     log π is computed anew, since on CUDA the sampler has less precision. micro_batches are this process's
-    lists of groups in the first epoch of `update`. `update` recomputes these log-probs from the same
-    micro-batches, so the ratio π/π_old is exactly 1 until the first optimizer step. (On CUDA, compiled
-    code with gradients may round differently from code without.)
+    micro-batches in the first epoch of `update`, lists of indices into episodes.groups. `update` computes
+    these log-probs again, in the same micro-batches, so on a CPU the ratio π/π_old is exactly 1 until the
+    first optimizer step. (On CUDA, compiled code with gradients may round differently from code without.)
     """
     names = ["logprobs", "ref_logprobs", "kl", "entropy"]
     if models.value_model is not None:
@@ -260,8 +260,8 @@ def evaluate_batch(models, batch, temperature):
     pieces = {"logprobs": [], "ref_logprobs": [], "kl": [], "entropy": []}
     # The distributions over the vocabulary are held for only CHUNK positions at a time.
     for s, ref_s, y in zip(states.split(CHUNK), ref_states.split(CHUNK), batch.target[:, None].split(CHUNK)):
-        logp = models.policy.log_softmax(s, temperature)              # (n, V)
-        ref_logp = models.ref_policy.log_softmax(ref_s, temperature)  # (n, V)
+        logp = models.policy.log_softmax(s, temperature)              # (n, vocab_size)
+        ref_logp = models.ref_policy.log_softmax(ref_s, temperature)  # (n, vocab_size)
         p = logp.exp()
         pieces["logprobs"].append(logp.gather(1, y)[:, 0])  # bit for bit those of `update`
         pieces["ref_logprobs"].append(ref_logp.gather(1, y)[:, 0])
@@ -283,14 +283,16 @@ def values_at(models, states, batch):
 
 # -------------------------------------------------------------------------------- 3. reward with KL penalty
 
-def dense_reward(rewards, logprobs, ref_logprobs, ended, mask, kl_coef, clip=None, missing_eos_penalty=0.0):
+def dense_reward(rewards, logprobs, ref_logprobs, ended, mask, kl_coef, reward_clip=None,
+                 missing_eos_penalty=0.0):
     """The r_t that PPO sees: rewards − β log π/π_ref (y_t|s_t). All (B, R).
 
-    Summed over a response, this is arXiv:1909.08593 eq. 2. rewards are clipped to ±clip. A response that has
-    not `ended` (B,) pays missing_eos_penalty at its last token.
+    Summed over a response, this is arXiv:1909.08593 eq. 2. Two options change `rewards` first: they are
+    clipped to ±reward_clip, and a response that has not `ended` (B,) pays missing_eos_penalty at its last
+    token.
     """
-    if clip is not None:
-        rewards = rewards.clamp(-clip, clip)
+    if reward_clip is not None:
+        rewards = rewards.clamp(-reward_clip, reward_clip)
     penalty = missing_eos_penalty * (~ended).float()
     rewards = rewards - grids.on_last_token(penalty, mask)
     return (rewards - kl_coef * (logprobs - ref_logprobs)) * mask
@@ -320,7 +322,10 @@ def masked_var(x, mask):
 
 
 def whiten(x, mask, shift_mean=True):
-    """Scales x (B, R) to unit variance over the mask, and to mean 0 if shift_mean; 0 off the mask."""
+    """Scales x (B, R) to unit variance over the mask, and to mean 0 if shift_mean; 0 off the mask.
+
+    To keep the mean of rewards, a constant is added to each token's. Longer responses have more of it.
+    """
     mean = masked_mean(x, mask)
     white = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
     if not shift_mean:
@@ -348,26 +353,28 @@ def compute_gae(rewards, values, mask, gamma, lam):
     return advantages, advantages + values
 
 
-def rloo_advantages(scores):
+def rloo_advantages(totals):
     """REINFORCE leave-one-out, Ahmadian et al. 2024, arXiv:2402.14740: A_i = R_i − mean_{j≠i} R_j.
 
-    scores: (P, K), each prompt's K rewards; returns (P, K). The mean of the others does not depend on y_i,
-    so it is a baseline without bias.
+    totals: (P, K), the total rewards R_i of each prompt's K responses; returns (P, K). The mean of the others
+    does not depend on y_i, so it is a baseline without bias.
     """
-    K = scores.size(1)
-    mean_of_others = (scores.sum(1, keepdim=True) - scores) / (K - 1)
-    return scores - mean_of_others
+    K = totals.size(1)
+    mean_of_others = (totals.sum(1, keepdim=True) - totals) / (K - 1)
+    return totals - mean_of_others
 
 
-def grpo_advantages(scores):
+def grpo_advantages(totals):
     """GRPO, Shao et al. 2024, arXiv:2402.03300 §4.1.2: A_i = (R_i − mean(R)) / std(R). (P, K) -> (P, K).
 
     Dr. GRPO (arXiv:2503.20783) found a bias in the std: it gives more weight to prompts whose K rewards are
-    nearly equal, because they are very easy or very hard. Without the std, this is RLOO times (K − 1)/K.
+    nearly equal, such as very easy and very hard ones. Here R holds the KL penalty, which GRPO has in the
+    loss instead. So where the task's rewards are all equal, the advantages come from the penalty alone, and
+    the std scales them up. Without the std, this is RLOO times (K − 1)/K.
     """
-    mean = scores.mean(1, keepdim=True)
-    std = scores.std(1, keepdim=True)
-    return (scores - mean) / (std + 1e-4)  # 0, not NaN, where all are equal
+    mean = totals.mean(1, keepdim=True)
+    std = totals.std(1, keepdim=True)
+    return (totals - mean) / (std + 1e-4)  # 0, not NaN, where all are equal
 
 
 def group_advantages(rewards, mask, estimator, k):
@@ -376,8 +383,8 @@ def group_advantages(rewards, mask, estimator, k):
     It sees the whole reward of a response, R(x, y) = Σ_t r_t = r(x, y) − β log π/π_ref (y|x), with the KL
     penalty in it as in arXiv:2402.14740. Every token of the response gets the response's advantage.
     """
-    scores = rewards.sum(1).view(-1, k)  # (P, K)
-    return estimator(scores).view(-1, 1) * mask
+    totals = rewards.sum(1).view(-1, k)  # (P, K)
+    return estimator(totals).view(-1, 1) * mask
 
 
 # ------------------------------------------------------------------------------------------------ 5. update
@@ -385,8 +392,8 @@ def group_advantages(rewards, mask, estimator, k):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     """The clipped surrogate, arXiv:1707.06347 eq. 7: −E min(ρ Â, clip(ρ, 1−ε, 1+ε) Â), with ρ = π/π_old.
 
-    All arguments are (B, R). Returns three scalars, means over the mask: the loss; the share of tokens
-    where the clip binds, that is where ρ has moved beyond it in the direction that Â asks for; and
+    All tensors are (B, R); clip is ε. Returns three scalars, means over the mask: the loss; the share of
+    tokens where the clip binds, that is where ρ has left [1−ε, 1+ε] in the direction that Â favours; and
     approx_kl, the k3 estimate of KL(π_old‖π) per token. All tokens weigh the same: GRPO's mean over each
     response, 1/|y| Σ_t, makes a long wrong response cheaper than a short one (Dr. GRPO, arXiv:2503.20783).
     """
@@ -421,9 +428,10 @@ def ptx_loss(policy, demonstrations, n_tokens):
 
 
 def shuffled_epochs(cfg):
-    """For each epoch its minibatches, lists of groups (by index): each once per epoch, in a new order.
+    """For each epoch its minibatches, as lists of indices into the groups.
 
-    The random state is the same in every process, and so is the order.
+    Every group occurs once per epoch, in a new order. The random state is the same in every process, and so
+    is the order.
     """
     epochs = []
     for _ in range(cfg.epochs):
@@ -450,15 +458,17 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
             n_tokens = episodes.mask[episodes.rows(minibatch)].sum().to(run.device)
 
             # Policy and value loss are divided by the tokens of the whole minibatch. So gradients and metrics
-            # add up, first over the micro-batches of this process's share (lists of groups of at most
-            # cfg.micro_tokens tokens), then over the processes.
+            # add up, first over the micro-batches of this process's share (lists of indices into groups, of
+            # at most cfg.micro_tokens tokens), then over the processes.
             for indices in run.micro_batches(minibatch, groups):
                 batch = pack([groups[i] for i in indices]).to(run.device)
+                # The same responses with what steps 2 and 4 gave them: old.logprobs is log π_old.
                 old = episodes.select(episodes.rows(indices), run.device)
                 # A mean over the tokens of these rows becomes its share of the mean over the minibatch.
                 weight = old.mask.sum() / n_tokens
 
-                # eq. 7, the clipped surrogate: log π(y_t|s_t) under the current weights, back on the grid
+                # PPO's eq. 7, the clipped surrogate. First log π(y_t|s_t) under the current weights, back on
+                # the grid.
                 states = models.policy.states(batch)
                 logprobs = models.policy.token_logprobs(states, batch.target, cfg.temperature)
                 logprobs = grids.to_grid(logprobs, old.mask)
@@ -467,7 +477,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                 metrics.add(policy_loss=loss * weight, clip_frac=clip_frac * weight,
                             approx_kl=approx_kl * weight)
 
-                # eq. 9, the value loss, likewise with V(s_t)
+                # PPO's eq. 9, the value loss, likewise with V(s_t)
                 if models.value_model is not None:
                     values = grids.to_grid(values_at(models, states, batch), old.mask)
                     vf_loss = value_loss(values, old.values, old.returns, old.mask, cfg.value_clip)
@@ -476,7 +486,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                 (loss * weight).backward()
 
             # InstructGPT's eq. 2, second term: ptx_coef · E[log π] on demonstrations; its gradient is added
-            # to PPO's. (The zero is for processes whose share is empty: all must log the same keys.)
+            # to PPO's. (It is logged without demonstrations too, as 0.)
             metrics.add(ptx_loss=torch.zeros((), device=run.device))
             if ptx_batches is not None:
                 demonstrations = next(ptx_batches)
@@ -553,7 +563,7 @@ def statistics(episodes, kl_coef, data, tokenizer):
         gold_reward = text_reward(data.gold, tokenizer)
         gold = gold_reward(episodes.prompts, episodes.responses).sum(1).mean()
     kl_k1, kl_k3 = k1_k3(episodes.logprobs, episodes.ref_logprobs, mask)
-    values = {
+    stats = {
         "score": episodes.rewards.sum(1).mean(),  # what reward_fn returned
         "gold": gold,
         "kl": episodes.kl.sum(1).mean(),
@@ -567,12 +577,12 @@ def statistics(episodes, kl_coef, data, tokenizer):
     }
     if episodes.values is not None:
         residual = episodes.returns - episodes.values
-        values["explained_variance"] = 1 - masked_var(residual, mask) / masked_var(episodes.returns, mask)
+        stats["explained_variance"] = 1 - masked_var(residual, mask) / masked_var(episodes.returns, mask)
     if episodes.sampler_logprobs is not None:  # how far the bfloat16 sampler is from the policy, per token
         difference = (episodes.sampler_logprobs - episodes.logprobs).abs()
-        values["sampler_diff_mean"] = masked_mean(difference, mask)
-        values["sampler_diff_max"] = (difference * mask).max()
-    return {key: value.item() if torch.is_tensor(value) else value for key, value in values.items()}
+        stats["sampler_diff_mean"] = masked_mean(difference, mask)
+        stats["sampler_diff_max"] = (difference * mask).max()
+    return {key: value.item() if torch.is_tensor(value) else value for key, value in stats.items()}
 
 
 # -------------------------------------------------------------------------------------------------- the run
@@ -581,25 +591,37 @@ def load_models(run, init, has_reward_fn):
     """Loads and prepares all models -> Models, tokenizer."""
     cfg = run.cfg
     policy, tokenizer = run.load_model(init)
-    run.adopt_template(init)  # a policy that was trained on conversations gets prompts as their turns
+    run.adopt_template(init)  # if the policy was trained on chat turns, prompts are written the same way
     policy.set_scalar_heads(0)  # a language model, without a value head
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
-    value_model = None
-    if cfg.advantage == "gae":
-        value_model = copy.deepcopy(policy)
-        value_model.set_scalar_heads(1)
     reward_model = None
     if cfg.reward == "rm" and not has_reward_fn:
         reward_model = run.load_reward_model(cfg.reward_model, cfg.normalize_reward)
-        if value_model is not None and cfg.value_init == "reward":  # with normalized scores, if asked for
-            value_model = copy.deepcopy(reward_model).requires_grad_(True)
-    if value_model is not None and cfg.share_value:
+
+    # The value model: a head on the policy, a copy of the reward model, or one of the policy with a new head.
+    if cfg.advantage != "gae":
+        value_model = None
+    elif cfg.share_value:
         policy.set_scalar_heads(1)
         value_model = policy
+    elif reward_model is not None and cfg.value_init == "reward":
+        value_model = copy.deepcopy(reward_model).requires_grad_(True)
+    else:
+        value_model = copy.deepcopy(policy)
+        value_model.set_scalar_heads(1)
+
     for model in (policy, ref_policy, value_model, reward_model):
         if model is not None:
             run.prepare(model)  # in place: to the device; sharded or compiled. A second call does nothing
     return Models(policy, ref_policy, value_model, reward_model), tokenizer
+
+
+def value_state(models, optimizers):
+    """What a checkpoint holds of the value model and its optimizer; nothing without a model of its own."""
+    if "value" not in optimizers:
+        return {}
+    return {"value_model": models.value_model.state_dict(),
+            "value_optimizer": optimizers["value"].state_dict()}
 
 
 def check_settings(cfg, data, has_reward_fn):
@@ -607,9 +629,11 @@ def check_settings(cfg, data, has_reward_fn):
     if cfg.advantage != "gae" and cfg.k == 1:
         raise SystemExit(f"--advantage={cfg.advantage} compares a response with others to the same prompt: "
                          "it needs --k=2 or more")
+    if cfg.advantage != "gae" and cfg.share_value:
+        raise SystemExit(f"--share_value: --advantage={cfg.advantage} has no values")
     if cfg.advantage != "gae" and cfg.whiten_rewards:
-        raise SystemExit(f"--whiten_rewards: with --advantage={cfg.advantage} it would judge length, because "
-                         "it adds a constant to each token's reward, and these are summed")
+        raise SystemExit(f"--whiten_rewards: with --advantage={cfg.advantage} it would reward or punish "
+                         "length, because it adds a constant to each token's reward, and these are summed")
     if cfg.batch_size % (cfg.minibatches * cfg.k):
         raise SystemExit(f"--batch_size={cfg.batch_size} is not a multiple of "
                          f"--minibatches={cfg.minibatches} times --k={cfg.k}")
@@ -733,7 +757,7 @@ def train(cfg, reward_fn=None):
         # 7. Log, show samples, and save a checkpoint when one is due or when Ctrl-C asked for it.
         stats = statistics(episodes, kl_coef, data, tokenizer)
         run.log(step + 1, tokens=episodes.n_tokens, **stats, **losses, lr=lrs["policy"],
-                rollout_s=rollout_s, evaluate_s=evaluate_s, update_s=update_s)
+                rollout_s=rollout_s, evaluate_s=evaluate_s, update_s=update_s)  # of step 1, 2 to 4, and 5
         if stats["kl"] > RUNAWAY_KL * stats["response_len"] and not warned:
             warned = True
             run.print0("warning: the KL to the reference is running away: "
@@ -743,16 +767,12 @@ def train(cfg, reward_fn=None):
         if step == 0 or (step + 1) % cfg.sample_every == 0:
             sample_file.show(step + 1, tokenizer, episodes.prompts, episodes.responses,
                              score=episodes.rewards.sum(1), kl=episodes.kl.sum(1))
-        value_state = {}
-        if "value" in optimizers:
-            value_state["value_model"] = models.value_model.state_dict()
-            value_state["value_optimizer"] = optimizers["value"].state_dict()
         run.save_if_due(step + 1, models.policy, optimizers["policy"], kl_coef=kl_controller.coef,
-                        **value_state)
+                        **value_state(models, optimizers))
 
     # The policy and its reference on held-out prompts. Both are sampled at the run's temperature τ, at which
     # PPO trained. The scores are the reward model's own, without --normalize_reward.
-    del optimizers  # frees memory for the evaluation
+    del optimizers, checkpoint  # frees memory for the evaluation
     reward_model_folder = cfg.reward_model if models.reward_model else None
     evaluate.report(run, models.policy, init, models.ref_policy, reward_model_folder, cfg.temperature)
     return models.policy

@@ -2,10 +2,10 @@
 
 A GPT with a scalar head, r_θ(x, y), which starts from the SFT model and is read at the last token of the
 response. It learns from comparisons under the Bradley–Terry model, P(y_w ≻ y_l | x) = σ(r(x, y_w) − r(x,
-y_l)). K ranked responses to one prompt give all of their pairs at once; each response is computed once, and
-the prompt once for all of them:
+y_l)). All pairs of a prompt's K ranked responses are trained on together: the model reads each response once,
+and the prompt once for all of them. The sum is over these pairs:
 
-    L(θ) = −1/(K choose 2) E log σ( r_θ(x, y_w) − r_θ(x, y_l) )                                     (eq. 1)
+    L(θ) = −E_x [ 1/(K choose 2) Σ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]                             (eq. 1)
 
 Eq. 1 sees differences only: a constant added to all scores of a prompt changes nothing. So at the end, as
 in InstructGPT, the bias is shifted so that demonstrations score 0 on average. Two things are added here:
@@ -17,8 +17,11 @@ in InstructGPT, the bias is shifted so that demonstrations score 0 on average. T
     python reward.py                                the animals world, from scratch: SFT first
     python reward.py hh --init=out/sft-hh           Anthropic's HH-RLHF, GPT-2
     python reward.py imdb                           the sentiment of IMDb reviews
-    python reward.py tldr                           summaries of Reddit posts; likewise qa_feedback
-    python reward.py --data=mine.jsonl --init=gpt2  your own comparisons, with the settings of hh
+    python reward.py tldr                           summaries of Reddit posts
+    python reward.py qa_feedback                    long answers to questions
+    python reward.py --data=mine.jsonl --init=gpt2  your own comparisons, in the recipe hh
+
+Without --init it starts from the SFT model of the same data, and trains that first if it is missing.
 
 Left out: graded preference labels, ensembles, models that read a whole conversation turn by turn.
 """
@@ -45,13 +48,13 @@ class Config(RunConfig):
     center_coef: NonNegativeFloat = 0.01  # of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1600           # optimizer steps
     batch_size: PositiveInt = 16        # prompts per step, each with its K responses, over all processes
-    micro_tokens: PositiveInt = 1024    # tokens in a forward pass at most; larger batches accumulate
+    micro_tokens: PositiveInt = 1024    # at most so many tokens in a forward pass; more accumulate gradients
     lr: NonNegativeFloat = 2e-3         # peak learning rate
     warmup: NonNegativeInt = 20         # steps of linear warm-up, before the cosine to 0
     val_every: PositiveInt = 800        # steps between validation accuracies
     log_every: PositiveInt = 50         # steps between lines on the console
     ckpt_every: PositiveInt = 100       # steps between checkpoints
-    eval_n: NonNegativeInt = 1000       # validation comparisons, and demonstrations to center scores on
+    eval_n: NonNegativeInt = 1000       # validation comparisons; training demonstrations to center scores on
 
 
 RECIPES = {
@@ -62,8 +65,8 @@ RECIPES = {
     # arXiv:2009.01325 B.1, its 1.3B model: batch 64, lr 1.5e-5; one epoch of the 92,858 pairs as released
     "tldr": dict(data="tldr", k=2, steps=1450, batch_size=64, micro_tokens=16384, max_len=640, lr=1.5e-5,
                  warmup=50, val_every=250, log_every=10, ckpt_every=500),
-    # positive and negative reviews, two epochs of 12,500 pairs; all share one prompt, so no center_coef is
-    # needed
+    # positive and negative reviews, two epochs of 12,500 pairs. All share one prompt, so one bias centers all
+    # scores, and no center_coef is needed
     "imdb": dict(data="imdb", k=2, center_coef=0.0, steps=390, batch_size=64, micro_tokens=16384, max_len=136,
                  lr=1e-5, warmup=20, val_every=100, log_every=10, ckpt_every=100),
 }
@@ -78,47 +81,46 @@ def ranked_pairs(scores, rank):
     return scores[winner], scores[loser]
 
 
-def split_by_prompt(scores, group, rank):
-    """Scores and ranks of S responses, (S,) each -> for each prompt those of its K responses, (K,) each."""
-    prompts = group.unique()
-    return [(scores[group == prompt], rank[group == prompt]) for prompt in prompts]
+def split_by_group(scores, group, rank):
+    """Scores and ranks of S responses, (S,) each -> for each group those of its K responses, (K,) each."""
+    return [(scores[group == g], rank[group == g]) for g in group.unique()]
 
 
 def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
-    """The reward model's loss, arXiv:2203.02155 eq. 1: a mean over each prompt's pairs, then over prompts.
+    """The reward model's loss, arXiv:2203.02155 eq. 1: a mean over each group's pairs, then over groups.
 
-    scores (S,); group (S,): the prompt of each response; rank (S,): 0 is best, equal ranks tie and form no
-    pair. A pair's loss is −log σ(r_w − r_l − margin). Each prompt adds center_coef · (2 r̄)², with r̄ the
-    mean of its scores: a sum over pairs of (r_w + r_l)² would, for K > 2, also shrink the differences.
-    Returns the loss in nats, and the accuracy: the share of pairs with r_w > r_l, equal scores counting one
-    half.
+    A group is a prompt with its ranked responses. scores (S,); group (S,): to which group each response
+    belongs; rank (S,): 0 is best, equal ranks tie and form no pair. A pair's loss is −log σ(r_w − r_l −
+    margin). Each group adds center_coef · (2 r̄)², with r̄ the mean of its scores: a sum over pairs of
+    (r_w + r_l)² would, for K > 2, also shrink the differences.
+    Returns the loss, and the accuracy: the share of pairs with r_w > r_l, equal scores counting one half.
     """
     losses, accuracies = [], []
-    for prompt_scores, prompt_rank in split_by_prompt(scores, group, rank):
-        r_w, r_l = ranked_pairs(prompt_scores, prompt_rank)
+    for group_scores, group_rank in split_by_group(scores, group, rank):
+        r_w, r_l = ranked_pairs(group_scores, group_rank)
         if len(r_w) == 0:
             continue  # all of its responses tie
         pair_losses = -F.logsigmoid(r_w - r_l - margin)
-        centering = center_coef * (2 * prompt_scores.mean()) ** 2
+        centering = center_coef * (2 * group_scores.mean()) ** 2
         losses.append(pair_losses.mean() + centering)  # without ties, the mean is eq. 1's 1/(K choose 2)
         right = (r_w > r_l).float() + 0.5 * (r_w == r_l).float()
         accuracies.append(right.mean())
-    if not losses:  # no pair at all: a zero that backward() accepts (finegrained.py has such micro-batches)
+    if not losses:  # no pair at all, which happens in finegrained.py: a zero that backward() accepts
         return 0 * scores.sum(), 0 * scores.detach().sum()
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
 
 def score_gap(scores, group, rank):
-    """The mean of r_w − r_l over each prompt's pairs (0 if all tie), one per prompt, without gradient."""
+    """The mean of r_w − r_l over each group's pairs, one per group (at least one pair each), for the log."""
     gaps = []
-    for prompt_scores, prompt_rank in split_by_prompt(scores.detach(), group, rank):
-        r_w, r_l = ranked_pairs(prompt_scores, prompt_rank)
-        gaps.append((r_w - r_l).mean() if len(r_w) else torch.zeros_like(scores[0]))
+    for group_scores, group_rank in split_by_group(scores.detach(), group, rank):
+        r_w, r_l = ranked_pairs(group_scores, group_rank)
+        gaps.append((r_w - r_l).mean())
     return torch.stack(gaps)
 
 
 def group_and_rank(comparisons, device="cpu"):
-    """For each response of the comparisons, the index of its prompt, and its rank: (S,) each."""
+    """For each response of the comparisons, the index of its comparison, and its rank: (S,) each."""
     group, rank = [], []
     for i, comparison in enumerate(comparisons):
         group += [i] * len(comparison.ranks)
@@ -141,64 +143,70 @@ def train(cfg):
     run = Run("reward", cfg)  # the device, the folder, the log and the checkpoints
     init = cfg.init or run.train_if_missing("sft")
 
-    # is_policy=False: it may start from a reward model, which a policy may not.
-    data = run.data
+    # is_policy=False: init may be a policy or another reward model, since its head is replaced anyway.
     reward_model, tokenizer = run.load_model(init, is_policy=False)
     reward_model.set_scalar_heads(1)  # a new head with random weights, bias 0
     reward_model = run.prepare(reward_model)  # moved to the device; sharded or compiled if asked for
 
     # Comparisons: a prompt and its K ranked responses. `groups` are the same as token ids, in the same order.
+    # Those longer than max_len lose the beginning of the prompt first, then the ends of responses.
+    data = run.data
     comparisons = data.comparisons("train", cfg.k)
-    comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # each has a pair that does not tie
+    comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # leaves out those that tie altogether
     groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], cfg.max_len)
     # Identical responses cannot be told apart: prints how many pairs are identical, and exits if all are.
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
     validation, validation_groups = run.held_out_comparisons(cfg.k)
     batches = run.shuffled_batches(groups)  # for each step a list of indices into groups
     run.print0(f"reward: {len(groups)} comparisons of {cfg.data}, {init} -> {run.out} on {run.device}")
-    last_tokens = [[len(response) - 1] for response in groups[0][1]]  # where scores are read
+    # Prints the first comparison, with the tokens marked where scores are read, and warns of suspicious data.
+    last_tokens = [[len(response) - 1] for response in groups[0][1]]
     run.show_data(groups, [f"rank {rank}" for rank in comparisons[0].ranks], last_tokens)
 
-    scores_before = run.score_groups(reward_model, validation_groups)  # with the untrained head: chance
+    scores_before = run.score_groups(reward_model, validation_groups)  # with the untrained head: near chance
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
     checkpoint = run.start_or_resume(reward_model, optimizer)  # the last checkpoint, or {}
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()
 
-        # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch: a list of
-        # indices into groups, of at most cfg.micro_tokens tokens. With several processes, these are the
-        # micro-batches of this process's share.
+        # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
+        # of indices; the groups that they stand for have at most cfg.micro_tokens tokens. With several
+        # processes, each has the micro-batches of its share.
         for indices in run.micro_batches(batches[step], groups):
-            # r(x, y) of every response, prompt by prompt; the responses to one prompt do not see each other.
+            # r(x, y) of every response, group by group; the responses to one prompt do not see each other.
             batch = pack([groups[i] for i in indices]).to(run.device)
             scores = reward_model.score(batch)  # (S,), read at each response's last token
-            # The prompt of each response, as an index, and its rank among that prompt's responses: (S,) each
-            prompt_index, rank = group_and_rank([comparisons[i] for i in indices], run.device)
+            # To which group each response belongs, as an index, and its rank in that group: (S,) each
+            group, rank = group_and_rank([comparisons[i] for i in indices], run.device)
 
-            # eq. 1: −log σ(r(x, y_w) − r(x, y_l)), a mean over each prompt's pairs, then over prompts; and a
-            # small term that holds the prompt's mean score near 0
-            loss, accuracy = ranking_loss(scores, prompt_index, rank, cfg.margin, cfg.center_coef)
+            # eq. 1: −log σ(r(x, y_w) − r(x, y_l)) (less --margin, if given), a mean over each group's pairs,
+            # then over groups; and a small term that holds a group's mean score near 0
+            loss, accuracy = ranking_loss(scores, group, rank, cfg.margin, cfg.center_coef)
 
-            # Turn the micro-batch's mean over prompts into its share of the batch's mean. (Every prompt has a
-            # pair: those whose responses all tie were left out when the comparisons were loaded.) Metrics
-            # adds up, and mean() divides.
-            n_prompts = len(indices)
-            (loss * n_prompts / cfg.batch_size).backward()
-            metrics.add(loss=loss * n_prompts, accuracy=accuracy * n_prompts,
-                        margin=score_gap(scores, prompt_index, rank))  # r_w − r_l of each prompt
+            # Turn the micro-batch's mean over groups into its share of the batch's mean. (Every group has a
+            # pair: those whose responses all tie were left out when the comparisons were loaded.)
+            n_groups = len(indices)
+            (loss * n_groups / cfg.batch_size).backward()
+
+            # The quantities to watch. `add` sums them up, without gradient, and mean(batch_size) divides. The
+            # margin in the log is that of the scores, r_w − r_l, not --margin.
+            metrics.add(loss=loss * n_groups, accuracy=accuracy * n_groups,
+                        margin=score_gap(scores, group, rank))
 
         # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step, clear.
         sync_gradients(reward_model)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(reward_model, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log the means over the batch (of all processes), every val_every steps with the accuracy on
-        # held-out comparisons.
+        # 3. Log the batch means over all processes; every val_every steps, add the accuracy on held-out
+        # comparisons.
         val_accuracy = None
         if validation and ((step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps):
-            scores = run.score_groups(reward_model, validation_groups)
-            val_accuracy = ranking_loss(scores, *group_and_rank(validation))[1].item()
+            scores = run.score_groups(reward_model, validation_groups)  # (S,) on the CPU
+            group, rank = group_and_rank(validation)
+            _, accuracy = ranking_loss(scores, group, rank)
+            val_accuracy = accuracy.item()
         run.log(step + 1, **metrics.mean(cfg.batch_size), val_accuracy=val_accuracy,
                 lr=lr, grad_norm=grad_norm)
 
@@ -207,17 +215,20 @@ def train(cfg):
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, reward_model, optimizer)
 
-    # Center the scores: training demonstrations (for comparison data, the best responses) get 0 on average. A
-    # finished run that is resumed was centered before; the standard deviation is in its checkpoint.
-    score_std = checkpoint.get("score_std")
-    if score_std is None or run.start < cfg.steps:
+    # Center the scores: training demonstrations (for comparison data, the best responses) get 0 on average.
+    # If a finished run was resumed and nothing was left to train, that has been done, and the checkpoint has
+    # their standard deviation.
+    was_centered = run.start == cfg.steps and "score_std" in checkpoint
+    if was_centered:
+        score_std = checkpoint["score_std"]
+    else:
         demonstrations = data.demonstrations("train")[:max(2, cfg.eval_n)]  # a standard deviation needs two
         examples = [(prompt, [response]) for prompt, response in demonstrations]
-        demonstrations = encode_groups(tokenizer, examples, cfg.max_len)
-        score_std = center_scores(reward_model, run.score_groups(reward_model, demonstrations))
+        demonstration_groups = encode_groups(tokenizer, examples, cfg.max_len)
+        score_std = center_scores(reward_model, run.score_groups(reward_model, demonstration_groups))
         run.save(cfg.steps, reward_model, optimizer, score_std=score_std)
 
-    # How well scores order held-out comparisons, before and after.
+    # The final table: how well the scores order held-out comparisons, before training and after.
     run.print0(f"\ndemonstrations score 0 ± {score_std:.3f}")
     if validation:
         scores = run.score_groups(reward_model, validation_groups)

@@ -6,13 +6,12 @@ The language-model loss on demonstrations, taken over the tokens of the response
 
 The EOS that ends a response is one of its tokens, so the model learns when to stop.
 
-The result is π_SFT: the policy that every later stage starts from, and the reference π_ref against which it
-measures its KL.
+The result is π_SFT. Every later stage starts from it, and PPO and DPO keep a copy as the reference π_ref.
 
     python sft.py                                the animals world, from scratch
     python sft.py hh --init=gpt2-medium          the chosen answers of Anthropic's HH-RLHF
     python sft.py tldr                           Reddit posts and their TL;DRs; likewise qa_feedback and imdb
-    python sft.py --data=mine.jsonl --init=gpt2  your own file (data/jsonl.py), with the settings of hh
+    python sft.py --data=mine.jsonl --init=gpt2  your own file (data/jsonl.py), in the recipe hh
 
 Left out: dropout, loss on prompt tokens.
 """
@@ -56,28 +55,34 @@ RECIPES = {
                  val_every=100, log_every=10, ckpt_every=100, eval_n=64),
 }
 
-MAX_DEMONSTRATIONS = 4  # responses in a group at most; a prompt with more is split over several groups
+MAX_RESPONSES = 4  # in a group; the responses to one prompt, if more, are split over several groups
 
 
 def group_by_prompt(demonstrations):
-    """[(prompt, response), …] -> [(prompt, [response, …]), …], so that each prompt is computed once."""
+    """[(prompt, response), …] -> [(prompt, [response, …]), …], so that responses share their prompt's pass.
+
+    A group is never split over micro-batches, so its size is limited.
+    """
     responses_to = {}
     for prompt, response in demonstrations:
         responses_to.setdefault(prompt, []).append(response)
     groups = []
     for prompt, responses in responses_to.items():
-        for i in range(0, len(responses), MAX_DEMONSTRATIONS):
-            groups.append((prompt, responses[i:i + MAX_DEMONSTRATIONS]))
+        for i in range(0, len(responses), MAX_RESPONSES):
+            groups.append((prompt, responses[i:i + MAX_RESPONSES]))
     return groups
 
 
 def sft_loss(logprobs, n_tokens):
-    """−Σ log π(y_t | x, y_<t) / n_tokens. logprobs (N,) are of a micro-batch, n_tokens of the whole batch."""
+    """−Σ log π(y_t | x, y_<t) / n_tokens: the micro-batch's part of the batch's mean.
+
+    logprobs (N,): of the response tokens of one micro-batch. n_tokens: how many the whole batch has.
+    """
     return -logprobs.sum() / n_tokens
 
 
 def count_response_tokens(groups):
-    """How many tokens the loss is taken over."""
+    """How many response tokens there are, each EOS included: the tokens that carry loss."""
     total = 0
     for _, responses in groups:
         total += sum(map(len, responses))
@@ -86,13 +91,11 @@ def count_response_tokens(groups):
 
 @torch.no_grad()
 def validation_loss(policy, groups, run):
-    """The loss on held-out demonstrations, computed by every process; None if there are none."""
+    """The loss on held-out demonstrations; None if there are none. Every process computes all of it."""
     if not groups:
         return None
     total = 0.0
-    # Every process takes all groups, in pieces of at most cfg.micro_tokens tokens. (Whether the policy is
-    # sharded matters here: then all processes need equally many pieces.)
-    for indices in run.all_micro_batches(groups, policy):
+    for indices in run.all_micro_batches(groups, policy):  # not a share of them, as run.micro_batches gives
         batch = pack([groups[i] for i in indices]).to(run.device)
         total += policy.logprobs(batch).sum().item()
     return -total / count_response_tokens(groups)
@@ -107,7 +110,8 @@ def train(cfg):
     run.print0(f"sft: {n_parameters / 1e6:.1f}M parameters on {run.device}, {cfg.data} -> {run.out}")
 
     # Demonstrations: a prompt x and one or more responses y, as token ids with the EOS at the end of y.
-    # An example longer than max_len loses the beginning of its prompt first, then the response's end and EOS.
+    # An example longer than max_len loses the beginning of its prompt first, then the end of its response,
+    # the EOS included.
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
     batches = run.shuffled_batches(groups)  # for each step a list of indices into groups
@@ -119,31 +123,33 @@ def train(cfg):
         metrics = Metrics()
         n_tokens = count_response_tokens([groups[i] for i in batches[step]])  # of the whole batch
 
-        # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch: a list of
-        # indices into groups, of at most cfg.micro_tokens tokens. With several processes, these are the
-        # micro-batches of this process's share.
+        # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
+        # of indices; the groups that they stand for have at most cfg.micro_tokens tokens. With several
+        # processes, each has the micro-batches of its share.
         for indices in run.micro_batches(batches[step], groups):
             # log π(y_t | x, y_<t) of every response token; responses to one prompt do not see each other.
             batch = pack([groups[i] for i in indices]).to(run.device)
             logprobs = policy.logprobs(batch)  # (N,)
             loss = sft_loss(logprobs, n_tokens)
             loss.backward()
-            metrics.add(loss=-logprobs)  # adds them up, without gradient; metrics.mean divides by n_tokens
+            metrics.add(loss=-logprobs)  # adds them to a sum, without gradient
 
         # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step, clear.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log; every val_every steps this includes the loss on held-out demonstrations. Save a checkpoint
-        # when one is due, or when Ctrl-C asked for it; then the program ends here.
+        # 3. Log the mean loss: the sum over all processes, divided by n_tokens. Every val_every steps, add
+        # the loss on held-out demonstrations. Save a checkpoint when one is due, or when Ctrl-C asked for it;
+        # in that case the program ends here.
         val_loss = None
         if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
             val_loss = validation_loss(policy, validation, run)
         run.log(step + 1, **metrics.mean(n_tokens), val_loss=val_loss, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
-    # The model before (with init="scratch", its random weights) and after, on held-out prompts.
+    # The final table, on held-out prompts: the model before training (loaded again; with --init=scratch, its
+    # random weights) and after.
     del optimizer  # frees memory for the evaluation
     evaluate.report(run, policy, cfg.init)
     return policy

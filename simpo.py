@@ -1,25 +1,26 @@
 """Simple Preference Optimization (Meng, Xia and Chen 2024, arXiv:2405.14734): DPO without its reference.
 
 DPO's reward of a response is β log π/π_ref, a sum over its tokens. But generation uses only the policy's own
-log-probs, so SimPO leaves π_ref out. A sum of log-probs would then favour short responses, so the reward is β
+log-probs, so SimPO leaves π_ref out. A sum of log-probs is lower the longer a response is, so the reward is β
 times their mean (eq. 4). The chosen response has to win by a margin γ:
 
     r(x, y) = β/|y| log π_θ(y|x)
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
 
 There is no reference, so only one model is in memory. But nothing keeps the policy near its start either; the
-paper relies on a small learning rate. The length |y| counts the EOS, where a response has one.
+paper relies on a small learning rate, diverse data and the robustness of large models. The length |y| counts
+the EOS, where a response has one.
 
-In our runs the failure mode is that responses become too short (docs/results.md). We sample and log their
-length during training. To keep it from shrinking, we add the SFT term (App. H): sft_weight times the mean of
-−log π over all tokens of the batch's chosen responses. Every token has the same weight there, while in eq. 6
-a token of a long response has less. The paper's own settings have sft_weight 0, and so do the recipes for
-real data.
+In our runs the failure mode is that responses become too short (docs/results.md). So we sample responses
+during training and log their length, and we add the SFT term of App. H to keep them from shrinking:
+sft_weight times the mean of −log π over all tokens of the batch's chosen responses, as in the authors' code.
+Every token has the same weight there, while in eq. 6 a token of a long response has less. The paper's own
+settings have sft_weight 0, and so do the recipes for real data.
 
     python simpo.py                                the animals world, from scratch: SFT first, then SimPO
     python simpo.py hh                             Anthropic's HH-RLHF, GPT-2
     python simpo.py tldr                           summaries of Reddit posts; imdb: see data/imdb.py
-    python simpo.py --data=mine.jsonl --init=gpt2  your own comparisons, with the settings of hh
+    python simpo.py --data=mine.jsonl --init=gpt2  your own comparisons, in the recipe hh
     python simpo.py --beta=10 --gamma_beta_ratio=0.3    γ = 3, as the authors' scripts give it
 
 Left out: the hinge loss of the authors' code.
@@ -46,7 +47,7 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
     gamma: NonNegativeFloat = 1.0   # γ of eq. 6: the margin that the chosen response must win by
     gamma_beta_ratio: NonNegativeFloat | None = None  # γ/β, as the authors' scripts give it; overrides gamma
     sft_weight: NonNegativeFloat = 0.5  # weight of the SFT term, −log π of the chosen responses
-    label_smoothing: LabelNoise = 0.0  # ε: the share of labels assumed to be flipped
+    label_smoothing: LabelNoise = 0.0  # ε, as in the authors' code: see simpo_loss
     reward_model: str | None = None  # a run of reward.py, for scores and win rates in the final table
     lr: NonNegativeFloat = 3e-4     # peak learning rate
     sample_every: PositiveInt = 25  # steps between samples of the length
@@ -67,12 +68,14 @@ CONSOLE = ["loss", "accuracy", "margin", "chosen_logp", "response_len", "grad_no
 
 
 def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma, label_smoothing=0.0):
-    """SimPO, arXiv:2405.14734 eq. 6: −(1−ε) log σ(h) − ε log σ(−h), with label smoothing ε (0 there) and
+    """SimPO, arXiv:2405.14734 eq. 6: −log σ(h), where
 
         h = β/|y_w| log π(y_w|x) − β/|y_l| log π(y_l|x) − γ
 
-    Log-probs (B,), summed over response tokens, in nats; lengths (B,) in tokens, EOS included. Returns (B,)
-    each: the losses, and the rewards β/|y| log π(y|x) of chosen and rejected, without gradient.
+    With the label smoothing ε of the authors' code, −(1−ε) log σ(h) − ε log σ(−h); it turns the sign of all
+    of h, γ included. Log-probs (B,), summed over response tokens, in nats; lengths (B,) in tokens, EOS
+    included. Returns three tensors (B,): the losses, and the rewards β/|y| log π(y|x) of the chosen and of
+    the rejected responses, without gradient.
     """
     chosen_reward = beta / chosen_len * chosen_logp        # β/|y_w| log π(y_w|x)
     rejected_reward = beta / rejected_len * rejected_logp  # β/|y_l| log π(y_l|x)
@@ -88,8 +91,9 @@ def pair_logp(policy, pairs):
     which is computed once; neither sees the other.
     """
     batch = pack(pairs).to(policy.device)
-    logp = per_sequence(policy.logprobs(batch), batch)  # (2B,): chosen, rejected, chosen, …
-    length = torch.bincount(batch.sequence)  # (2B,): `sequence` numbers the response of each response token
+    logp = per_sequence(policy.logprobs(batch), batch)  # (2B,), a sum each: chosen, rejected, chosen, …
+    # How many tokens each response has: batch.sequence (N,) tells to which response a response token belongs.
+    length = torch.bincount(batch.sequence)  # (2B,)
     return logp[0::2], logp[1::2], length[0::2], length[1::2]
 
 
@@ -107,10 +111,10 @@ def mean_chosen_length(pairs):
 
 
 def length_statistics(responses, eos):
-    """The early signs of length collapse. responses: lists of token ids.
+    """Early signs of length collapse. responses: lists of token ids.
 
-    response_len: mean length in tokens; empty: the share of responses that are nothing but the EOS;
-    unfinished: the share that reached the limit of new tokens before an EOS.
+    response_len: mean length in tokens, EOS included; empty: the share of responses that are nothing but the
+    EOS; unfinished: the share that reached the limit of new tokens before an EOS.
     """
     n = len(responses)
     n_tokens = sum(map(len, responses))
@@ -127,19 +131,19 @@ def train(cfg):
 
     policy, tokenizer = run.load_model(init)
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
-    # Comparisons are prompts with ranked responses, as text. Every two responses that do not tie are a pair:
-    # a prompt x, the chosen response y_w and the rejected response y_l, as token ids. A pair longer than
-    # max_len loses the beginning of its prompt first, then the ends of its responses.
+    # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
+    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. A pair longer
+    # than max_len loses the beginning of its prompt first, then the ends of its responses.
     comparisons = run.data.comparisons("train")
     pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
-    batches = run.shuffled_batches(pairs)  # for each step a list of indices into pairs
+    batches = run.shuffled_batches(pairs)  # for each step a list of cfg.batch_size indices into pairs
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns of suspicious data
     # Held-out prompts to watch the length on; a prompt longer than half of the context loses its beginning.
     sample_prompts = evaluate.encode_cut(run.data.prompts("validation")[:cfg.sample_n], policy, tokenizer)
 
-    # Held-out comparisons, and the rewards of their responses before training, for the table at the end.
-    # (With --resume, run.start_or_resume below loads the weights of the last checkpoint.)
+    # Held-out comparisons, as text and as token ids, and the rewards of their responses before training, for
+    # the table at the end. (run.start_or_resume, below, may load weights that are trained already.)
     held_out, held_out_groups = run.held_out_comparisons()
     rewards_before = response_rewards(policy, held_out_groups, run, cfg.beta)
 
@@ -150,9 +154,9 @@ def train(cfg):
         metrics = Metrics()
         mean_chosen_len = mean_chosen_length([pairs[i] for i in batches[step]])  # for the SFT term below
 
-        # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch: a list of
-        # indices into pairs, of at most cfg.micro_tokens tokens. With several processes, these are the
-        # micro-batches of this process's share.
+        # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
+        # of indices; the pairs that they stand for have at most cfg.micro_tokens tokens. With several
+        # processes, each has the micro-batches of its share.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(
                 policy, [pairs[i] for i in indices])  # (b,) each
@@ -183,19 +187,19 @@ def train(cfg):
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Every sample_every steps, sample: has the length begun to collapse? Every process samples all
-        # prompts, at temperature 1, with the same random numbers each time; training's are untouched.
+        # prompts, at temperature 1, with the same seed each time. The random state of training is untouched.
         lengths = {"response_len": None, "empty": None, "unfinished": None}
         if sample_prompts and ((step + 1) % cfg.sample_every == 0 or step + 1 == cfg.steps):
             responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token, max_new_tokens=128)
             lengths = length_statistics(responses, tokenizer.eot_token)
 
-        # 4. Log the means over the batch: the sums, of all processes, divided by its size. Save a checkpoint
-        # when one is due, or when Ctrl-C asked for it; then the program ends here.
+        # 4. Log the batch means: the sums over all processes, divided by the batch size. Save a checkpoint
+        # when one is due, or when Ctrl-C asked for it; in that case the program ends here.
         run.log(step + 1, **metrics.mean(cfg.batch_size), **lengths, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
-    # The policy before and after: its answers to held-out prompts, and how its rewards β/|y| log π order the
-    # responses of held-out comparisons.
+    # The final table, a row for the policy before training and one for after: its answers to held-out
+    # prompts, and how often its rewards β/|y| log π order the responses of held-out comparisons right.
     del optimizer  # frees memory for the evaluation
     rewards = response_rewards(policy, held_out_groups, run, cfg.beta)
     evaluate.report(run, policy, init, reward_model=cfg.reward_model,

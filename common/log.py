@@ -1,5 +1,4 @@
 """The log of a run: OUT/log.jsonl, the console, and on request Weights & Biases and TensorBoard."""
-import importlib
 import json
 import math
 import os
@@ -13,6 +12,7 @@ import torch
 from common.dist import all_reduce, is_main, print0
 from common.files import append_to, write_atomically
 from engine.devices import float64_device
+from engine.files import import_package
 
 
 class Metrics:
@@ -192,13 +192,7 @@ class SampleFile:
 
 # ------------------------------------------------------------------------------------------------- other logs
 
-def import_optional(package):
-    """Imports the package of --wandb or --tensorboard; exits with one line if it is not installed."""
-    module = {"tensorboard": "torch.utils.tensorboard"}.get(package, package)
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise SystemExit(f"--{package} needs a package that is not installed: pip install {package}")
+OTHER_LOGS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # option: the module it needs
 
 
 def other_logs(out, cfg, start):
@@ -218,7 +212,7 @@ def wandb_log(out, cfg, start):
         with open(path) as f:
             run_id = f.read()
     name = os.path.basename(os.path.normpath(out))
-    wandb = import_optional("wandb")
+    wandb = import_package(OTHER_LOGS["wandb"], "--wandb", "wandb")
     run = wandb.init(project=cfg.wandb, dir=out, name=name, config=asdict(cfg), id=run_id, resume="allow")
     with write_atomically(path) as f:
         f.write(run.id)
@@ -227,7 +221,7 @@ def wandb_log(out, cfg, start):
 
 def tensorboard_log(out, start):
     folder = os.path.join(out, "tensorboard")
-    tensorboard = import_optional("tensorboard")
+    tensorboard = import_package(OTHER_LOGS["tensorboard"], "--tensorboard", "tensorboard")
     writer = tensorboard.SummaryWriter(folder, purge_step=start + 1)
 
     def log(step, values):

@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 
 from common.checkpoints import load_checkpoint
 from common.dist import print0, print_utf8
-from common.log import import_optional
-from engine.files import short_repr
+from common.log import OTHER_LOGS
+from engine.files import import_package, short_repr
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,9 @@ def parse(Config, RECIPES, argv=None):
 
     if recipe is None:
         recipe = default_recipe(given.get("data", ""), RECIPES)
-    for package in ("wandb", "tensorboard"):
-        if given.get(package):
-            import_optional(package)  # a missing package is an error now, not after an hour of work
+    for option, module in OTHER_LOGS.items():
+        if given.get(option):
+            import_package(module, f"--{option}", option)  # an error now, not after an hour of work
     for name in ("lr", "value_lr", "reward_lr"):
         if given.get(name) == 0:
             print0(f"--{name}=0: the weights that it applies to will not change")

@@ -38,8 +38,8 @@ COLORS = [f"C{i}" for i in (0, 1, 2, 3, 4, 5, 6, 8, 9)]  # matplotlib's, without
 def plot_frontier(path, key, rows, optimum, best):
     """Reward against exact KL: the optimum, best-of-n, and each checkpoint with its standard errors.
 
-    Rows of one method (row["method"], or else the stage in the checkpoint's name) share a color. With "method",
-    a line also joins them, in their order. Each row is labeled with row["label"], or else its name; "" means no
+    Rows of one method (row["method"], or else the stage in the checkpoint's name) share a color. With
+    "method", a line also joins them, in their order. Each row is labeled with row["label"], or else its name; "" means no
     label. The axis ends a little beyond the optimum's curve. A row further out is an arrow at the edge, with
     its KL.
     """

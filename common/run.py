@@ -16,7 +16,7 @@ from common.files import append_to
 from common.log import Log, Progress
 from common.optim import lr_schedule
 from common.options import check_config
-from common.scoring import logp_groups, score_groups
+from common.scoring import logp_groups, logp_of_batches, score_groups
 from common.sharding import compile_blocks, is_sharded, shard_model
 from common.stop import StopSignal, resume_command
 from data import check_contract, dataset, encode_groups, encode_prompts
@@ -257,6 +257,10 @@ class Run:
         """log π(y|x) of every response of `groups`, in their order, summed over tokens: (S,) on the CPU."""
         return logp_groups(policy, groups, self.cfg.micro_tokens)
 
+    def logp_of_batches(self, policy, pairs, batches):
+        """log π of both responses of every pair in the batches, summed over tokens: (len(pairs), 2)."""
+        return logp_of_batches(policy, pairs, batches, self.cfg.micro_tokens, self.progress)
+
     def score_groups(self, reward_model, groups):
         """A reward model's score of every response of `groups`, in their order: (S,) on the CPU."""
         return score_groups(reward_model, groups, self.cfg.micro_tokens)
@@ -264,10 +268,6 @@ class Run:
     def print0(self, text):
         """Prints in the main process only."""
         print0(text)
-
-    def show_progress(self, text):
-        """Rewrites the line of progress at the bottom of a terminal; does nothing elsewhere."""
-        self.progress.show(text)
 
     def log(self, step, tokens=None, **values):
         """Logs the values of a step, counted from 1.

@@ -1,7 +1,8 @@
 """One number for each of many responses: a reward model's score, or a log-prob."""
 import torch
 
-from common.batches import all_micro_batches
+from common.batches import all_micro_batches, micro_batches
+from common.dist import all_reduce
 from engine.packing import pack, per_sequence
 
 
@@ -30,6 +31,35 @@ def number_each_response(model, function, groups, micro_tokens):
         for i, number in zip(indices, function(batch).cpu().split(sizes)):
             numbers[i] = number
     return torch.cat(numbers)
+
+
+@torch.no_grad()
+def logp_of_batches(policy, pairs, batches, micro_tokens, progress):
+    """log π of both responses of every pair that training visits, summed over tokens: (len(pairs), 2).
+
+    pairs: (prompt_ids, [chosen_ids, rejected_ids]). batches: for each step of training its indices into
+    pairs. Pairs in no batch keep 0. How a log-prob is rounded depends on the other rows in the same forward
+    pass. So each pair is computed in the micro-batch in which training first meets it; a policy that is its
+    own reference then equals it to the bit until the first update.
+    """
+    logp = torch.zeros(len(pairs), 2, device=policy.device)
+    visited = set()
+    for batch_indices in batches:
+        # Each epoch drops its last, incomplete batch, so a later epoch can hold pairs not computed before.
+        if visited.issuperset(batch_indices):
+            continue
+        # The whole batch, even if some of its pairs are known: these are the micro-batches of training. With
+        # several processes, each computes its share of the batch and leaves the other pairs at 0. A pair is
+        # written only once, in one process, because the sum over processes must count it once.
+        for indices in micro_batches(batch_indices, pairs, micro_tokens):
+            batch = pack([pairs[i] for i in indices]).to(policy.device)
+            both = per_sequence(policy.logprobs(batch), batch).view(-1, 2)  # chosen, rejected
+            for i, chosen_and_rejected in zip(indices, both):
+                if i not in visited:
+                    logp[i] = chosen_and_rejected
+        visited.update(batch_indices)
+        progress.show(f"the reference's log-probs: {len(visited)} of {len(pairs)} pairs")
+    return all_reduce(logp)  # the sum over the processes collects all shares
 
 
 def pair_accuracy(chosen, rejected):

@@ -31,8 +31,7 @@ def import_package(module, where, packages):
     try:
         return importlib.import_module(module)
     except ImportError:
-        missing = module.partition(".")[0]
-        raise SystemExit(f"{where}: this needs the package {missing}: pip install {packages}")
+        raise SystemExit(f"{where} needs a package that is not installed: pip install {packages}")
 
 
 def fetch(path, url, sha256=None):

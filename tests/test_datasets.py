@@ -406,13 +406,13 @@ def test_bad_parquet_is_named(tmp_path, monkeypatch):
     parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], ["prompt", "prompt"]), path)
     assert ": the column 'prompt' appears twice" in message()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert message() == f"{path}: this needs the package pyarrow: pip install pyarrow"
+    assert message() == f"{path} needs a package that is not installed: pip install pyarrow"
 
 
 def test_a_parquet_file_without_pyarrow(tmp_path, monkeypatch):
     (tmp_path / "mine.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(SystemExit, match="mine.parquet: this needs the package pyarrow: pip install pyarrow$"):
+    with pytest.raises(SystemExit, match="mine.parquet needs a package that is not installed: pip install pyarrow$"):
         read_all(tmp_path / "mine.parquet")
 
 
@@ -473,7 +473,7 @@ def test_a_data_set_of_the_hub_that_cannot_be_had(monkeypatch, tmp_path):
 
 def test_the_hub_without_its_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(SystemExit, match='^--data=hub:a/b: this needs the package datasets: pip install "datasets>=4"$'):
+    with pytest.raises(SystemExit, match='^--data=hub:a/b needs a package that is not installed: pip install "datasets>=4"$'):
         Run("sft", RunConfig(data="hub:a/b", out=str(tmp_path / "out"), device="cpu"))
     assert not (tmp_path / "out").exists()
 

@@ -366,7 +366,7 @@ def test_settings_that_cannot_be_run_get_one_line(world, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "completion": " b"}\n' * 40)
     for options, message in [
             (dict(reward="fine"), "unknown reward 'fine'; did you mean 'finegrained'"),
-            (dict(data="mine.jsonl"), "--data=mine.jsonl: has no span feedback"),
+            (dict(data="mine.jsonl"), "--data=mine.jsonl has no span feedback"),
             (dict(minibatches=3), "--batch_size=8 is not a multiple of --minibatches=3"),
             (dict(reward_models="rm"), "rm: not a reward model for relevance, factuality, completeness")]:
         with pytest.raises(SystemExit, match=message) as error:

@@ -590,7 +590,7 @@ def test_a_model_on_the_hub_that_cannot_be_had(monkeypatch):
     with pytest.raises(SystemExit, match="^hub:somebody/none: cannot be fetched .OSError: no route.$"):
         load_model_only("hub:somebody/none")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    message = "^hub:somebody/other: this needs the package huggingface_hub: pip install huggingface_hub safetensors$"
+    message = "^hub:somebody/other needs a package that is not installed: pip install huggingface_hub safetensors$"
     with pytest.raises(SystemExit, match=message):
         load_model_only("hub:somebody/other")
 

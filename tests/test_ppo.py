@@ -170,7 +170,7 @@ def test_dense_reward_by_hand():
     rewards = on_last_token(torch.tensor([2.0, 1.0, -9.0]), MASK)
     logprobs, ref_logprobs = torch.full((3, 4), -1.0), torch.full((3, 4), -2.0)
     ended = torch.tensor([True, False, True])
-    total = dense_reward(rewards, logprobs, ref_logprobs, ended, MASK, 0.1, clip=5.0, missing_eos_penalty=1.0)
+    total = dense_reward(rewards, logprobs, ref_logprobs, ended, MASK, 0.1, reward_clip=5.0, missing_eos_penalty=1.0)
     expected = torch.tensor([[-0.1, -0.1, -0.1, 1.9], [-0.1, -0.1, 0, 0], [-5.1, 0, 0, 0]])
     torch.testing.assert_close(total, expected)
 
