@@ -5,9 +5,12 @@ RLHF maximizes E[r(x, y)] − β KL(π ‖ π_ref). Its optimum has a closed for
     π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x)                                                      (eq. 4)
     r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x)                                                 (eq. 5)
 
-A policy is a reward model in disguise. The unknown Z(x) cancels when two responses to one prompt are
-compared, y_w preferred to y_l. So the Bradley–Terry likelihood of such comparisons (x, y_w ≻ y_l) can be
-maximized in the policy itself, without a reward model and without sampling:
+A policy is a reward model in disguise. Bradley and Terry's model of comparisons, y_w preferred to y_l, is
+
+    P(y_w ≻ y_l | x) = σ( r(x, y_w) − r(x, y_l) )                                                   (eq. 1)
+
+With eq. 5 for r, the unknown β log Z(x) cancels. So the likelihood of comparisons can be maximized over the
+policy directly, without a reward model and without sampling:
 
     L(θ) = −E log σ( β log π_θ/π_ref (y_w|x) − β log π_θ/π_ref (y_l|x) )                            (eq. 7)
 
@@ -15,7 +18,7 @@ maximized in the policy itself, without a reward model and without sampling:
     python dpo.py hh                                        Anthropic's HH-RLHF, GPT-2
     python dpo.py tldr                                      summaries of Reddit posts
     python dpo.py imdb --beta=0.1                           the paper's Figure 2 (all commands: data/imdb.py)
-    python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons, in the recipe hh with β 0.3
+    python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons: recipe hh, with β 0.3
 
 DPO in rounds, each on fresh pairs of the policy's own answers, is a loop in the shell: docs/using.md.
 
@@ -41,7 +44,7 @@ from engine.packing import pack, per_sequence
 
 @dataclass
 class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options: common/options.py
-    beta: PositiveFloat = 1.0       # β of eq. 7: the price of a nat of KL
+    beta: PositiveFloat = 1.0       # β, the weight of the KL: a larger one stays closer to π_ref
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # eq. 7 or a variant, see dpo_loss
     label_smoothing: LabelNoise = 0.0  # ε: the share of labels assumed to be flipped, for sigmoid and robust
     ipo_average: bool = False       # with ipo: log-probs are means over tokens instead of sums
@@ -52,14 +55,15 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
 
 
 # Config's defaults are for the animals world, a small data set with a known true reward. A recipe replaces
-# some of them: `python dpo.py hh`. Your own data take the recipe hh.
+# some of them: `python dpo.py hh`. A file of your own has the settings of the recipe hh.
 RECIPES = {
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
-    # arXiv:2305.18290 App. B: β 0.5 on TL;DR, batch 64, lr 1e-6, 150 steps of warm-up; one epoch of 92,858
+    # arXiv:2305.18290 App. B: β 0.5 on TL;DR, batch 64, lr 1e-6, 150 steps of warm-up. One epoch of 92,858
+    # pairs
     "tldr": dict(data="tldr", beta=0.5, steps=1450, max_len=640, lr=1e-6, warmup=150, ckpt_every=500,
                  eval_n=64),
-    # App. C.1: the pairs that sample.py makes, 6 for each of 25,000 prefixes, a tenth of them held out; one
-    # epoch. Figure 2 has β 0.05, 0.1, 1, 5
+    # App. C.1: the pairs that sample.py makes, 6 for each of 25,000 prefixes, a tenth of them held out. One
+    # epoch. Figure 2 uses β = 0.05, 0.1, 1 and 5
     "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", beta=0.1, steps=2100, max_len=136, lr=1e-6,
                  warmup=150, ckpt_every=500, eval_n=64),
 }
@@ -76,8 +80,8 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
         sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0, otherwise cDPO (Mitchell 2023,
                                                                 ericmitchell.ai/cdpo.pdf eq. 3)
         ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17. log π(y|x) is a sum
-                                                                over tokens, as in the paper; its authors now
-                                                                recommend means, as in TRL: --ipo_average
+                                                                over tokens, as in the paper; its authors
+                                                                later recommended means: --ipo_average
         hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409
     Returns three tensors (B,): the losses, and the implicit rewards β log π/π_ref of the chosen and of the
@@ -103,9 +107,11 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
 def mean_over_tokens(logp, groups):
     """For --ipo_average: divides the log-probs (S,) of the S responses in `groups` by their lengths.
 
-    groups: list of (prompt_ids, [response_ids, …]). No response is empty: each has at least its EOS.
+    groups: list of (prompt_ids, [response_ids, …]). No response is empty: an empty text is still an EOS.
     """
-    lengths = [len(response) for _, responses in groups for response in responses]
+    lengths = []
+    for _, responses in groups:
+        lengths += map(len, responses)
     return logp / torch.tensor(lengths, device=logp.device)
 
 
@@ -134,27 +140,27 @@ def logp_of_responses(policy, groups, run):
 def check_settings(cfg):
     """Exits with one line if the settings cannot work together."""
     if cfg.label_smoothing and cfg.loss_type not in ("sigmoid", "robust"):
-        raise SystemExit(f"--label_smoothing={cfg.label_smoothing:g}: --loss_type={cfg.loss_type} does not "
-                         "use ε; only sigmoid and robust use it")
+        raise SystemExit(f"--label_smoothing={cfg.label_smoothing:g} has no effect with "
+                         f"--loss_type={cfg.loss_type}; only sigmoid and robust use it")
     if cfg.ipo_average and cfg.loss_type != "ipo":
-        raise SystemExit(f"--ipo_average: only --loss_type=ipo averages log-probs, not {cfg.loss_type}")
+        raise SystemExit(f"--ipo_average needs --loss_type=ipo, not {cfg.loss_type}")
 
 
 def train(cfg):
     """Trains with DPO, after training the SFT model if that is missing. Returns the trained policy."""
     check_settings(cfg)
     run = Run("dpo", cfg)  # the device, the folder, the log and the checkpoints
-    init = cfg.init or run.train_if_missing("sft")
+    init = cfg.init or run.train_if_missing("sft")  # by default the SFT model of the same data
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
-    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. A pair longer
-    # than max_len loses the beginning of its prompt first, then the ends of its responses.
+    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
+    # the longer response exceed max_len, the prompt loses its beginning first, then the responses their ends.
     policy, tokenizer = run.load_model(init)
     comparisons = run.data.comparisons("train")
     pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
     batches = run.shuffled_batches(pairs)  # for each step a list of cfg.batch_size indices into pairs
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
-    run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns of suspicious data
+    run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
 
     # Held-out comparisons, as text and as token ids, for the table at the end.
     held_out, held_out_groups = run.held_out_comparisons()
@@ -162,19 +168,21 @@ def train(cfg):
     # The reference π_ref: the initial policy, or the model that --ref names. `policy` still has its initial
     # weights here; with --resume, run.start_or_resume below loads those of the last checkpoint.
     if cfg.ref:
-        ref_policy = run.load_reference(cfg.ref, policy)
+        ref_policy = run.load_reference(cfg.ref, policy)  # of the same shape and tokenizer, or it exits
     else:
         ref_policy = copy.deepcopy(policy).requires_grad_(False)
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
     ref_policy = run.prepare(ref_policy)
     held_out_ref_logp = logp_of_responses(ref_policy, held_out_groups, run)  # (S,), one per response
 
-    # log π_ref never changes. So by default it is computed once, for all pairs in `batches`, and kept in the
-    # checkpoints; afterwards the reference itself is not needed.
+    # log π_ref never changes. So by default it is computed once, for the pairs in `batches`, and kept in the
+    # checkpoints; training then needs the reference no more. (--resume refuses other data and settings. Only
+    # --steps may grow; more steps visit pairs that were not computed.)
     ref_logp = None
     if cfg.precompute_ref:
         ref_logp = run.checkpoint.get("ref_logp")  # run.checkpoint: with --resume the last one, otherwise {}
-        if ref_logp is None or cfg.steps > run.checkpoint["config"]["steps"]:  # more steps visit more pairs
+        has_more_steps = cfg.resume and cfg.steps > run.checkpoint["config"]["steps"]
+        if ref_logp is None or has_more_steps:
             ref_logp = run.logp_of_batches(ref_policy, pairs, batches)  # (len(pairs), 2), sums over tokens
             if cfg.ipo_average:
                 ref_logp = mean_over_tokens(ref_logp.flatten(), pairs).view(-1, 2)
@@ -195,8 +203,8 @@ def train(cfg):
         metrics = Metrics()
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices; the pairs that they stand for have at most cfg.micro_tokens tokens. With several
-        # processes, each has the micro-batches of its share.
+        # of indices into pairs; together, these pairs have at most cfg.micro_tokens tokens. With several
+        # processes, each works through its own share of the batch.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp = pair_logp(
                 policy, [pairs[i] for i in indices], cfg.ipo_average)  # (b,) each
@@ -208,9 +216,9 @@ def train(cfg):
                 cfg.beta, cfg.label_smoothing, cfg.loss_type)
             (losses.sum() / cfg.batch_size).backward()
 
-            # The accuracy of the policy as a reward model, where a tie counts one half (before the first
-            # update π is π_ref, and all pairs tie), and the quantities to watch. `add` sums them up, without
-            # gradient.
+            # The policy's accuracy as a reward model. A tie counts one half; before the first update, π is
+            # π_ref to the bit (without --ref), and all pairs tie. `add` sums up what is to be watched,
+            # without gradient.
             tie = (chosen_reward == rejected_reward).float()
             right = (chosen_reward > rejected_reward).float() + 0.5 * tie
             metrics.add(loss=losses, accuracy=right, margin=chosen_reward - rejected_reward,
@@ -223,14 +231,14 @@ def train(cfg):
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Log the batch means: the sums over all processes, divided by the batch size. Save a checkpoint
-        # when one is due, or when Ctrl-C asked for it; in that case the program ends here.
+        # when one is due, or after Ctrl-C, which ends the program here.
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer, ref_logp=ref_logp)
 
     # The final table: a row for the reference (loaded again, since it may have been deleted above) and one
     # for the policy. On held-out prompts: KL, length and, with the data's true reward or --reward_model,
-    # reward and win rate. On held-out comparisons: how often the implicit rewards β log π/π_ref order the
-    # responses right. The reference's own rewards are all 0, so all of its pairs tie.
+    # reward and win rate against the reference. On held-out comparisons: how often the implicit rewards
+    # β log π/π_ref rank the responses correctly. The reference's own rewards are all 0, so its pairs all tie.
     del optimizer  # frees memory for the evaluation
     rewards = cfg.beta * (logp_of_responses(policy, held_out_groups, run) - held_out_ref_logp)
     rewards_of_reference = torch.zeros_like(rewards)  # β log π_ref/π_ref

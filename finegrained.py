@@ -7,16 +7,16 @@ reward model, the reward at token t is
     r_t = Σ_k Σ_j 1(t = T_j^k) · w_k · R_k(x, y, j)                                                 (§2)
 
 where T_j^k is the last token of the j-th segment. R_1, relevance, judges sub-sentences; R_2, factuality,
-judges sentences; both are ±1 (with --soft, in between). R_3, completeness, judges the whole response: it is
-the normalized score of a model trained on comparisons. PPO is that of ppo.py, which subtracts its KL penalty
-(and missing_eos_penalty) from r_t. This page has the segments, the training of the reward models, and the
-reward_fn that puts their judgements on the (B, R) grid.
+judges sentences; both give +1 or −1 (with --soft, a number in between). R_3, completeness, judges the whole
+response: it is the normalized score of a model trained on comparisons. PPO is that of ppo.py, which subtracts
+its KL penalty (and missing_eos_penalty) from r_t. This page has the segments, the training of the reward
+models, and the reward_fn that puts their judgements on the (B, R) grid.
 
     python finegrained.py                          the animals world, from scratch
     python finegrained.py --reward=rm              the baseline: one reward per response
     python finegrained.py qa_feedback --init=gpt2  the paper's questions and feedback
 
-An example: of "A crab has ten legs, and it can swim in the sea. It has fur." an annotator marks "it can swim
+An example: of "A crab has ten legs, and it can swim in the sea. It has fur." an annotator flags "it can swim
 in the sea" as Irrelevant and "It has fur" as Wrong-Grounding. Relevance has three segments, with labels 1, 0
 and 1. Factuality has two, the sentences: the second has label 0, the first has none, because a part of it is
 irrelevant.
@@ -51,7 +51,7 @@ from common.tables import table
 from data import check_pairs, encode_groups, segments
 from engine.packing import pack
 
-# The axes, and the categories of errors that annotators mark for them. Completeness is learned from
+# The axes, and the categories of errors that annotators flag for them. Completeness is learned from
 # comparisons instead.
 AXES = {
     "relevance": ["Irrelevant", "Redundant", "Incoherent"],
@@ -111,7 +111,7 @@ def cut_response(tokenizer, response):
 def segment_label(segment, spans):
     """1 for a good segment, 0 if a span of its axis overlaps it, None if there is nothing to learn from it.
 
-    Annotators did not judge the truth of what they had marked as irrelevant, redundant or incoherent: where
+    Annotators did not judge the truth of what they had flagged as irrelevant, redundant or incoherent: where
     only such spans overlap, factuality is unknown (as in the code of arXiv:2306.01693). spans:
     [(start, end, category), …] in characters.
     """
@@ -126,10 +126,10 @@ def segment_label(segment, spans):
 # ------------------------------------------------------------------------------------------------- feedback
 
 class Mark(NamedTuple):
-    """A response token at which to judge, and in training the label."""
+    """A response token at which a reward model is read, and in training the label to learn there."""
     axis: str
     token: int  # counted from the start of its group's first response
-    value: int  # relevance, factuality: 1 good, 0 bad; completeness: a rank, 0 best; not used in reward_fn
+    label: int  # relevance, factuality: 1 good, 0 bad; completeness: a rank, 0 best; not used in reward_fn
 
 
 @dataclass
@@ -140,10 +140,11 @@ class Feedback:
 
 
 def load_feedback(data, split, axes, tokenizer, max_len, most=None):
-    """The training data of some axes: {"spans": Feedback, "comparisons": Feedback}, or what the axes need.
+    """The feedback of a split: {"spans": Feedback, "comparisons": Feedback}, with only what the axes need.
 
     An example longer than max_len loses the beginning of its prompt, and if that is not enough the end of its
-    response. So spans keep their places in the response, and those beyond the cut overlap no segment.
+    response. A response keeps its beginning, so the places of spans in it stay right; a span beyond the cut
+    overlaps no segment.
     """
     feedback = {}
     if "relevance" in axes or "factuality" in axes:
@@ -169,9 +170,9 @@ def span_marks(tokenizer, group, spans, axes):
     for segment in cut_response(tokenizer, response.tolist()):
         if segment.axis == "completeness" or segment.axis not in axes:
             continue
-        value = segment_label(segment, spans)
-        if value is not None:
-            marks.append(Mark(segment.axis, segment.token, value))
+        label = segment_label(segment, spans)
+        if label is not None:
+            marks.append(Mark(segment.axis, segment.token, label))
     return marks
 
 
@@ -190,14 +191,16 @@ def check_feedback(feedback, axes, run):
     for axis in axes:
         if axis == "completeness":
             continue
-        values = {mark.value for marks in feedback["spans"].marks for mark in marks if mark.axis == axis}
-        if len(values) < 2:
-            quantity = "every" if values == {0} else "no"  # 0: marked as an error
-            run.print0(f"{quantity} segment of {run.cfg.data} is marked {' or '.join(AXES[axis])}: "
+        labels = set()
+        for marks in feedback["spans"].marks:
+            labels.update(mark.label for mark in marks if mark.axis == axis)
+        if len(labels) < 2:
+            quantity = "every" if labels == {0} else "no"  # 0: an error
+            run.print0(f"{quantity} segment of {run.cfg.data} is flagged as {' or '.join(AXES[axis])}: "
                        f"the {axis} model has nothing to learn")
     if "comparisons" in feedback:
         comparisons = feedback["comparisons"]
-        ranks = [[mark.value for mark in marks] for marks in comparisons.marks]
+        ranks = [[mark.label for mark in marks] for marks in comparisons.marks]
         check_pairs(comparisons.groups, ranks, run.cfg.max_len, run.cfg.data)
 
 
@@ -208,7 +211,7 @@ class PackedMarks:
     """The marks of a packed batch, side by side: (M,) each."""
     axis: torch.Tensor   # index into the axes of the reward model
     token: torch.Tensor  # counted over the N response tokens of the batch
-    value: torch.Tensor
+    label: torch.Tensor
     group: torch.Tensor  # index into the batch's groups
 
     def of_axis(self, k):
@@ -218,13 +221,13 @@ class PackedMarks:
 
 def pack_marks(groups, marks, axes, device):
     """The packed batch of some groups, and their marks (a list of Mark per group) -> Batch, PackedMarks."""
-    columns = {"axis": [], "token": [], "value": [], "group": []}
+    columns = {"axis": [], "token": [], "label": [], "group": []}
     first = 0  # of the batch's response tokens, the group's first
     for i, ((_, responses), group_marks) in enumerate(zip(groups, marks)):
         for mark in group_marks:
             columns["axis"].append(axes.index(mark.axis))
             columns["token"].append(first + mark.token)
-            columns["value"].append(mark.value)
+            columns["label"].append(mark.label)
             columns["group"].append(i)
         first += sum(map(len, responses))
     for name, column in columns.items():
@@ -233,7 +236,7 @@ def pack_marks(groups, marks, axes, device):
 
 
 def judge(models, batch, marks):
-    """The score of each mark by the head of its axis: (M,) float32.
+    """Each mark's score, from the head of its axis: (M,) float32.
 
     The models' heads, side by side, are in the order of the axes.
     """
@@ -255,18 +258,18 @@ def reward_losses(scores, marks, axes):
     for k, axis in enumerate(axes):
         of_axis = marks.of_axis(k)
         s = scores[of_axis]
-        value = marks.value[of_axis]
+        label = marks.label[of_axis]
         if axis == "completeness":
             group = marks.group[of_axis]
             # ranking_loss is a mean over comparisons, and 0 without any. Each has a pair: load_feedback left
             # out those whose responses all tie.
             n_comparisons = len(group.unique())
-            loss, accuracy = reward.ranking_loss(s, group, value)
+            loss, accuracy = reward.ranking_loss(s, group, label)
             losses[axis] = n_comparisons * loss
             right[axis] = n_comparisons * accuracy
         else:
-            losses[axis] = F.binary_cross_entropy_with_logits(s, value.float(), reduction="sum")
-            right[axis] = ((s > 0) == (value == 1)).sum()
+            losses[axis] = F.binary_cross_entropy_with_logits(s, label.float(), reduction="sum")
+            right[axis] = ((s > 0) == (label == 1)).sum()
     return losses, right
 
 
@@ -276,8 +279,8 @@ def judgements(models, feedback, axes, micro_tokens):
 
     The marks and scores are in the order of the indices, and for each group in the order of feedback.marks.
     """
-    # Every process may call this with groups of its own. (Processes that hold parts of one sharded model have
-    # to run it equally often: all_micro_batches cuts more finely where that is needed. No group comes twice.)
+    # Every process may call this with groups of its own. (If the model is sharded, all processes must run it
+    # equally often, so all_micro_batches cuts more finely where that is needed. No group comes twice.)
     for indices in batches.all_micro_batches(feedback.groups, micro_tokens, models[0]):
         groups = [feedback.groups[i] for i in indices]
         batch, marks = pack_marks(groups, [feedback.marks[i] for i in indices], axes, models[0].device)
@@ -298,9 +301,9 @@ def count_per_axis(marks, axes):
 
 
 def train_rewards(cfg, init, axes):
-    """Trains one reward model, which starts from `init` and has a head for each of `axes`, into cfg.out.
+    """Trains one reward model, which starts from `init` and has a head for each of `axes`.
 
-    cfg is a reward.Config.
+    cfg is a reward.Config; the model is saved in cfg.out.
     """
     run = Run("rewards", cfg)
     data = run.data
@@ -313,6 +316,7 @@ def train_rewards(cfg, init, axes):
     check_feedback(feedback, axes, run)
     groups, marks = [], []
     step_batches = [[] for _ in range(cfg.steps)]  # for each step a list of indices into groups
+    # A comparison has about four responses, so a quarter as many are about as much to read.
     batch_sizes = {"spans": cfg.batch_size, "comparisons": cfg.batch_size // 4}
     for kind, source in feedback.items():
         first = len(groups)  # where this source begins in groups
@@ -324,9 +328,9 @@ def train_rewards(cfg, init, axes):
         marks += source.marks
     sizes = ", ".join(f"{len(source.groups)} {kind}" for kind, source in feedback.items())
     run.print0(f"finegrained: {sizes} of {cfg.data}, {init} -> {run.out} on {run.device}")
-    # Prints the first example, with the tokens marked where it is judged, and warns of suspicious data.
+    # Prints the first response, the tokens marked where it is judged, and warns if the data look wrong.
     first_marks = [mark.token for mark in marks[0]]
-    run.show_data(groups, loss_tokens=[first_marks])  # a list for each response of the first group
+    run.show_data(groups, loss_tokens=[first_marks])
 
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
     run.start_or_resume(model, optimizer, ["loss", *(f"{axis}_accuracy" for axis in axes)])
@@ -338,8 +342,8 @@ def train_rewards(cfg, init, axes):
         n_of_axis = count_per_axis([marks[i] for i in step_batches[step]], axes)
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices; the groups that they stand for have at most cfg.micro_tokens tokens. With several
-        # processes, each has the micro-batches of its share.
+        # of indices into groups; together, these groups have at most cfg.micro_tokens tokens. With several
+        # processes, each works through its own share of the batch.
         for indices in run.micro_batches(step_batches[step], groups):
             batch, batch_marks = pack_marks(
                 [groups[i] for i in indices], [marks[i] for i in indices], axes, run.device)
@@ -396,14 +400,16 @@ def accuracy_rows(model, axes, feedback, cfg):
             batch_clusters = [source.clusters[i] for i in indices]
             for k, axis in enumerate(axes):
                 of_axis = marks.of_axis(k)
-                s, value, group = scores[of_axis], marks.value[of_axis], marks.group[of_axis]
+                s = scores[of_axis]
+                label = marks.label[of_axis]
+                group = marks.group[of_axis]
                 if axis == "completeness":
                     for g in group.unique():
-                        _, accuracy = reward.ranking_loss(s[group == g], group[group == g], value[group == g])
+                        _, accuracy = reward.ranking_loss(s[group == g], group[group == g], label[group == g])
                         comparisons_right.append(accuracy.item())
                         clusters[axis].append(batch_clusters[g])
                 else:
-                    labels[axis] += (value == 1).tolist()
+                    labels[axis] += (label == 1).tolist()
                     guesses[axis] += (s > 0).tolist()
                     clusters[axis] += [batch_clusters[g] for g in group]
     rows = []
@@ -448,7 +454,7 @@ def load_rewards(cfg, init, tokenizer):
     loaded = RewardModels([], [], 0.0, 1.0)
     for folder, axes in axes_of_folder.items():
         checkpoint = load_or_train(folder, axes, init, cfg)
-        model, its_tokenizer = checkpoints.load_model(folder, cfg, is_policy=False)
+        model, its_tokenizer = checkpoints.load_model(folder, cfg, require_policy=False)
         if its_tokenizer.name != tokenizer.name:
             raise SystemExit(f"{folder}: this reward model has the tokenizer {its_tokenizer.name}, "
                              f"the policy {init} has {tokenizer.name}")
@@ -474,7 +480,8 @@ def load_or_train(folder, axes, init, cfg):
     # The settings: reward.py's recipe, then --reward_steps and the like.
     settings = {"recipe": cfg.recipe, **reward.RECIPES.get(cfg.recipe, {})}
     settings |= {"steps": cfg.reward_steps, "batch_size": cfg.reward_batch_size, "lr": cfg.reward_lr}
-    # The rest is as for PPO. Not the seed: runs of PPO with other seeds share reward models.
+    # These are as for PPO. All else is reward.Config's, also the seed: runs of PPO with other seeds share
+    # their reward models.
     for name in ("data", "data_dir", "device", "compile", "dtype", "checkpoint_blocks", "fsdp", "max_len",
                  "micro_tokens", "n_layer", "n_head", "n_embd"):
         settings[name] = getattr(cfg, name)
@@ -501,18 +508,18 @@ def finegrained_reward(reward_models, tokenizer, cfg):
         marks = []
         for response in responses:
             segments_of_response = cut_response(tokenizer, response)
-            marks.append([Mark(s.axis, s.token, value=0) for s in segments_of_response if weights[s.axis]])
+            marks.append([Mark(s.axis, s.token, label=0) for s in segments_of_response if weights[s.axis]])
         feedback = Feedback([(prompt, [response]) for prompt, response in zip(prompts, responses)], marks)
 
+        # Judge: a score for each segment. Those of a micro-batch come response by response, like its indices.
         r = torch.zeros(grids.length_mask(responses).shape)  # (B, R)
         for indices, _, scores in judgements(
                 reward_models.models, feedback, reward_models.axes, cfg.micro_tokens):
-            # Judge: a score for each segment of these responses, one response after the other.
-            judged = []
+            response_and_mark = []
             for i in indices:
-                judged += [(i, mark) for mark in marks[i]]
-            for (i, mark), score in zip(judged, scores.cpu()):
-                # Weigh it by w_k, and add it at the segment's last token: segments may end together.
+                response_and_mark += [(i, mark) for mark in marks[i]]
+            for (i, mark), score in zip(response_and_mark, scores.cpu()):
+                # w_k R_k, added at T_j^k: segments of different axes can end at the same token.
                 r[i, mark.token] += weights[mark.axis] * reward_of(mark.axis, score)
         return r
 
@@ -538,7 +545,7 @@ def train(cfg):
     reward_models.models = [run.prepare(model) for model in reward_models.models]
     reward_fn = finegrained_reward(reward_models, tokenizer, cfg)
     cfg = replace(cfg, out=run.out)
-    del run  # ppo.train opens its own Run in this folder; with --resume that one loads the checkpoint again
+    del run  # frees the checkpoint that --resume loaded; ppo.train opens a Run of its own in this folder
     return ppo.train(cfg, reward_fn)
 
 

@@ -14,15 +14,15 @@ iteration has seven steps. Each has its own section below, and is marked with it
     4. compute_gae     advantages and returns: Schulman et al. 2015, arXiv:1506.02438 eq. 16;
                        without a value model rloo_advantages or grpo_advantages, of K responses
     5. update          epochs of clipped minibatch updates: Schulman et al. 2017, arXiv:1707.06347 eq. 7
-    6. AdaptiveKL      moves β towards a target KL, if one is set: arXiv:1909.08593 §2.2
+    6. AdaptiveKL      adapts β so that the KL approaches a target, if one is set: arXiv:1909.08593 §2.2
     7. statistics      log, and save a checkpoint
 
 Every quantity lives on a (B, R) grid of response tokens: column t is about the action y_t, taken in the
-state (x, y_<t). `mask` is True where there is a token; the EOS is an action and is in the mask. The models
-work on packed batches instead: `pack` lays prompts and responses end to end without padding (a response sees
-its prompt and itself, and its positions continue the prompt's), and `states(batch)` are the hidden states
-(N, n_embd) that predict its N response tokens, batch.target.
-grid[mask] is such a flat array (N,), in the same order.
+state s_t = (x, y_<t). `mask` is True where there is a token; the EOS is an action and is in the mask. The
+models work on packed batches instead: `pack` lays prompts and responses end to end without padding (a
+response sees its prompt and itself, and its positions continue the prompt's), and `states(batch)` are the
+model's hidden states at the s_t, (N, n_embd), which predict the batch's N response tokens, batch.target.
+`grids.to_grid` turns a flat array (N,) into a grid, and grid[mask] turns it back.
 
     python ppo.py                         the animals world, from scratch: SFT and reward model first
     python ppo.py --reward=gold           against the true reward: a programmatic verifier
@@ -33,7 +33,8 @@ grid[mask] is such a flat array (N,), in the same order.
 Or call train(cfg, reward_fn) with your own reward. If yours takes two texts, wrap it: text_reward(function,
 tokenizer). In general, reward_fn(prompts, responses), two lists of lists of token ids, returns the reward of
 each response token, (B, R) numbers with R the length of the longest response, and 0 after a response's end.
-PPO then clips it, subtracts missing_eos_penalty where a response did not end, and subtracts the KL penalty.
+PPO then clips it, with --reward_clip, and subtracts missing_eos_penalty where a response did not end, and the
+KL penalty everywhere.
 With several processes, each calls it for its own share of the prompts.
 
 Left out: an entropy bonus, GRPO's KL in the loss (here it is in the reward), and asynchronous generation.
@@ -66,10 +67,10 @@ class Config(RunConfig):
     normalize_reward: bool = False      # divide scores by their standard deviation on demonstrations
     reward_clip: PositiveFloat | None = None  # the largest absolute reward of a token, before all penalties
     missing_eos_penalty: NonNegativeFloat = 1.0  # subtracted at the last token of a response that did not end
-    value_init: Literal["reward", "sft"] = "reward"  # the value model's start; SFT without a reward model
+    value_init: Literal["reward", "sft"] = "reward"  # the value model's start; without a reward model sft
     share_value: bool = False           # a value head on the policy, instead of a model from value_init
     kl_coef: NonNegativeFloat = 0.1     # β, weight of the KL penalty; with kl_target, its first value
-    kl_target: PositiveFloat | None = None  # KL(π‖π_ref) per response for β to reach; None: β is fixed
+    kl_target: PositiveFloat | None = None  # KL(π‖π_ref) per response to which β is adapted; None: β is fixed
     kl_horizon: PositiveFloat = 10000.0  # in episodes; larger: β adapts more slowly
     stop_kl: NonNegativeFloat | None = None  # KL(π_old‖π) per token at which an iteration's epochs end
     temperature: PositiveFloat = 1.0    # τ, of sampling, of PPO's log-probs, and of the final evaluation
@@ -140,7 +141,7 @@ class Episodes:
     values: torch.Tensor | None = None         # 2. V(s_t) before the update
     kl: torch.Tensor | None = None             # 2. KL(π(·|s_t) ‖ π_ref(·|s_t)), exact over the vocabulary
     entropy: torch.Tensor | None = None        # 2. of π(·|s_t)
-    dense_rewards: torch.Tensor | None = None  # 3. rewards minus the KL penalty
+    dense_rewards: torch.Tensor | None = None  # 3. rewards minus all penalties
     advantages: torch.Tensor | None = None     # 4. Â_t, whitened if asked for
     returns: torch.Tensor | None = None        # 4. GAE: Â_t + V(s_t), with Â_t before whitening
 
@@ -151,7 +152,7 @@ class Episodes:
 
     @property
     def n_tokens(self):
-        """Of all prompts and responses, each prompt counted once."""
+        """The number of tokens in all prompts and responses; each prompt counts once."""
         return sum(map(group_length, self.groups))
 
     def rows(self, indices):
@@ -180,10 +181,11 @@ def rollout(policy, prompts, reward_fn, tokenizer, cfg):
     """
     prompts = grids.repeat_each(prompts, cfg.k)
     sampler = sharding.sampling_copy(policy)  # in bfloat16 on CUDA; on a CPU the policy itself
-    # One uniform number per token decides what is sampled (by inverting the CDF), the same in every process.
-    # In float64: steps of 2⁻²⁴, those of a float32, would pass over most of the rarest tokens.
+    # One uniform number per token decides what is sampled, by inverting the CDF. Every process draws all of
+    # them, so that the random states stay equal, and uses its share. In float64, since the steps of a
+    # float32, 2⁻²⁴, would pass over most of the rarest tokens.
     noise = torch.rand(len(prompts), cfg.max_new_tokens, dtype=torch.float64)
-    my_prompts = dist.process_share(prompts)  # contiguous, so the K rows of a prompt stay together
+    my_prompts = dist.process_share(prompts)  # whole groups of K rows (check_settings sees to that)
     my_responses, my_logprobs = sampler.generate(
         my_prompts, cfg.max_new_tokens, cfg.temperature, eos=tokenizer.eot_token,
         noise=dist.process_share(noise), return_logprobs=True)
@@ -263,7 +265,7 @@ def evaluate_batch(models, batch, temperature):
         logp = models.policy.log_softmax(s, temperature)              # (n, vocab_size)
         ref_logp = models.ref_policy.log_softmax(ref_s, temperature)  # (n, vocab_size)
         p = logp.exp()
-        pieces["logprobs"].append(logp.gather(1, y)[:, 0])  # bit for bit those of `update`
+        pieces["logprobs"].append(logp.gather(1, y)[:, 0])  # on a CPU those of `update`, bit for bit
         pieces["ref_logprobs"].append(ref_logp.gather(1, y)[:, 0])
         # Σ_v π(v|s_t) log π/π_ref (v|s_t); rounding can make a KL of almost 0 negative
         pieces["kl"].append((p * (logp - ref_logp)).sum(-1).clamp(min=0))
@@ -324,7 +326,8 @@ def masked_var(x, mask):
 def whiten(x, mask, shift_mean=True):
     """Scales x (B, R) to unit variance over the mask, and to mean 0 if shift_mean; 0 off the mask.
 
-    To keep the mean of rewards, a constant is added to each token's. Longer responses have more of it.
+    Without shift_mean, the mean μ is kept: x/σ + (1 − 1/σ) μ. Each token then gets the same constant, and a
+    longer response more of it in total.
     """
     mean = masked_mean(x, mask)
     white = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
@@ -421,7 +424,7 @@ def value_loss(values, old_values, returns, mask, clip):
 def ptx_loss(policy, demonstrations, n_tokens):
     """arXiv:2203.02155 eq. 2's second term for some demonstrations: −Σ_t log π(y_t | x, y_<t) / n_tokens.
 
-    At temperature 1, whatever the rollout's: eq. 2 is about π, which is to imitate the demonstrations.
+    At temperature 1, whatever the rollout's: eq. 2 trains π itself to imitate the demonstrations.
     """
     batch = pack(demonstrations).to(policy.device)
     return -policy.logprobs(batch).sum() / n_tokens
@@ -464,7 +467,8 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                 batch = pack([groups[i] for i in indices]).to(run.device)
                 # The same responses with what steps 2 and 4 gave them: old.logprobs is log π_old.
                 old = episodes.select(episodes.rows(indices), run.device)
-                # A mean over the tokens of these rows becomes its share of the mean over the minibatch.
+                # The losses below are means over the tokens of these responses. Times weight, each is their
+                # part of the mean over the whole minibatch.
                 weight = old.mask.sum() / n_tokens
 
                 # PPO's eq. 7, the clipped surrogate. First log π(y_t|s_t) under the current weights, back on
@@ -486,7 +490,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                 (loss * weight).backward()
 
             # InstructGPT's eq. 2, second term: ptx_coef · E[log π] on demonstrations; its gradient is added
-            # to PPO's. (It is logged without demonstrations too, as 0.)
+            # to PPO's. (Without demonstrations, 0 is logged.)
             metrics.add(ptx_loss=torch.zeros((), device=run.device))
             if ptx_batches is not None:
                 demonstrations = next(ptx_batches)
@@ -497,11 +501,11 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                     (cfg.ptx_coef * loss).backward()
                     metrics.add(ptx_loss=loss)
 
-            # Add up the gradients and the metrics of all processes.
+            # Sum the gradients over the processes, and the metrics: each is a part of the minibatch's mean.
             dist.sync_gradients(models.policy)
             if "value" in optimizers:
                 dist.sync_gradients(models.value_model)
-            step_metrics = metrics.total()  # sums of weighted means, so means over the minibatch
+            step_metrics = metrics.total()
 
             # The policy has moved far enough from the one that sampled: throw this gradient away, and
             # start a new rollout.
@@ -536,7 +540,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
 # ------------------------------------------------------------------------------------- 6. the KL controller
 
 class AdaptiveKL:
-    """Ziegler's controller, arXiv:1909.08593 §2.2, which moves β until the KL per response is the target.
+    """Ziegler's controller, arXiv:1909.08593 §2.2: β rises while the KL per response is above the target.
 
     e = clip(KL/target − 1, ±0.2);  β ← β (1 + e n/horizon) for n episodes (n/horizon is 0.1 in the paper).
     With target None, β is fixed.
@@ -639,7 +643,8 @@ def check_settings(cfg, data, has_reward_fn):
                          f"--minibatches={cfg.minibatches} times --k={cfg.k}")
     if cfg.batch_size // (cfg.minibatches * cfg.k) % dist.n_processes():
         raise SystemExit(f"--batch_size={cfg.batch_size} in --minibatches={cfg.minibatches}: "
-                         f"{dist.n_processes()} processes cannot share a minibatch evenly")
+                         f"{dist.n_processes()} processes cannot share a minibatch evenly "
+                         f"(with --k={cfg.k}, it has {cfg.batch_size // cfg.minibatches // cfg.k} groups)")
     if cfg.max_new_tokens >= cfg.max_len:
         raise SystemExit(f"--max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in "
                          f"--max_len={cfg.max_len}")
@@ -690,7 +695,7 @@ def train(cfg, reward_fn=None):
     if cfg.ptx_coef:
         demonstrations = DemonstrationBatches(run, tokenizer)  # of eq. 2's second term
     run.print0(f"{cfg.advantage}: {len(prompts)} prompts of {cfg.data}, {init} -> {run.out} on {run.device}")
-    run.show_data([(prompt, []) for prompt in prompts])
+    run.show_data([(prompt, []) for prompt in prompts])  # prints the first prompt; no responses yet
 
     # Open the log. With --resume, first restore the models, the optimizers, β and the random state.
     checkpoint = run.start_or_resume(models.policy, optimizers["policy"], CONSOLE)
@@ -718,8 +723,8 @@ def train(cfg, reward_fn=None):
             first_epoch += run.micro_batches(minibatch, episodes.groups)
         evaluate_tokens(episodes, models, first_epoch, cfg)
 
-        # 3. The r_t that PPO sees: each token's reward minus β log π/π_ref (y_t|s_t). Most rewards, as a
-        # reward model's, are on the last token only. There a missing EOS is penalized too.
+        # 3. The r_t that PPO sees: each token's reward minus β log π/π_ref (y_t|s_t). Most rewards, such as a
+        # reward model's, sit on the last token alone. So does the penalty for a missing EOS.
         kl_coef = kl_controller.coef  # β
         episodes.dense_rewards = dense_reward(
             episodes.rewards, episodes.logprobs, episodes.ref_logprobs, episodes.ended, episodes.mask,
@@ -736,7 +741,8 @@ def train(cfg, reward_fn=None):
             if cfg.whiten_advantages:
                 episodes.advantages = whiten(episodes.advantages, episodes.mask)
         else:
-            # Not whitened: each group has its own baseline, and whitening would subtract one of all groups.
+            # Not whitened: each group has its own baseline already; whitening would subtract another one,
+            # common to all groups.
             estimator = rloo_advantages if cfg.advantage == "rloo" else grpo_advantages
             episodes.advantages = group_advantages(rewards, episodes.mask, estimator, cfg.k)
         evaluate_s = time.time() - begin

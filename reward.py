@@ -8,18 +8,19 @@ and the prompt once for all of them. The sum is over these pairs:
     L(θ) = −E_x [ 1/(K choose 2) Σ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]                             (eq. 1)
 
 Eq. 1 sees differences only: a constant added to all scores of a prompt changes nothing. So at the end, as
-in InstructGPT, the bias is shifted so that demonstrations score 0 on average. Two things are added here:
+in InstructGPT, the bias is shifted so that demonstrations score 0 on average. Three things are added here:
 
 - a small term center_coef · (2 r̄)², with r̄ the mean score of a prompt's K responses. It holds r̄ near 0 and
-  leaves the differences alone. At K = 2 it is (r_w + r_l)², arXiv:2312.09244.
+  leaves the differences alone. At K = 2, (2 r̄)² = (r_w + r_l)², as in arXiv:2312.09244.
 - the standard deviation of the demonstrations' scores, saved with the weights so that PPO can divide by it.
+- on request, a margin that r_w has to win by (--margin).
 
     python reward.py                                the animals world, from scratch: SFT first
     python reward.py hh --init=out/sft-hh           Anthropic's HH-RLHF, GPT-2
     python reward.py imdb                           the sentiment of IMDb reviews
     python reward.py tldr                           summaries of Reddit posts
     python reward.py qa_feedback                    long answers to questions
-    python reward.py --data=mine.jsonl --init=gpt2  your own comparisons, in the recipe hh
+    python reward.py --data=mine.jsonl --init=gpt2  your own comparisons, with the settings of the recipe hh
 
 Without --init it starts from the SFT model of the same data, and trains that first if it is missing.
 
@@ -48,13 +49,13 @@ class Config(RunConfig):
     center_coef: NonNegativeFloat = 0.01  # of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1600           # optimizer steps
     batch_size: PositiveInt = 16        # prompts per step, each with its K responses, over all processes
-    micro_tokens: PositiveInt = 1024    # at most so many tokens in a forward pass; more accumulate gradients
+    micro_tokens: PositiveInt = 1024    # tokens per forward pass at most; larger batches accumulate gradients
     lr: NonNegativeFloat = 2e-3         # peak learning rate
     warmup: NonNegativeInt = 20         # steps of linear warm-up, before the cosine to 0
-    val_every: PositiveInt = 800        # steps between validation accuracies
+    val_every: PositiveInt = 800        # steps between validations
     log_every: PositiveInt = 50         # steps between lines on the console
     ckpt_every: PositiveInt = 100       # steps between checkpoints
-    eval_n: NonNegativeInt = 1000       # validation comparisons; training demonstrations to center scores on
+    eval_n: NonNegativeInt = 1000       # how many validation comparisons; and demonstrations to center scores
 
 
 RECIPES = {
@@ -82,18 +83,19 @@ def ranked_pairs(scores, rank):
 
 
 def split_by_group(scores, group, rank):
-    """Scores and ranks of S responses, (S,) each -> for each group those of its K responses, (K,) each."""
+    """Scores and ranks of S responses, (S,) each -> for each group a pair (scores, ranks), (K,) each."""
     return [(scores[group == g], rank[group == g]) for g in group.unique()]
 
 
 def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
     """The reward model's loss, arXiv:2203.02155 eq. 1: a mean over each group's pairs, then over groups.
 
-    A group is a prompt with its ranked responses. scores (S,); group (S,): to which group each response
-    belongs; rank (S,): 0 is best, equal ranks tie and form no pair. A pair's loss is −log σ(r_w − r_l −
-    margin). Each group adds center_coef · (2 r̄)², with r̄ the mean of its scores: a sum over pairs of
-    (r_w + r_l)² would, for K > 2, also shrink the differences.
-    Returns the loss, and the accuracy: the share of pairs with r_w > r_l, equal scores counting one half.
+    A group is a prompt with its ranked responses. scores (S,); group (S,): the group each response belongs
+    to; rank (S,): 0 is best, equal ranks tie and form no pair. A pair's loss is −log σ(r_w − r_l − margin).
+    Each group with a pair adds center_coef · (2 r̄)², with r̄ the mean of its scores. (Not the sum over pairs
+    of (r_w + r_l)²: that is (K − 2) Σ r_i² + (Σ r_i)², whose first term, for K > 2, shrinks the differences.)
+    Returns the loss and the accuracy, both means over groups. A group's accuracy is the share of its pairs
+    with r_w > r_l, equal scores counting one half.
     """
     losses, accuracies = [], []
     for group_scores, group_rank in split_by_group(scores, group, rank):
@@ -143,23 +145,25 @@ def train(cfg):
     run = Run("reward", cfg)  # the device, the folder, the log and the checkpoints
     init = cfg.init or run.train_if_missing("sft")
 
-    # is_policy=False: init may be a policy or another reward model, since its head is replaced anyway.
-    reward_model, tokenizer = run.load_model(init, is_policy=False)
+    # init may be a policy, or another reward model, since its head is replaced anyway.
+    reward_model, tokenizer = run.load_model(init, require_policy=False)
     reward_model.set_scalar_heads(1)  # a new head with random weights, bias 0
     reward_model = run.prepare(reward_model)  # moved to the device; sharded or compiled if asked for
 
-    # Comparisons: a prompt and its K ranked responses. `groups` are the same as token ids, in the same order.
-    # Those longer than max_len lose the beginning of the prompt first, then the ends of responses.
+    # Comparisons: a prompt and its K ranked responses. `groups` are the same as token ids, in the same order:
+    # (prompt_ids, [response_ids, …]). If the prompt and its longest response exceed max_len, the prompt loses
+    # its beginning first, then the responses their ends.
     data = run.data
     comparisons = data.comparisons("train", cfg.k)
-    comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # leaves out those that tie altogether
+    comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # not those whose responses all tie
     groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], cfg.max_len)
     # Identical responses cannot be told apart: prints how many pairs are identical, and exits if all are.
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
     validation, validation_groups = run.held_out_comparisons(cfg.k)
     batches = run.shuffled_batches(groups)  # for each step a list of indices into groups
     run.print0(f"reward: {len(groups)} comparisons of {cfg.data}, {init} -> {run.out} on {run.device}")
-    # Prints the first comparison, with the tokens marked where scores are read, and warns of suspicious data.
+    # Prints the first comparison, with the tokens marked where scores are read, and warns if the data look
+    # wrong.
     last_tokens = [[len(response) - 1] for response in groups[0][1]]
     run.show_data(groups, [f"rank {rank}" for rank in comparisons[0].ranks], last_tokens)
 
@@ -171,17 +175,17 @@ def train(cfg):
         metrics = Metrics()
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices; the groups that they stand for have at most cfg.micro_tokens tokens. With several
-        # processes, each has the micro-batches of its share.
+        # of indices into groups; together, these groups have at most cfg.micro_tokens tokens. With several
+        # processes, each works through its own share of the batch.
         for indices in run.micro_batches(batches[step], groups):
             # r(x, y) of every response, group by group; the responses to one prompt do not see each other.
             batch = pack([groups[i] for i in indices]).to(run.device)
             scores = reward_model.score(batch)  # (S,), read at each response's last token
-            # To which group each response belongs, as an index, and its rank in that group: (S,) each
+            # The group each response belongs to, as an index, and its rank in that group: (S,) each
             group, rank = group_and_rank([comparisons[i] for i in indices], run.device)
 
-            # eq. 1: −log σ(r(x, y_w) − r(x, y_l)) (less --margin, if given), a mean over each group's pairs,
-            # then over groups; and a small term that holds a group's mean score near 0
+            # eq. 1: −log σ(r(x, y_w) − r(x, y_l)), a mean over each group's pairs, then over groups; and a
+            # small term that holds a group's mean score near 0
             loss, accuracy = ranking_loss(scores, group, rank, cfg.margin, cfg.center_coef)
 
             # Turn the micro-batch's mean over groups into its share of the batch's mean. (Every group has a
@@ -189,8 +193,8 @@ def train(cfg):
             n_groups = len(indices)
             (loss * n_groups / cfg.batch_size).backward()
 
-            # The quantities to watch. `add` sums them up, without gradient, and mean(batch_size) divides. The
-            # margin in the log is that of the scores, r_w − r_l, not --margin.
+            # What is to be watched: `add` sums up the elements, without gradient; mean(batch_size) divides.
+            # (The margin in the log is that of the scores, r_w − r_l, not --margin.)
             metrics.add(loss=loss * n_groups, accuracy=accuracy * n_groups,
                         margin=score_gap(scores, group, rank))
 
@@ -216,8 +220,8 @@ def train(cfg):
             run.save_if_due(step + 1, reward_model, optimizer)
 
     # Center the scores: training demonstrations (for comparison data, the best responses) get 0 on average.
-    # If a finished run was resumed and nothing was left to train, that has been done, and the checkpoint has
-    # their standard deviation.
+    # If a finished run was resumed and nothing was left to train, they are centered already, and the
+    # checkpoint holds their standard deviation.
     was_centered = run.start == cfg.steps and "score_std" in checkpoint
     if was_centered:
         score_std = checkpoint["score_std"]

@@ -4,20 +4,19 @@ The language-model loss on demonstrations, taken over the tokens of the response
 
     L(θ) = −Σ_t log π_θ(y_t | x, y_<t) / number of response tokens in the batch
 
-The EOS that ends a response is one of its tokens, so the model learns when to stop.
+The EOS that ends a response is one of its tokens, so the model learns when to stop. (A response that was cut
+at max_len has none.)
 
 The result is π_SFT. Every later stage starts from it, and PPO and DPO keep a copy as the reference π_ref.
 
     python sft.py                                the animals world, from scratch
     python sft.py hh --init=gpt2-medium          the chosen answers of Anthropic's HH-RLHF
-    python sft.py tldr                           Reddit posts and their TL;DRs; likewise qa_feedback and imdb
-    python sft.py --data=mine.jsonl --init=gpt2  your own file (data/jsonl.py), in the recipe hh
+    python sft.py tldr                           Reddit posts and their TL;DRs; also qa_feedback and imdb
+    python sft.py --data=mine.jsonl              your own file (data/jsonl.py), with the settings of recipe hh
 
-Left out: dropout, loss on prompt tokens.
+Left out: dropout, loss on prompt tokens, choosing a checkpoint by its reward (the paper does).
 """
 from dataclasses import dataclass
-
-import torch
 
 import evaluate
 from common.dist import sync_gradients
@@ -59,9 +58,9 @@ MAX_RESPONSES = 4  # in a group; the responses to one prompt, if more, are split
 
 
 def group_by_prompt(demonstrations):
-    """[(prompt, response), …] -> [(prompt, [response, …]), …], so that responses share their prompt's pass.
+    """[(prompt, response), …] -> [(prompt, [response, …]), …], to compute a prompt once for its responses.
 
-    A group is never split over micro-batches, so its size is limited.
+    A group always stays within one micro-batch, so its size is limited.
     """
     responses_to = {}
     for prompt, response in demonstrations:
@@ -74,31 +73,27 @@ def group_by_prompt(demonstrations):
 
 
 def sft_loss(logprobs, n_tokens):
-    """−Σ log π(y_t | x, y_<t) / n_tokens: the micro-batch's part of the batch's mean.
+    """−Σ log π(y_t | x, y_<t) / n_tokens: what a micro-batch contributes to the batch's mean.
 
-    logprobs (N,): of the response tokens of one micro-batch. n_tokens: how many the whole batch has.
+    logprobs (N,): one per response token of this micro-batch. n_tokens: response tokens in the whole batch.
     """
     return -logprobs.sum() / n_tokens
 
 
 def count_response_tokens(groups):
-    """How many response tokens there are, each EOS included: the tokens that carry loss."""
+    """How many response tokens there are, EOS included: the tokens that carry loss."""
     total = 0
     for _, responses in groups:
         total += sum(map(len, responses))
     return total
 
 
-@torch.no_grad()
 def validation_loss(policy, groups, run):
     """The loss on held-out demonstrations; None if there are none. Every process computes all of it."""
     if not groups:
         return None
-    total = 0.0
-    for indices in run.all_micro_batches(groups, policy):  # not a share of them, as run.micro_batches gives
-        batch = pack([groups[i] for i in indices]).to(run.device)
-        total += policy.logprobs(batch).sum().item()
-    return -total / count_response_tokens(groups)
+    logp = run.logp_groups(policy, groups)  # log π(y|x) of each response, summed over its tokens
+    return -logp.double().sum().item() / count_response_tokens(groups)
 
 
 def train(cfg):
@@ -110,12 +105,12 @@ def train(cfg):
     run.print0(f"sft: {n_parameters / 1e6:.1f}M parameters on {run.device}, {cfg.data} -> {run.out}")
 
     # Demonstrations: a prompt x and one or more responses y, as token ids with the EOS at the end of y.
-    # An example longer than max_len loses the beginning of its prompt first, then the end of its response,
-    # the EOS included.
+    # If a prompt and its longest response exceed max_len, the prompt loses its beginning first; a response
+    # that is still too long loses its end, the EOS included.
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
     batches = run.shuffled_batches(groups)  # for each step a list of indices into groups
-    run.show_data(groups)  # prints the first example, and warns of suspicious data
+    run.show_data(groups)  # prints the first example, and warns if the data look wrong
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     run.start_or_resume(policy, optimizer)  # with --resume, continues from the last checkpoint
 
@@ -124,15 +119,15 @@ def train(cfg):
         n_tokens = count_response_tokens([groups[i] for i in batches[step]])  # of the whole batch
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices; the groups that they stand for have at most cfg.micro_tokens tokens. With several
-        # processes, each has the micro-batches of its share.
+        # of indices into groups; together, these groups have at most cfg.micro_tokens tokens (or it is a
+        # single group). With several processes, each works through its own share of the batch.
         for indices in run.micro_batches(batches[step], groups):
             # log π(y_t | x, y_<t) of every response token; responses to one prompt do not see each other.
             batch = pack([groups[i] for i in indices]).to(run.device)
             logprobs = policy.logprobs(batch)  # (N,)
             loss = sft_loss(logprobs, n_tokens)
             loss.backward()
-            metrics.add(loss=-logprobs)  # adds them to a sum, without gradient
+            metrics.add(loss=-logprobs)  # one per token: summed here, divided by n_tokens in 3
 
         # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step, clear.
         sync_gradients(policy)
@@ -140,8 +135,8 @@ def train(cfg):
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Log the mean loss: the sum over all processes, divided by n_tokens. Every val_every steps, add
-        # the loss on held-out demonstrations. Save a checkpoint when one is due, or when Ctrl-C asked for it;
-        # in that case the program ends here.
+        # the loss on held-out demonstrations. Save a checkpoint when one is due, or after Ctrl-C, which ends
+        # the program here.
         val_loss = None
         if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
             val_loss = validation_loss(policy, validation, run)

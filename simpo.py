@@ -1,4 +1,4 @@
-"""Simple Preference Optimization (Meng, Xia and Chen 2024, arXiv:2405.14734): DPO without its reference.
+"""Simple Preference Optimization (Meng, Xia and Chen 2024, arXiv:2405.14734): DPO without a reference model.
 
 DPO's reward of a response is β log π/π_ref, a sum over its tokens. But generation uses only the policy's own
 log-probs, so SimPO leaves π_ref out. A sum of log-probs is lower the longer a response is, so the reward is β
@@ -14,13 +14,13 @@ the EOS, where a response has one.
 In our runs the failure mode is that responses become too short (docs/results.md). So we sample responses
 during training and log their length, and we add the SFT term of App. H to keep them from shrinking:
 sft_weight times the mean of −log π over all tokens of the batch's chosen responses, as in the authors' code.
-Every token has the same weight there, while in eq. 6 a token of a long response has less. The paper's own
-settings have sft_weight 0, and so do the recipes for real data.
+It weights every token equally, whereas eq. 6 gives each token of a long response less weight. The paper's
+own settings have sft_weight 0, and so do the recipes for real data.
 
     python simpo.py                                the animals world, from scratch: SFT first, then SimPO
     python simpo.py hh                             Anthropic's HH-RLHF, GPT-2
     python simpo.py tldr                           summaries of Reddit posts; imdb: see data/imdb.py
-    python simpo.py --data=mine.jsonl --init=gpt2  your own comparisons, in the recipe hh
+    python simpo.py --data=mine.jsonl --init=gpt2  your own comparisons, with the settings of the recipe hh
     python simpo.py --beta=10 --gamma_beta_ratio=0.3    γ = 3, as the authors' scripts give it
 
 Left out: the hinge loss of the authors' code.
@@ -50,14 +50,14 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
     label_smoothing: LabelNoise = 0.0  # ε, as in the authors' code: see simpo_loss
     reward_model: str | None = None  # a run of reward.py, for scores and win rates in the final table
     lr: NonNegativeFloat = 3e-4     # peak learning rate
-    sample_every: PositiveInt = 25  # steps between samples of the length
-    sample_n: NonNegativeInt = 64   # validation prompts that are sampled for it
+    sample_every: PositiveInt = 25  # steps between samples, to watch the length
+    sample_n: NonNegativeInt = 64   # how many validation prompts are answered for it
 
 
+# None of these data sets is in the paper. Learning rate, steps and warm-up are those of dpo.py.
 RECIPES = {
     "hh": dict(data="hh", sft_weight=0.0, steps=2500, max_len=512, lr=1e-6, warmup=150, sample_every=250,
                ckpt_every=500, eval_n=64),
-    # The paper has neither hh nor tldr. Learning rate, steps and warm-up are those of dpo.py
     "tldr": dict(data="tldr", sft_weight=0.0, steps=1450, max_len=640, lr=1e-6, warmup=150, sample_every=250,
                  ckpt_every=500, eval_n=64),
     "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", sft_weight=0.0, steps=2100, max_len=136,
@@ -72,16 +72,27 @@ def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma
 
         h = β/|y_w| log π(y_w|x) − β/|y_l| log π(y_l|x) − γ
 
-    With the label smoothing ε of the authors' code, −(1−ε) log σ(h) − ε log σ(−h); it turns the sign of all
-    of h, γ included. Log-probs (B,), summed over response tokens, in nats; lengths (B,) in tokens, EOS
-    included. Returns three tensors (B,): the losses, and the rewards β/|y| log π(y|x) of the chosen and of
-    the rejected responses, without gradient.
+    With the label smoothing ε of the authors' code it is −(1−ε) log σ(h) − ε log σ(−h): the second term has
+    the sign of all of h changed, γ included. Log-probs (B,), summed over response tokens, in nats; lengths
+    (B,) in tokens, EOS included. Returns three tensors (B,): the losses, and the rewards β/|y| log π(y|x) of
+    the chosen and of the rejected responses, without gradient.
     """
     chosen_reward = beta / chosen_len * chosen_logp        # β/|y_w| log π(y_w|x)
     rejected_reward = beta / rejected_len * rejected_logp  # β/|y_l| log π(y_l|x)
     h = chosen_reward - rejected_reward - gamma
     losses = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
     return losses, chosen_reward.detach(), rejected_reward.detach()
+
+
+def response_lengths(groups):
+    """|y| in tokens of the S responses of groups, a list of (prompt_ids, [response_ids, …]): (S,).
+
+    It is never 0: an empty response is still an EOS.
+    """
+    lengths = []
+    for _, responses in groups:
+        lengths += map(len, responses)
+    return torch.tensor(lengths)
 
 
 def pair_logp(policy, pairs):
@@ -91,18 +102,15 @@ def pair_logp(policy, pairs):
     which is computed once; neither sees the other.
     """
     batch = pack(pairs).to(policy.device)
-    logp = per_sequence(policy.logprobs(batch), batch)  # (2B,), a sum each: chosen, rejected, chosen, …
-    # How many tokens each response has: batch.sequence (N,) tells to which response a response token belongs.
-    length = torch.bincount(batch.sequence)  # (2B,)
+    logprobs = policy.logprobs(batch)     # (N,): of all response tokens
+    logp = per_sequence(logprobs, batch)  # (2B,), the sum of each response: chosen, rejected, chosen, …
+    length = response_lengths(pairs).to(policy.device)
     return logp[0::2], logp[1::2], length[0::2], length[1::2]
 
 
 def response_rewards(policy, groups, run, beta):
-    """β/|y| log π(y|x) of each response of groups (prompt_ids, [response_ids, …]): (S,) on the CPU."""
-    lengths = []
-    for _, responses in groups:
-        lengths += map(len, responses)
-    return beta / torch.tensor(lengths) * run.logp_groups(policy, groups)
+    """β/|y| log π(y|x) of each of the S responses of groups: (S,) on the CPU."""
+    return beta / response_lengths(groups) * run.logp_groups(policy, groups)
 
 
 def mean_chosen_length(pairs):
@@ -132,14 +140,14 @@ def train(cfg):
     policy, tokenizer = run.load_model(init)
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
-    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. A pair longer
-    # than max_len loses the beginning of its prompt first, then the ends of its responses.
+    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
+    # the longer response exceed max_len, the prompt loses its beginning first, then the responses their ends.
     comparisons = run.data.comparisons("train")
     pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
     batches = run.shuffled_batches(pairs)  # for each step a list of cfg.batch_size indices into pairs
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
-    run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns of suspicious data
-    # Held-out prompts to watch the length on; a prompt longer than half of the context loses its beginning.
+    run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
+    # Validation prompts to watch the length on; one longer than half of the context loses its beginning.
     sample_prompts = evaluate.encode_cut(run.data.prompts("validation")[:cfg.sample_n], policy, tokenizer)
 
     # Held-out comparisons, as text and as token ids, and the rewards of their responses before training, for
@@ -155,8 +163,8 @@ def train(cfg):
         mean_chosen_len = mean_chosen_length([pairs[i] for i in batches[step]])  # for the SFT term below
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices; the pairs that they stand for have at most cfg.micro_tokens tokens. With several
-        # processes, each has the micro-batches of its share.
+        # of indices into pairs; together, these pairs have at most cfg.micro_tokens tokens. With several
+        # processes, each works through its own share of the batch.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(
                 policy, [pairs[i] for i in indices])  # (b,) each
@@ -166,17 +174,17 @@ def train(cfg):
                 chosen_logp, rejected_logp, chosen_len, rejected_len, cfg.beta, gamma, cfg.label_smoothing)
 
             # App. H, the SFT term: the mean of −log π over all tokens of the batch's chosen responses is
-            # Σ −log π(y_w|x) / Σ |y_w|, and Σ |y_w| = B · mean |y_w|. So each of the B pairs contributes
-            # −log π(y_w|x) / mean |y_w|, divided by B like the other losses.
+            # Σ −log π(y_w|x) / Σ |y_w|, and Σ |y_w| = batch_size · mean |y_w|. So each pair contributes
+            # −log π(y_w|x) / mean |y_w|, and the sum is divided by batch_size, like that of eq. 6.
             sft_losses = -chosen_logp / mean_chosen_len
-            losses = losses + cfg.sft_weight * sft_losses
-            (losses.sum() / cfg.batch_size).backward()
+            total_losses = losses + cfg.sft_weight * sft_losses
+            (total_losses.sum() / cfg.batch_size).backward()
 
-            # The accuracy of the policy as a reward model, where a tie counts one half, and the quantities to
-            # watch. `add` sums them up, without gradient.
+            # The policy's accuracy as a reward model; a tie counts one half. `add` sums up what is to be
+            # watched, without gradient. (The margin in the log is that of the rewards, not γ.)
             tie = (chosen_reward == rejected_reward).float()
             right = (chosen_reward > rejected_reward).float() + 0.5 * tie
-            metrics.add(loss=losses, sft_loss=sft_losses, accuracy=right,
+            metrics.add(loss=total_losses, sft_loss=sft_losses, accuracy=right,
                         margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
@@ -194,12 +202,12 @@ def train(cfg):
             lengths = length_statistics(responses, tokenizer.eot_token)
 
         # 4. Log the batch means: the sums over all processes, divided by the batch size. Save a checkpoint
-        # when one is due, or when Ctrl-C asked for it; in that case the program ends here.
+        # when one is due, or after Ctrl-C, which ends the program here.
         run.log(step + 1, **metrics.mean(cfg.batch_size), **lengths, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
     # The final table, a row for the policy before training and one for after: its answers to held-out
-    # prompts, and how often its rewards β/|y| log π order the responses of held-out comparisons right.
+    # prompts, and how often its rewards β/|y| log π rank the responses of held-out comparisons correctly.
     del optimizer  # frees memory for the evaluation
     rewards = response_rewards(policy, held_out_groups, run, cfg.beta)
     evaluate.report(run, policy, init, reward_model=cfg.reward_model,

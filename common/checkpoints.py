@@ -14,7 +14,7 @@ from engine.weights import PRETRAINED, check_vocabulary, is_pretrained
 from model import GPT, GPTConfig
 
 
-def load_model(init, cfg=None, is_policy=True):
+def load_model(init, cfg=None, require_policy=True):
     """Returns a GPT on the CPU and its tokenizer.
 
     init: a run's folder or a ckpt.pt; a published name ("gpt2", …) or a folder in the Hugging Face format; or
@@ -22,11 +22,11 @@ def load_model(init, cfg=None, is_policy=True):
     one-line message if there is no such model, if its context is shorter than cfg.max_len, or if it is a
     reward model although a policy is needed.
     """
-    model, tokenizer_name = load_model_only(init, cfg, is_policy)
+    model, tokenizer_name = load_model_only(init, cfg, require_policy)
     return model, get_tokenizer(tokenizer_name)
 
 
-def load_model_only(init, cfg=None, is_policy=False):
+def load_model_only(init, cfg=None, require_policy=False):
     """load_model with only the name of the tokenizer, which may have to be fetched."""
     if init == "scratch" and cfg is None:
         raise SystemExit("scratch: new weights, which only --init of a training run can name")
@@ -42,7 +42,7 @@ def load_model_only(init, cfg=None, is_policy=False):
             check_vocabulary(init)
     else:
         checkpoint = load_checkpoint(init)
-        if is_policy and ("score_std" in checkpoint or "axes" in checkpoint):
+        if require_policy and ("score_std" in checkpoint or "axes" in checkpoint):
             raise SystemExit(f"{init}: a reward model, which scores text and cannot write it; "
                              "name it with --reward_model")
         model = GPT(GPTConfig(**checkpoint["model_config"]))
@@ -72,7 +72,7 @@ def load_reward_model(path, tokenizer, cfg=None, normalize=False):
     normalize: divide its scores by their standard deviation on demonstrations, where their mean is 0 already.
     Exits with a one-line message if it is not a reward model, or if its tokenizer is not `tokenizer`.
     """
-    reward_model, its_tokenizer = load_model(path, cfg, is_policy=False)
+    reward_model, its_tokenizer = load_model(path, cfg, require_policy=False)
     if reward_model.config.n_scalars != 1:
         raise SystemExit(f"{path}: not a reward model (reward.py trains one)")
     if its_tokenizer.name != tokenizer.name:

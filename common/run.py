@@ -103,13 +103,13 @@ class Run:
         torch.manual_seed(cfg.seed)  # the random state does not depend on whether anything was trained
         return out
 
-    def load_model(self, init, is_policy=True):
+    def load_model(self, init, require_policy=True):
         """Loads the model that this run trains -> a GPT on the CPU, its tokenizer.
 
         A policy cannot start from a reward model, which is refused in one line. The run's checkpoints keep
         the tokenizer's name and a digest of the model's weights.
         """
-        model, self.tokenizer = load_model(init, self.cfg, is_policy)
+        model, self.tokenizer = load_model(init, self.cfg, require_policy)
         self.digests["init"] = weights_digest(model)
         return model, self.tokenizer
 

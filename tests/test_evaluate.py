@@ -102,7 +102,7 @@ def test_an_exported_reward_model_is_opened_by_transformers(start, capsys):
     sample.main([str(start / "reward"), f"--export={start}/exported"])
     out = capsys.readouterr().out
     assert "that of data/animals.py" in out and "its scalar head is left out" in out
-    ours, vocab_size = load_model(str(start / "reward"), is_policy=False)[0], get_tokenizer("animals").n_vocab
+    ours, vocab_size = load_model(str(start / "reward"), require_policy=False)[0], get_tokenizer("animals").n_vocab
     theirs = transformers.GPT2LMHeadModel.from_pretrained(str(start / "exported")).eval()
     tokens = torch.randint(vocab_size, (3, 40))
     with torch.no_grad():

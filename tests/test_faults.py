@@ -379,8 +379,8 @@ def test_pairs_that_are_cut_to_the_same_and_ranks_that_all_tie(start):
 def test_feedback_without_a_mark_or_with_nothing_else_is_said(start, capsys):
     whole = [{"error type": "Irrelevant", "start": 0, "end": 19}]
     for errors, said in (
-            ([], ["no segment of {} is marked Irrelevant or Redundant or Incoherent: the", "no segment of {} is marked Wrong-Grounding"]),
-            (whole, ["every segment of {} is marked Irrelevant", "no segment of {} is marked Wrong-Grounding or Unverifiable"])):
+            ([], ["no segment of {} is flagged as Irrelevant or Redundant or Incoherent: the", "no segment of {} is flagged as Wrong-Grounding"]),
+            (whole, ["every segment of {} is flagged as Irrelevant", "no segment of {} is flagged as Wrong-Grounding or Unverifiable"])):
         path = start / "small_feedback.json"
         path.write_text(json.dumps([feedback(question=f"{i}?", errors=errors) for i in range(40)]))
         cfg = reward.Config(**TINY | dict(data=str(path), out=str(start / f"r{len(errors)}"), steps=1))
@@ -419,7 +419,7 @@ def test_a_reward_model_with_more_steps_is_centered_again(start):
     here("reward", start, "a", "--steps=9", "--eval_n=20", "--resume")
     checkpoint = load_checkpoint(str(start / "a"))
     assert checkpoint["step"] == 9 and lines(start / "a" / "log.jsonl") == 9
-    model, tokenizer = load_model(str(start / "a"), is_policy=False)
+    model, tokenizer = load_model(str(start / "a"), require_policy=False)
     demonstrations = dataset(str(start / "mine.jsonl")).demonstrations("train")[:20]
     groups = encode_groups(tokenizer, [(prompt, [response]) for prompt, response in demonstrations], 64)
     scores = score_groups(model, groups)

@@ -299,15 +299,19 @@ def save_checkpoint_of(out, model, cfg, **more):
 def test_one_span_and_one_axis_is_holistic_ppo_to_the_bit(world, monkeypatch):
     cfg = replace(world, reward="rm", w1=0.0, w2=0.0, w3=1.0)
     holistic = finegrained.train(cfg)
-    real = ppo.load_models
+    real_load_models, real_adopt_template = ppo.load_models, common.run.Run.adopt_template
 
-    def load_models(*args):  # and a reward model that nobody uses: making one moves the random numbers on
-        models, tokenizer = real(*args)
+    def load_models(*args):
+        models, tokenizer = real_load_models(*args)
         assert models.reward_model is None
-        load_model("rm", cfg, is_policy=False)
         return models, tokenizer
+
+    def adopt_template(run, init):  # and, where holistic PPO loads its reward model, one that nobody uses:
+        real_adopt_template(run, init)
+        load_model("rm", cfg, require_policy=False)  # making it moves the random numbers on
     monkeypatch.setattr(ppo, "load_models", load_models)
-    model, tokenizer = load_model("rm", cfg, is_policy=False)
+    monkeypatch.setattr(common.run.Run, "adopt_template", adopt_template)
+    model, tokenizer = load_model("rm", cfg, require_policy=False)
     reward_fn = finegrained_reward(RewardModels([model], ["completeness"], 0.0, 1.0), tokenizer, cfg)
     policy = ppo.train(replace(cfg, out="b"), reward_fn)
     assert log_of("a") == log_of("b") and len(log_of("a")) == 3

@@ -42,7 +42,7 @@ def test_dpo_by_hand(options, expected):
 
 @pytest.mark.parametrize("loss_type", ["ipo", "hinge"])
 def test_a_loss_without_label_smoothing_refuses_it(loss_type):
-    with pytest.raises(SystemExit, match=f"^--label_smoothing=0.1: --loss_type={loss_type} does not use ε; only sigmoid and robust use it$"):
+    with pytest.raises(SystemExit, match=f"^--label_smoothing=0.1 has no effect with --loss_type={loss_type}; only sigmoid and robust use it$"):
         dpo.train(dpo.Config(loss_type=loss_type, label_smoothing=0.1))
 
 
@@ -169,7 +169,7 @@ def test_ipo_may_average_over_tokens(start):
     a, b = log_of(start / "a")[0], log_of(start / "b")[0]
     assert a["loss"] == b["loss"] == pytest.approx(25.0) and a["margin"] == b["margin"] == 0  # at the reference
     assert a["grad_norm"] < b["grad_norm"] / 2 and a["chosen_logp"] > b["chosen_logp"] / 2
-    with pytest.raises(SystemExit, match="--ipo_average: only --loss_type=ipo averages log-probs, not sigmoid"):
+    with pytest.raises(SystemExit, match="--ipo_average needs --loss_type=ipo, not sigmoid"):
         here("dpo", start, "c", "--ipo_average")
 
 

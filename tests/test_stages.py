@@ -111,7 +111,7 @@ def test_the_policy_and_the_value_model_have_learning_rates_of_their_own(start, 
     """With --lr=0 the policy stays as it is to the bit; --value_lr moves the value model from where it started."""
     ppo.train(ppo_settings(start, lr=0.0, value_lr=1e-3))
     after = load_checkpoint(str(start / "a"))
-    policy, value_model = (load_model(str(start / name), is_policy=False)[0].state_dict() for name in ("start", "reward"))
+    policy, value_model = (load_model(str(start / name), require_policy=False)[0].state_dict() for name in ("start", "reward"))
     assert after["model"].keys() == policy.keys() and after["value_model"].keys() == value_model.keys()
     assert all(torch.equal(after["model"][name], weight) for name, weight in policy.items())
     changed = {name for name, w in value_model.items() if not torch.equal(after["value_model"][name], w)}
