@@ -5,7 +5,8 @@ RLHF maximizes E[r(x, y)] − β KL(π ‖ π_ref). Its optimum has a closed for
     π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x)                                                      (eq. 4)
     r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x)                                                 (eq. 5)
 
-A policy is a reward model in disguise. Bradley and Terry's model of comparisons, y_w preferred to y_l, is
+A policy is a reward model in disguise. The Bradley–Terry model gives the probability that y_w is preferred to
+y_l:
 
     P(y_w ≻ y_l | x) = σ( r(x, y_w) − r(x, y_l) )                                                   (eq. 1)
 
@@ -20,10 +21,12 @@ policy directly, without a reward model and without sampling:
     python dpo.py imdb --beta=0.1                           the paper's Figure 2 (all commands: data/imdb.py)
     python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons: recipe hh, with β 0.3
 
-DPO in rounds, each on fresh pairs of the policy's own answers, is a loop in the shell: docs/using.md.
+With --init=gpt2, π_ref is GPT-2 itself; without --init, an SFT model of the same data, trained first. DPO in
+rounds, each on new pairs sampled from the current policy, is a loop in the shell: docs/using.md.
 
 Left out: the SFT term that some add to the loss. The recipes differ from the authors' code: AdamW instead of
-RMSprop, a cosine decay of the learning rate instead of a constant, gradients clipped at norm 1 instead of 10.
+RMSprop, a cosine decay of the learning rate instead of a constant, gradients clipped at norm 1 instead of 10,
+GPT-2 instead of larger models.
 """
 import copy
 from dataclasses import dataclass
@@ -55,11 +58,11 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
 
 
 # Config's defaults are for the animals world, a small data set with a known true reward. A recipe replaces
-# some of them: `python dpo.py hh`. A file of your own has the settings of the recipe hh.
+# some of them: `python dpo.py hh`. With --data=FILE, the recipe is hh.
 RECIPES = {
+    # β, learning rate, batch and warm-up of arXiv:2305.18290 App. B; one epoch of 160,800 pairs
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
-    # arXiv:2305.18290 App. B: β 0.5 on TL;DR, batch 64, lr 1e-6, 150 steps of warm-up. One epoch of 92,858
-    # pairs
+    # App. B: β 0.5 on TL;DR. One epoch of 92,858 pairs
     "tldr": dict(data="tldr", beta=0.5, steps=1450, max_len=640, lr=1e-6, warmup=150, ckpt_every=500,
                  eval_n=64),
     # App. C.1: the pairs that sample.py makes, 6 for each of 25,000 prefixes, a tenth of them held out. One
@@ -79,11 +82,13 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
     With h = log π/π_ref (y_w|x) − log π/π_ref (y_l|x), and ε the label smoothing:
         sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0, otherwise cDPO (Mitchell 2023,
                                                                 ericmitchell.ai/cdpo.pdf eq. 3)
-        ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17. log π(y|x) is a sum
+        ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17, whose τ is β: h is to
+                                                                reach a margin, not to exceed it. With sums
                                                                 over tokens, as in the paper; its authors
                                                                 later recommended means: --ipo_average
         hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
-        robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409
+        robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409: an unbiased estimate of the
+                                                                loss without noise; unbounded below
     Returns three tensors (B,): the losses, and the implicit rewards β log π/π_ref of the chosen and of the
     rejected responses, without gradient.
     """
@@ -107,7 +112,7 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
 def mean_over_tokens(logp, groups):
     """For --ipo_average: divides the log-probs (S,) of the S responses in `groups` by their lengths.
 
-    groups: list of (prompt_ids, [response_ids, …]). No response is empty: an empty text is still an EOS.
+    groups: list of (prompt_ids, [response_ids, …]). No response is empty: even an empty text has an EOS.
     """
     lengths = []
     for _, responses in groups:
@@ -118,11 +123,11 @@ def mean_over_tokens(logp, groups):
 def pair_logp(policy, pairs, average=False):
     """log π(y_w|x) and log π(y_l|x), summed over response tokens, or averaged: (B,) each.
 
-    pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The two responses share a row with their prompt,
-    which is computed once; neither sees the other.
+    pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The prompt and its two responses are packed into
+    one row, so the prompt is computed once; the responses do not see each other.
     """
     batch = pack(pairs).to(policy.device)
-    logprobs = policy.logprobs(batch)       # (N,): of all response tokens
+    logprobs = policy.logprobs(batch)       # (N,): one per response token
     logp = per_sequence(logprobs, batch)    # (2B,), the sum of each response: chosen, rejected, chosen, …
     if average:
         logp = mean_over_tokens(logp, pairs)
@@ -134,6 +139,17 @@ def logp_of_responses(policy, groups, run):
     logp = run.logp_groups(policy, groups)
     if run.cfg.ipo_average:
         logp = mean_over_tokens(logp, groups)
+    return logp
+
+
+def logp_of_pairs(policy, pairs, batches, run):
+    """log π(y_w|x) and log π(y_l|x) of the pairs that the batches visit, likewise: (len(pairs), 2).
+
+    The rows of other pairs are 0, and training never reads them.
+    """
+    logp = run.logp_of_batches(policy, pairs, batches)
+    if run.cfg.ipo_average:
+        logp = mean_over_tokens(logp.flatten(), pairs).view(-1, 2)
     return logp
 
 
@@ -168,26 +184,24 @@ def train(cfg):
     # The reference π_ref: the initial policy, or the model that --ref names. `policy` still has its initial
     # weights here; with --resume, run.start_or_resume below loads those of the last checkpoint.
     if cfg.ref:
-        ref_policy = run.load_reference(cfg.ref, policy)  # of the same shape and tokenizer, or it exits
+        ref_policy = run.load_reference(cfg.ref, policy)  # exits unless shape and tokenizer are the policy's
     else:
         ref_policy = copy.deepcopy(policy).requires_grad_(False)
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
     ref_policy = run.prepare(ref_policy)
     held_out_ref_logp = logp_of_responses(ref_policy, held_out_groups, run)  # (S,), one per response
 
-    # log π_ref never changes. So by default it is computed once, for the pairs in `batches`, and kept in the
-    # checkpoints; training then needs the reference no more. (--resume refuses other data and settings. Only
-    # --steps may grow; more steps visit pairs that were not computed.)
+    # π_ref is frozen. So by default its log-probs are computed once, for the pairs that `batches` visits, and
+    # kept in the checkpoints; training then no longer needs the reference model. --resume takes them from the
+    # checkpoint, and refuses other data and settings. Only --steps may grow: more steps visit new pairs.
     ref_logp = None
     if cfg.precompute_ref:
         ref_logp = run.checkpoint.get("ref_logp")  # run.checkpoint: with --resume the last one, otherwise {}
         has_more_steps = cfg.resume and cfg.steps > run.checkpoint["config"]["steps"]
         if ref_logp is None or has_more_steps:
-            ref_logp = run.logp_of_batches(ref_policy, pairs, batches)  # (len(pairs), 2), sums over tokens
-            if cfg.ipo_average:
-                ref_logp = mean_over_tokens(ref_logp.flatten(), pairs).view(-1, 2)
+            ref_logp = logp_of_pairs(ref_policy, pairs, batches, run)
         ref_logp = ref_logp.to(run.device)
-        del ref_policy  # frees its memory
+        ref_policy = None  # frees its memory
 
     @torch.no_grad()
     def reference_logp(indices):
@@ -216,22 +230,24 @@ def train(cfg):
                 cfg.beta, cfg.label_smoothing, cfg.loss_type)
             (losses.sum() / cfg.batch_size).backward()
 
-            # The policy's accuracy as a reward model. A tie counts one half; before the first update, π is
-            # π_ref to the bit (without --ref), and all pairs tie. `add` sums up what is to be watched,
-            # without gradient.
+            # The policy's accuracy as a reward model: is the chosen response's reward higher? A tie counts
+            # one half. Before the first update, π is π_ref to the bit (without --ref), and all pairs tie.
             tie = (chosen_reward == rejected_reward).float()
-            right = (chosen_reward > rejected_reward).float() + 0.5 * tie
-            metrics.add(loss=losses, accuracy=right, margin=chosen_reward - rejected_reward,
+            correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
+
+            # Sums for the log, without gradient.
+            metrics.add(loss=losses, accuracy=correct, margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
-        # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step, clear.
+        # 2. One optimizer step on the whole batch: add up the gradients of all processes (a sum, since each
+        # loss was divided by the whole batch's size), clip, step, clear.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Log the batch means: the sums over all processes, divided by the batch size. Save a checkpoint
-        # when one is due, or after Ctrl-C, which ends the program here.
+        # every ckpt_every steps, after the last, and after Ctrl-C, which ends the program here.
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer, ref_logp=ref_logp)
 

@@ -1,17 +1,21 @@
 """The reward model: the second stage of InstructGPT (Ouyang et al. 2022, arXiv:2203.02155 §3.5).
 
 A GPT with a scalar head, r_θ(x, y), which starts from the SFT model and is read at the last token of the
-response. It learns from comparisons under the Bradley–Terry model, P(y_w ≻ y_l | x) = σ(r(x, y_w) − r(x,
-y_l)). All pairs of a prompt's K ranked responses are trained on together: the model reads each response once,
-and the prompt once for all of them. The sum is over these pairs:
+response. It learns from comparisons, which are assumed to follow the Bradley–Terry model:
+
+    P(y_w ≻ y_l | x) = σ( r(x, y_w) − r(x, y_l) )
+
+All pairs among a prompt's K ranked responses are trained on together: the model reads each response once, and
+the prompt once for all of them. The loss sums over these pairs:
 
     L(θ) = −E_x [ 1/(K choose 2) Σ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]                             (eq. 1)
 
 Eq. 1 sees differences only: a constant added to all scores of a prompt changes nothing. So at the end, as
 in InstructGPT, the bias is shifted so that demonstrations score 0 on average. Three things are added here:
 
-- a small term center_coef · (2 r̄)², with r̄ the mean score of a prompt's K responses. It holds r̄ near 0 and
-  leaves the differences alone. At K = 2, (2 r̄)² = (r_w + r_l)², as in arXiv:2312.09244.
+- a small term center_coef · (2 r̄)², with r̄ the mean score of a prompt's K responses. Eq. 1 leaves r̄ free,
+  so it could drift from prompt to prompt, which PPO would see as noise. The term holds it near 0, and leaves
+  the differences alone. At K = 2, (2 r̄)² = (r_w + r_l)², as in arXiv:2312.09244.
 - the standard deviation of the demonstrations' scores, saved with the weights so that PPO can divide by it.
 - on request, a margin that r_w has to win by (--margin).
 
@@ -55,7 +59,7 @@ class Config(RunConfig):
     val_every: PositiveInt = 800        # steps between validations
     log_every: PositiveInt = 50         # steps between lines on the console
     ckpt_every: PositiveInt = 100       # steps between checkpoints
-    eval_n: NonNegativeInt = 1000       # how many validation comparisons; and demonstrations to center scores
+    eval_n: NonNegativeInt = 1000       # of validation comparisons, and of demonstrations that center scores
 
 
 RECIPES = {
@@ -66,8 +70,8 @@ RECIPES = {
     # arXiv:2009.01325 B.1, its 1.3B model: batch 64, lr 1.5e-5; one epoch of the 92,858 pairs as released
     "tldr": dict(data="tldr", k=2, steps=1450, batch_size=64, micro_tokens=16384, max_len=640, lr=1.5e-5,
                  warmup=50, val_every=250, log_every=10, ckpt_every=500),
-    # positive and negative reviews, two epochs of 12,500 pairs. All share one prompt, so one bias centers all
-    # scores, and no center_coef is needed
+    # positive and negative reviews, two epochs of 12,500 pairs. All share one prompt, so there is no drift
+    # between prompts, and no center_coef
     "imdb": dict(data="imdb", k=2, center_coef=0.0, steps=390, batch_size=64, micro_tokens=16384, max_len=136,
                  lr=1e-5, warmup=20, val_every=100, log_every=10, ckpt_every=100),
 }
@@ -107,7 +111,7 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
         losses.append(pair_losses.mean() + centering)  # without ties, the mean is eq. 1's 1/(K choose 2)
         right = (r_w > r_l).float() + 0.5 * (r_w == r_l).float()
         accuracies.append(right.mean())
-    if not losses:  # no pair at all, which happens in finegrained.py: a zero that backward() accepts
+    if not losses:  # no pairs at all, which happens in finegrained.py: a zero that backward() accepts
         return 0 * scores.sum(), 0 * scores.detach().sum()
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
@@ -132,8 +136,8 @@ def group_and_rank(comparisons, device="cpu"):
 
 def center_scores(reward_model, scores):
     """Moves the bias so that the mean of these scores (S,) becomes 0. Returns their standard deviation."""
-    # The state dict holds the parameter itself, so this changes the model. (In a sharded model, the attribute
-    # scalar_head.bias may be a gathered copy.)
+    # A state dict's tensors share memory with the parameters, so changing one in place changes the model. (In
+    # a sharded model, the attribute scalar_head.bias may be a gathered copy.)
     bias = reward_model.state_dict()["scalar_head.bias"]
     with torch.no_grad():
         bias -= scores.mean().item()
@@ -157,7 +161,7 @@ def train(cfg):
     comparisons = data.comparisons("train", cfg.k)
     comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # not those whose responses all tie
     groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], cfg.max_len)
-    # Identical responses cannot be told apart: prints how many pairs are identical, and exits if all are.
+    # A pair of identical responses teaches nothing: prints how many there are, and exits if all are.
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
     validation, validation_groups = run.held_out_comparisons(cfg.k)
     batches = run.shuffled_batches(groups)  # for each step a list of indices into groups
@@ -167,9 +171,10 @@ def train(cfg):
     last_tokens = [[len(response) - 1] for response in groups[0][1]]
     run.show_data(groups, [f"rank {rank}" for rank in comparisons[0].ranks], last_tokens)
 
-    scores_before = run.score_groups(reward_model, validation_groups)  # with the untrained head: near chance
+    # The scores of the untrained head, near chance, before --resume loads a checkpoint below.
+    scores_before = run.score_groups(reward_model, validation_groups)
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
-    checkpoint = run.start_or_resume(reward_model, optimizer)  # the last checkpoint, or {}
+    checkpoint = run.start_or_resume(reward_model, optimizer)  # the last checkpoint, or {}; sets run.start
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()
@@ -193,18 +198,19 @@ def train(cfg):
             n_groups = len(indices)
             (loss * n_groups / cfg.batch_size).backward()
 
-            # What is to be watched: `add` sums up the elements, without gradient; mean(batch_size) divides.
-            # (The margin in the log is that of the scores, r_w − r_l, not --margin.)
+            # Sums for the log, without gradient; mean(batch_size), below, divides them. (The logged margin is
+            # that of the scores, r_w − r_l, not --margin.)
             metrics.add(loss=loss * n_groups, accuracy=accuracy * n_groups,
                         margin=score_gap(scores, group, rank))
 
-        # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step, clear.
+        # 2. One optimizer step on the whole batch: add up the gradients of all processes (a sum, since each
+        # loss was divided by the whole batch's size), clip, step, clear.
         sync_gradients(reward_model)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(reward_model, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log the batch means over all processes; every val_every steps, add the accuracy on held-out
-        # comparisons.
+        # 3. Log the batch means over all processes, and every val_every steps, and after the last, the
+        # accuracy on held-out comparisons.
         val_accuracy = None
         if validation and ((step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps):
             scores = run.score_groups(reward_model, validation_groups)  # (S,) on the CPU
@@ -214,14 +220,14 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), val_accuracy=val_accuracy,
                 lr=lr, grad_norm=grad_norm)
 
-        # 4. Save a checkpoint when one is due, or when Ctrl-C asked for it; then the program ends here. The
-        # last checkpoint waits until the scores are centered, below.
+        # 4. Save a checkpoint every ckpt_every steps, and after Ctrl-C, which ends the program here. The last
+        # one is saved below, after the scores are centered.
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, reward_model, optimizer)
 
     # Center the scores: training demonstrations (for comparison data, the best responses) get 0 on average.
     # If a finished run was resumed and nothing was left to train, they are centered already, and the
-    # checkpoint holds their standard deviation.
+    # checkpoint holds their standard deviation. (One from the middle of a longer run does not.)
     was_centered = run.start == cfg.steps and "score_std" in checkpoint
     if was_centered:
         score_std = checkpoint["score_std"]

@@ -2,7 +2,7 @@
 
 The language-model loss on demonstrations, taken over the tokens of the response only:
 
-    L(θ) = −Σ_t log π_θ(y_t | x, y_<t) / number of response tokens in the batch
+    L(θ) = −Σ_(x,y) Σ_t log π_θ(y_t | x, y_<t) / Σ_(x,y) |y|              both sums over the whole batch
 
 The EOS that ends a response is one of its tokens, so the model learns when to stop. (A response that was cut
 at max_len has none.)
@@ -14,7 +14,7 @@ The result is π_SFT. Every later stage starts from it, and PPO and DPO keep a c
     python sft.py tldr                           Reddit posts and their TL;DRs; also qa_feedback and imdb
     python sft.py --data=mine.jsonl              your own file (data/jsonl.py), with the settings of recipe hh
 
-Left out: dropout, loss on prompt tokens, choosing a checkpoint by its reward (the paper does).
+Left out: dropout, and choosing the checkpoint by a reward model's score, both in the paper.
 """
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ from engine.packing import pack
 
 @dataclass
 class Config(RunConfig):  # all other options: common/options.py
-    init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], a run's folder, or Hugging Face's
+    init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], a run's folder or Hugging Face folder
     steps: PositiveInt = 1500       # optimizer steps
     batch_size: PositiveInt = 16    # groups per step; a group is a prompt with up to four demonstrations
     lr: NonNegativeFloat = 4e-3     # peak learning rate
@@ -45,8 +45,8 @@ RECIPES = {
                val_every=200, log_every=10, ckpt_every=500, eval_n=64),
     "qa_feedback": dict(data="qa_feedback", init="gpt2", steps=300, batch_size=32, max_len=1024, lr=2e-5,
                         warmup=20, val_every=100, log_every=10, ckpt_every=100, eval_n=64),
-    # arXiv:2009.01325 B.1, its 1.3B model: batch 128, one epoch of 116,722, lr 6.35e-5. Posts have up to
-    # 512 tokens
+    # arXiv:2009.01325 B.1, its 1.3B model: batch 128, one epoch of 116,722, lr 6.35e-5.
+    # Posts have up to 512 tokens
     "tldr": dict(data="tldr", init="gpt2", steps=910, batch_size=128, max_len=640, lr=6.35e-5, warmup=50,
                  val_every=200, log_every=10, ckpt_every=200, eval_n=64),
     # arXiv:2305.18290 C.1: gpt2-large, about one epoch; a prefix of up to 8 tokens and 128 more
@@ -60,7 +60,7 @@ MAX_RESPONSES = 4  # in a group; the responses to one prompt, if more, are split
 def group_by_prompt(demonstrations):
     """[(prompt, response), …] -> [(prompt, [response, …]), …], to compute a prompt once for its responses.
 
-    A group always stays within one micro-batch, so its size is limited.
+    A group is never split over micro-batches, so it has at most MAX_RESPONSES responses.
     """
     responses_to = {}
     for prompt, response in demonstrations:
@@ -73,7 +73,7 @@ def group_by_prompt(demonstrations):
 
 
 def sft_loss(logprobs, n_tokens):
-    """−Σ log π(y_t | x, y_<t) / n_tokens: what a micro-batch contributes to the batch's mean.
+    """−Σ log π(y_t | x, y_<t) / n_tokens, over a micro-batch: what it contributes to the batch's mean.
 
     logprobs (N,): one per response token of this micro-batch. n_tokens: response tokens in the whole batch.
     """
@@ -81,7 +81,7 @@ def sft_loss(logprobs, n_tokens):
 
 
 def count_response_tokens(groups):
-    """How many response tokens there are, EOS included: the tokens that carry loss."""
+    """How many response tokens the groups (token ids) have, each EOS included: the tokens that carry loss."""
     total = 0
     for _, responses in groups:
         total += sum(map(len, responses))
@@ -119,27 +119,29 @@ def train(cfg):
         n_tokens = count_response_tokens([groups[i] for i in batches[step]])  # of the whole batch
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into groups; together, these groups have at most cfg.micro_tokens tokens (or it is a
-        # single group). With several processes, each works through its own share of the batch.
+        # of indices into groups, with at most cfg.micro_tokens tokens in total; a larger group gets one of
+        # its own. With several processes, each works through its own share of the batch.
         for indices in run.micro_batches(batches[step], groups):
             # log π(y_t | x, y_<t) of every response token; responses to one prompt do not see each other.
-            batch = pack([groups[i] for i in indices]).to(run.device)
-            logprobs = policy.logprobs(batch)  # (N,)
+            micro_batch = pack([groups[i] for i in indices]).to(run.device)
+            logprobs = policy.logprobs(micro_batch)  # (N,)
             loss = sft_loss(logprobs, n_tokens)
             loss.backward()
-            metrics.add(loss=-logprobs)  # one per token: summed here, divided by n_tokens in 3
+            metrics.add(loss=-logprobs)  # without gradient, one per token: summed here, divided in 4
 
-        # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step, clear.
+        # 2. One optimizer step on the whole batch: add up the gradients of all processes (a sum, since each
+        # loss was divided by the whole batch's tokens), clip, step, clear.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log the mean loss: the sum over all processes, divided by n_tokens. Every val_every steps, add
-        # the loss on held-out demonstrations. Save a checkpoint when one is due, or after Ctrl-C, which ends
-        # the program here.
+        # 3. Every val_every steps, and after the last, the loss on held-out demonstrations.
         val_loss = None
         if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
             val_loss = validation_loss(policy, validation, run)
+
+        # 4. Log; the mean loss is the sum over all processes, divided by n_tokens. Save a checkpoint every
+        # ckpt_every steps, after the last, and after Ctrl-C, which ends the program here.
         run.log(step + 1, **metrics.mean(n_tokens), val_loss=val_loss, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 

@@ -1,27 +1,26 @@
 """Simple Preference Optimization (Meng, Xia and Chen 2024, arXiv:2405.14734): DPO without a reference model.
 
 DPO's reward of a response is β log π/π_ref, a sum over its tokens. But generation uses only the policy's own
-log-probs, so SimPO leaves π_ref out. A sum of log-probs is lower the longer a response is, so the reward is β
-times their mean (eq. 4). The chosen response has to win by a margin γ:
+log-probs, so SimPO leaves π_ref out. A longer response has a lower total log-prob, so SimPO divides by its
+length |y|: the reward is β times the mean log-prob (eq. 4). The chosen response has to win by a margin γ:
 
     r(x, y) = β/|y| log π_θ(y|x)
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
 
-There is no reference, so only one model is in memory. But nothing keeps the policy near its start either; the
-paper relies on a small learning rate, diverse data and the robustness of large models. The length |y| counts
-the EOS, where a response has one.
+The length |y| is in tokens, with the EOS unless the response was cut. There is no reference, so only one
+model is in memory. But nothing keeps the policy near its start either; the paper relies on a small learning
+rate, diverse data and the robustness of large models.
 
-In our runs the failure mode is that responses become too short (docs/results.md). So we sample responses
-during training and log their length, and we add the SFT term of App. H to keep them from shrinking:
-sft_weight times the mean of −log π over all tokens of the batch's chosen responses, as in the authors' code.
-It weights every token equally, whereas eq. 6 gives each token of a long response less weight. The paper's
-own settings have sft_weight 0, and so do the recipes for real data.
+In our runs responses become too short (docs/results.md), so we sample some during training and log their
+length. The SFT term of App. H counters this: sft_weight · Σ −log π(y_w|x) / Σ |y_w|, sums over the batch. It
+weights all tokens equally, whereas eq. 6 weights each by 1/|y|. The paper's main runs and our recipes for
+real data have sft_weight 0.
 
     python simpo.py                                the animals world, from scratch: SFT first, then SimPO
     python simpo.py hh                             Anthropic's HH-RLHF, GPT-2
     python simpo.py tldr                           summaries of Reddit posts; imdb: see data/imdb.py
     python simpo.py --data=mine.jsonl --init=gpt2  your own comparisons, with the settings of the recipe hh
-    python simpo.py --beta=10 --gamma_beta_ratio=0.3    γ = 3, as the authors' scripts give it
+    python simpo.py --beta=10 --gamma_beta_ratio=0.3    γ = 0.3 · 10; the authors' scripts give it so, too
 
 Left out: the hinge loss of the authors' code.
 """
@@ -51,10 +50,11 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
     reward_model: str | None = None  # a run of reward.py, for scores and win rates in the final table
     lr: NonNegativeFloat = 3e-4     # peak learning rate
     sample_every: PositiveInt = 25  # steps between samples, to watch the length
-    sample_n: NonNegativeInt = 64   # how many validation prompts are answered for it
+    sample_n: NonNegativeInt = 64   # how many validation prompts are answered; 0: none
 
 
-# None of these data sets is in the paper. Learning rate, steps and warm-up are those of dpo.py.
+# `python simpo.py hh` takes a recipe; with --data=FILE, it is hh. None of these data sets is in the paper:
+# learning rate, steps and warm-up are those of dpo.py, β and γ the defaults above, not tuned for them.
 RECIPES = {
     "hh": dict(data="hh", sft_weight=0.0, steps=2500, max_len=512, lr=1e-6, warmup=150, sample_every=250,
                ckpt_every=500, eval_n=64),
@@ -72,9 +72,9 @@ def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma
 
         h = β/|y_w| log π(y_w|x) − β/|y_l| log π(y_l|x) − γ
 
-    With the label smoothing ε of the authors' code it is −(1−ε) log σ(h) − ε log σ(−h): the second term has
-    the sign of all of h changed, γ included. Log-probs (B,), summed over response tokens, in nats; lengths
-    (B,) in tokens, EOS included. Returns three tensors (B,): the losses, and the rewards β/|y| log π(y|x) of
+    With the label smoothing ε of the authors' code it is −(1−ε) log σ(h) − ε log σ(−h): the second term
+    negates all of h, γ included. Log-probs (B,), summed over response tokens, in nats; lengths (B,) in
+    tokens. Returns three tensors (B,): the losses, and the rewards β/|y| log π(y|x) of
     the chosen and of the rejected responses, without gradient.
     """
     chosen_reward = beta / chosen_len * chosen_logp        # β/|y_w| log π(y_w|x)
@@ -87,7 +87,7 @@ def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma
 def response_lengths(groups):
     """|y| in tokens of the S responses of groups, a list of (prompt_ids, [response_ids, …]): (S,).
 
-    It is never 0: an empty response is still an EOS.
+    It is never 0: even an empty response has an EOS.
     """
     lengths = []
     for _, responses in groups:
@@ -98,11 +98,11 @@ def response_lengths(groups):
 def pair_logp(policy, pairs):
     """log π(y_w|x), log π(y_l|x), |y_w| and |y_l|: (B,) each. Log-probs are summed over response tokens.
 
-    pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The two responses share a row with their prompt,
-    which is computed once; neither sees the other.
+    pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The prompt and its two responses are packed into
+    one row, so the prompt is computed once; the responses do not see each other.
     """
     batch = pack(pairs).to(policy.device)
-    logprobs = policy.logprobs(batch)     # (N,): of all response tokens
+    logprobs = policy.logprobs(batch)     # (N,): one per response token
     logp = per_sequence(logprobs, batch)  # (2B,), the sum of each response: chosen, rejected, chosen, …
     length = response_lengths(pairs).to(policy.device)
     return logp[0::2], logp[1::2], length[0::2], length[1::2]
@@ -134,7 +134,7 @@ def length_statistics(responses, eos):
 def train(cfg):
     """Runs the stage, after training the SFT model if that is missing. Returns the trained policy."""
     run = Run("simpo", cfg)  # the device, the folder, the log and the checkpoints
-    init = cfg.init or run.train_if_missing("sft")
+    init = cfg.init or run.train_if_missing("sft")  # by default the SFT model of the same data
     gamma = cfg.gamma if cfg.gamma_beta_ratio is None else cfg.gamma_beta_ratio * cfg.beta
 
     policy, tokenizer = run.load_model(init)
@@ -180,29 +180,33 @@ def train(cfg):
             total_losses = losses + cfg.sft_weight * sft_losses
             (total_losses.sum() / cfg.batch_size).backward()
 
-            # The policy's accuracy as a reward model; a tie counts one half. `add` sums up what is to be
-            # watched, without gradient. (The margin in the log is that of the rewards, not γ.)
+            # The policy's accuracy as a reward model: is the chosen response's reward higher? A tie counts
+            # one half.
             tie = (chosen_reward == rejected_reward).float()
-            right = (chosen_reward > rejected_reward).float() + 0.5 * tie
-            metrics.add(loss=total_losses, sft_loss=sft_losses, accuracy=right,
+            correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
+
+            # Sums for the log, without gradient. (The logged margin is that of the rewards, not γ.)
+            metrics.add(loss=total_losses, sft_loss=sft_losses, accuracy=correct,
                         margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
-        # 2. One optimizer step on the whole batch: add up the gradients of all processes, clip, step, clear.
+        # 2. One optimizer step on the whole batch: add up the gradients of all processes (a sum, since each
+        # loss was divided by the whole batch's size), clip, step, clear.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Every sample_every steps, sample: has the length begun to collapse? Every process samples all
-        # prompts, at temperature 1, with the same seed each time. The random state of training is untouched.
+        # 3. Every sample_every steps, sample responses to see whether their length is collapsing. Every
+        # process samples all of them, at temperature 1, with the same seed each time. The random state of
+        # training is untouched.
         lengths = {"response_len": None, "empty": None, "unfinished": None}
         if sample_prompts and ((step + 1) % cfg.sample_every == 0 or step + 1 == cfg.steps):
             responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token, max_new_tokens=128)
             lengths = length_statistics(responses, tokenizer.eot_token)
 
         # 4. Log the batch means: the sums over all processes, divided by the batch size. Save a checkpoint
-        # when one is due, or after Ctrl-C, which ends the program here.
+        # every ckpt_every steps, after the last, and after Ctrl-C, which ends the program here.
         run.log(step + 1, **metrics.mean(cfg.batch_size), **lengths, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
