@@ -155,9 +155,14 @@ def first_fit(lengths, max_tokens):
     places = [None] * len(lengths)
     free = []  # room left in each row
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    previous_length = None
     for i in longest_first:
-        rows_with_room = (row for row, room in enumerate(free) if room >= lengths[i])
-        row = next(rows_with_room, len(free))
+        # Rows that had no room for the group before have none for another one of its length.
+        if lengths[i] != previous_length:
+            row = 0
+            previous_length = lengths[i]
+        while row < len(free) and free[row] < lengths[i]:
+            row += 1
         if row == len(free):  # no row has room: begin a new one
             free.append(max_tokens)
         places[i] = (row, max_tokens - free[row])

@@ -1,5 +1,6 @@
 """The packed batch: layout, and that no number depends on how sequences share rows."""
 import functools
+import random
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from common.batches import cut_by_tokens, shuffled_batches
 from engine import attention as attention_module
 from engine.attention import GroupMask, attention, group_attention, packed_forward, packed_mask
-from engine.packing import group_length, pack, per_sequence
+from engine.packing import first_fit, group_length, pack, per_sequence
 
 
 def alone(model, groups):
@@ -76,6 +77,24 @@ def test_rows_are_filled_and_the_order_is_the_callers():
     batch = pack(groups, 60)
     assert batch.tokens.size(0) <= -(-sum(map(group_length, groups)) // 60) + 1
     assert batch.target.tolist() == [t for _, responses in groups for r in responses for t in r]
+
+
+def test_each_group_is_placed_in_the_first_row_with_room():
+    """What first_fit says, the longest group first, by searching all rows for each group."""
+    rng = random.Random(0)
+    for longest in (3, 20, 300):
+        lengths = [rng.randrange(1, longest + 1) for _ in range(200)]
+        most = rng.randrange(longest, 3 * longest)
+        places, free = {}, []
+        for i in sorted(range(200), key=lambda i: -lengths[i]):
+            row = min([row for row, room in enumerate(free) if room >= lengths[i]], default=len(free))
+            if row == len(free):
+                free.append(most)
+            places[i] = (row, most - free[row])
+            free[row] -= lengths[i]
+        layout = first_fit(lengths, most)
+        assert layout.places == [places[i] for i in range(200)] and layout.rows == len(free)
+        assert layout.length == most - min(free)
 
 
 def test_rows_are_as_long_as_leaves_the_least_padding():
