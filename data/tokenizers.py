@@ -40,6 +40,8 @@ def encode(tokenizer, texts):
     def encode_chunk(start):
         return [encode_text(tokenizer, text) for text in texts[start:start + CHUNK]]
 
+    if len(texts) <= CHUNK:
+        return encode_chunk(0)
     result = []
     # tiktoken releases the GIL, so threads help. Its encode_ordinary_batch would start a task for every text.
     with ThreadPoolExecutor() as pool:

@@ -3,7 +3,10 @@
 Public data and the GPT-2 encoding are used where they lie beside the checkout.
 """
 import json
+import multiprocessing
 import os
+import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,43 @@ def make_model(seed=0, vocab_size=100, block_size=64, n_layer=2, n_head=2, n_emb
 @pytest.fixture
 def model():
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def server():
+    """What starts processes that find torch imported: by a fork, of a process that has computed nothing yet."""
+    context = multiprocessing.get_context("forkserver")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])]))
+        context.set_forkserver_preload(["test_stages", "finegrained", "simpo", "torch.distributed.fsdp"])
+        yield context
+
+
+def as_process(rank, port, errors, function, *args):
+    """What torchrun tells each process that it starts; then function(*args)."""
+    os.environ |= dict(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.stdout = open(os.devnull, "w")
+    sys.stderr = open(errors, "w")
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def on_two_processes(server, tmp_path, function, *args):
+    """Calls function(*args) in two processes that know of each other."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    errors = [tmp_path / f"errors-{rank}" for rank in (0, 1)]
+    processes = [server.Process(target=as_process, args=(rank, port, errors[rank], function, *args)) for rank in (0, 1)]
+    try:
+        for process in processes:
+            process.start()
+        for process, error in zip(processes, errors):
+            process.join(timeout=120)
+            assert process.exitcode == 0, error.read_text()
+    finally:  # where one failed, the other waits for it
+        for process in processes:
+            process.kill()
 
 
 @pytest.fixture

@@ -17,8 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_model, random_groups
-from test_stages import on_two_processes
+from conftest import make_model, on_two_processes, random_groups
 
 import common.batches
 import common.dist
@@ -371,10 +370,8 @@ def sum_gradients_of_two_processes():
             assert torch.equal(parameter.grad, a + b)
 
 
-def test_gradients_of_two_processes_are_added_up_in_one_bucket_or_in_many():
-    code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; " \
-           "import test_common; test_common.sum_gradients_of_two_processes()"
-    on_two_processes([sys.executable, "-c", code])
+def test_gradients_of_two_processes_are_added_up_in_one_bucket_or_in_many(server, tmp_path):
+    on_two_processes(server, tmp_path, sum_gradients_of_two_processes)
 
 
 def test_all_processes_get_as_many_micro_batches_and_each_example_once(monkeypatch):

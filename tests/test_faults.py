@@ -2,7 +2,6 @@
 import importlib
 import json
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -54,16 +53,6 @@ def wait_for(log, n, process):
 
 
 # ------------------------------------------------------------------------------------------------ signals
-
-@pytest.fixture(scope="module")
-def server():
-    """What starts processes that find torch imported: by a fork, of a process that has computed nothing yet."""
-    context, paths = multiprocessing.get_context("forkserver"), [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
-        context.set_forkserver_preload([__name__])
-        yield context
-
 
 def quietly(*args):
     sys.stdout = open(os.devnull, "w")

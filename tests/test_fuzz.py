@@ -5,11 +5,14 @@ An input depends on its index alone, so that one that fails is made again by its
 import copy
 import gzip
 import json
+import os
 import random
 import resource
+import tempfile
 import time
 import typing
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from conftest import SHARED, feedback
@@ -201,6 +204,14 @@ def test_no_text_of_any_mixture_of_shapes_is_lost():
             for text in texts_of(value):
                 assert is_named or is_bad or any(text.strip() in conversation for conversation in found), (i, record, prompt, responses)
     assert taken > 2000
+
+
+@pytest.fixture
+def tmp_path():
+    """In memory, where the system has a folder there: on a disk, writing a file anew takes milliseconds."""
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
 
 
 def test_lines_of_ones_own(tmp_path, capsys):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SHARED, feedback, make_model
+from conftest import SHARED, feedback, make_model, on_two_processes
 
 import common.checkpoints
 import common.run
@@ -100,7 +100,7 @@ def ppo_settings(start, **options):
 
 @pytest.mark.parametrize("options", [dict(share_value=True), dict(value_init="sft"), dict(reward="gold"), dict(whiten_rewards=True, reward_clip=1.0),
                                      dict(normalize_reward=True), dict(ptx_coef=1.0), dict(stop_kl=0.0), dict(temperature=0.7), dict(k=2),
-                                     dict(advantage="rloo", k=4), dict(advantage="grpo", k=2, share_value=True, ptx_coef=1.0)])
+                                     dict(advantage="rloo", k=4), dict(advantage="grpo", k=2, ptx_coef=1.0)])
 def test_the_options_of_ppo_run(start, small_world, options):
     ppo.train(ppo_settings(start, **options))
     log = log_of(start / "a")
@@ -454,17 +454,6 @@ def two_processes(command):
             for i in (0, 1)]
 
 
-def on_two_processes(command):
-    processes = two_processes(command)
-    try:
-        for process in processes:
-            _, err = process.communicate(timeout=120)
-            assert process.returncode == 0, err
-    finally:  # where one failed, the other waits for it
-        for process in processes:
-            process.kill()
-
-
 def under_torchrun(command):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run = subprocess.run(torchrun + command[1:], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -486,23 +475,27 @@ def assert_one_run(a, b):
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_two_processes_sample_whole_groups(fsdp, start):
+def test_two_processes_sample_whole_groups(fsdp, start, server):
     """A prompt's responses are in one process's share, and the run is that of one process."""
     options = ["--steps=6", "--lr=1e-3", "--micro_tokens=60", "--advantage=rloo", "--k=2", "--minibatches=2"]
     here("ppo", start, "a", *options)
-    on_two_processes(command("ppo", start, "b", *options, f"--fsdp={fsdp}"))
+    on_two_processes(server, start, here, "ppo", start, "b", *options, f"--fsdp={fsdp}")
     assert_one_run(start / "a", start / "b")
 
 
 @pytest.mark.parametrize("stage, fsdp", [("sft", False), ("dpo", False), ("ppo", False), ("sft", True), ("reward", True), ("ppo", True),
                                          ("dpo", True), ("simpo", True), ("finegrained", True)])
-def test_two_processes_give_the_run_of_one(stage, fsdp, start):
+def test_two_processes_give_the_run_of_one(stage, fsdp, start, server):
     """Whole or sharded; and each goes on from the other's checkpoint."""
     (start / "small_feedback.json").write_text(json.dumps([feedback(question=f"{i}?") for i in range(40)]))
     options = ["--steps=6", "--ckpt_every=4", "--lr=1e-3", f"--micro_tokens={20 if stage == 'ppo' else 50}"]
     here(stage, start, "a", *options)
-    run = under_torchrun if (stage, fsdp) == ("sft", False) else on_two_processes
-    run(command(stage, start, "b", *options, f"--fsdp={fsdp}"))
+    options.append(f"--fsdp={fsdp}")
+    if (stage, fsdp) == ("sft", False):
+        under_torchrun(command(stage, start, "b", *options))
+    else:
+        on_two_processes(server, start, here, stage, start, "b", *options)
+    options.pop()
     assert_one_run(start / "a", start / "b")
     if fsdp:
         os.remove(start / "b/ckpt.pt")
@@ -511,7 +504,7 @@ def test_two_processes_give_the_run_of_one(stage, fsdp, start):
     if fsdp and stage in ("reward", "ppo"):  # the one sets its bias at the end, the other has two optimizers
         shutil.copytree(start / "a", start / "c")
         os.remove(start / "c/ckpt.pt")
-        on_two_processes(command(stage, start, "c", *options, "--fsdp=True", "--resume"))
+        on_two_processes(server, start, here, stage, start, "c", *options, "--fsdp=True", "--resume")
         assert_one_run(start / "a", start / "c")
 
 
