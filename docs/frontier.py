@@ -31,8 +31,8 @@ FOLDER = "out/frontier"
 class Point:
     name: str                 # of its folder
     command: str              # {out} is the folder of the seed
-    method: str = ""          # points of one method are joined by a line; "": not drawn
-    label: str = ""           # in the picture
+    method: str = ""          # points of one method are joined by a line; "": not in the table
+    label: str | None = ""    # in the picture; None: not drawn
     beta: float | None = None  # the price of a nat, in units of gold
     every_seed: bool = True   # or only the first
 
@@ -89,8 +89,14 @@ POINTS = [
     ppo(0.03),
     Point("rloo", "ppo.py --advantage=rloo --k=8 --init={out}/sft --reward_model={out}/reward",
           "RLOO", "RLOO", 0.1 / LABEL_SCALE),
+    Point("grpo", "ppo.py --advantage=grpo --k=8 --init={out}/sft --reward_model={out}/reward",
+          "GRPO", None, 0.1 / LABEL_SCALE),
     Point("ppo-gold", "ppo.py --reward=gold --kl_coef=0.05 --init={out}/sft",
           "PPO on gold", "PPO on gold", 0.05),
+    Point("rloo-gold", "ppo.py --reward=gold --kl_coef=0.05 --advantage=rloo --k=8 --init={out}/sft",
+          "RLOO on gold", None, 0.05),
+    Point("grpo-gold", "ppo.py --reward=gold --kl_coef=0.05 --advantage=grpo --k=8 --init={out}/sft",
+          "GRPO on gold", None, 0.05),
     Point("finegrained", "finegrained.py --init={out}/sft --reward_models={out}/rewards", "fine-grained",
           "fine-grained"),
     # Over-optimization: a reward model that was stopped early, and no price on KL.
@@ -213,7 +219,8 @@ def main():
         same = [row for frontier in frontiers for row in frontier if row["checkpoint"] == name]
         best.append(mean_over_seeds(name, same))
     print(markdown(rows, optimum))
-    plot_frontier(f"{FOLDER}/frontier.png", "gold", [row for _, row in rows], optimum, best)
+    drawn = [row for point, row in rows if point.label is not None]
+    plot_frontier(f"{FOLDER}/frontier.png", "gold", drawn, optimum, best)
     weak = [f"{FOLDER}/{seed}/ppo-weak" for seed in seeds]
     plot_overoptimization(f"{FOLDER}/overoptimization.png", weak)
 
