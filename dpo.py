@@ -143,7 +143,7 @@ def logp_of_responses(policy, groups, run):
 
 
 def logp_of_pairs(policy, pairs, batches, run):
-    """log π(y_w|x) and log π(y_l|x) of the pairs that the batches visit, likewise: (len(pairs), 2).
+    """log π(y_w|x) and log π(y_l|x) of the pairs that the batches visit, summed or averaged: (len(pairs), 2).
 
     The rows of other pairs are 0, and training never reads them.
     """
@@ -193,7 +193,8 @@ def train(cfg):
 
     # π_ref is frozen. So by default its log-probs are computed once, for the pairs that `batches` visits, and
     # kept in the checkpoints; training then no longer needs the reference model. --resume takes them from the
-    # checkpoint, and refuses other data and settings. Only --steps may grow: more steps visit new pairs.
+    # checkpoint, and refuses other data and other settings of training. Only --steps may grow: more steps
+    # visit new pairs.
     ref_logp = None
     if cfg.precompute_ref:
         ref_logp = run.checkpoint.get("ref_logp")  # run.checkpoint: with --resume the last one, otherwise {}
@@ -231,7 +232,8 @@ def train(cfg):
             (losses.sum() / cfg.batch_size).backward()
 
             # The policy's accuracy as a reward model: is the chosen response's reward higher? A tie counts
-            # one half. Before the first update, π is π_ref to the bit (without --ref), and all pairs tie.
+            # one half. Before the first update π is π_ref (without --ref; on a CPU to the bit), and all pairs
+            # tie.
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
@@ -251,7 +253,7 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer, ref_logp=ref_logp)
 
-    # The final table: a row for the reference (loaded again, since it may have been deleted above) and one
+    # The final table: a row for the reference (loaded again, since it may have been freed above) and one
     # for the policy. On held-out prompts: KL, length and, with the data's true reward or --reward_model,
     # reward and win rate against the reference. On held-out comparisons: how often the implicit rewards
     # β log π/π_ref rank the responses correctly. The reference's own rewards are all 0, so its pairs all tie.

@@ -609,7 +609,7 @@ def load_models(run, init, has_reward_fn):
         policy.set_scalar_heads(1)
         value_model = policy
     elif reward_model is not None and cfg.value_init == "reward":
-        value_model = copy.deepcopy(reward_model).requires_grad_(True)
+        value_model = copy.deepcopy(reward_model).requires_grad_(True)  # with normalized scores, if asked for
     else:
         value_model = copy.deepcopy(policy)
         value_model.set_scalar_heads(1)
@@ -634,7 +634,7 @@ def check_settings(cfg, data, has_reward_fn):
         raise SystemExit(f"--advantage={cfg.advantage} compares a response with others to the same prompt: "
                          "it needs --k=2 or more")
     if cfg.advantage != "gae" and cfg.share_value:
-        raise SystemExit(f"--share_value: --advantage={cfg.advantage} has no values")
+        raise SystemExit(f"--share_value: --advantage={cfg.advantage} has no value model to share")
     if cfg.advantage != "gae" and cfg.whiten_rewards:
         raise SystemExit(f"--whiten_rewards: with --advantage={cfg.advantage} it would reward or punish "
                          "length, because it adds a constant to each token's reward, and these are summed")

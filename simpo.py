@@ -74,8 +74,8 @@ def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma
 
     With the label smoothing ε of the authors' code it is −(1−ε) log σ(h) − ε log σ(−h): the second term
     negates all of h, γ included. Log-probs (B,), summed over response tokens, in nats; lengths (B,) in
-    tokens. Returns three tensors (B,): the losses, and the rewards β/|y| log π(y|x) of
-    the chosen and of the rejected responses, without gradient.
+    tokens. Returns three tensors (B,): the losses, and the rewards β/|y| log π(y|x) of the chosen and of the
+    rejected responses, without gradient.
     """
     chosen_reward = beta / chosen_len * chosen_logp        # β/|y_w| log π(y_w|x)
     rejected_reward = beta / rejected_len * rejected_logp  # β/|y_l| log π(y_l|x)

@@ -39,9 +39,9 @@ def plot_frontier(path, key, rows, optimum, best):
     """Reward against exact KL: the optimum, best-of-n, and each checkpoint with its standard errors.
 
     Rows of one method (row["method"], or else the stage in the checkpoint's name) share a color. With
-    "method", a line also joins them, in their order. Each row is labeled with row["label"], or else its name; "" means no
-    label. The axis ends a little beyond the optimum's curve. A row further out is an arrow at the edge, with
-    its KL.
+    "method", a line also joins them, in their order. Each row is labeled with row["label"], or else its name;
+    "" means no label. The axis ends a little beyond the optimum's curve. A row further out is an arrow at the
+    edge, with its KL.
     """
     plt = import_pyplot()
     figure, ax = plt.subplots(figsize=(8, 5.5), layout="constrained")

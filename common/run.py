@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from common.batches import all_micro_batches, micro_batches, shuffled_batches
+from common.batches import micro_batches, shuffled_batches
 from common.checkpoints import (checkpoint_files, is_finished, load_checkpoint, load_model, load_optimizer,
                                 load_reward_model, load_to_resume, load_weights, no_checkpoint,
                                 remove_checkpoints, resume, save_checkpoint, template_of_checkpoint)
@@ -226,10 +226,6 @@ class Run:
         """
         self.tokens += sum(group_length(groups[i]) for i in batch)
         return micro_batches(batch, groups, self.cfg.micro_tokens)
-
-    def all_micro_batches(self, groups, model):
-        """All groups, not a share of them, as lists of indices. Other processes may have other groups."""
-        return all_micro_batches(groups, self.cfg.micro_tokens, model)
 
     def show_data(self, groups, labels=("response",), loss_tokens=None):
         """Prints the first example with its loss marked, and warns of what is probably wrong with the data.

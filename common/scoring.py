@@ -39,8 +39,8 @@ def logp_of_batches(policy, pairs, batches, micro_tokens, progress):
 
     pairs: (prompt_ids, [chosen_ids, rejected_ids]). batches: for each step of training its indices into
     pairs. Pairs in no batch keep 0. How a log-prob is rounded depends on the other rows in the same forward
-    pass. So each pair is computed in the micro-batch in which training first meets it; a policy that is its
-    own reference then equals it to the bit until the first update.
+    pass. So each pair is computed in the micro-batch in which training first meets it; on a CPU, a policy
+    that is its own reference then equals it to the bit until the first update.
     """
     logp = torch.zeros(len(pairs), 2, device=policy.device)
     visited = set()

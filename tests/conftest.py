@@ -3,7 +3,7 @@
 Public data and the GPT-2 encoding are used where they lie beside the checkout.
 """
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import sys
@@ -49,7 +49,8 @@ def server():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])]))
         context.set_forkserver_preload(["test_stages", "finegrained", "simpo", "torch.distributed.fsdp"])
-        yield context
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def as_process(rank, port, errors, function, *args):
