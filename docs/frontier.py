@@ -53,6 +53,11 @@ def ppo(kl_coef, label="", every_seed=False):
     return Point(f"ppo-kl{kl_coef}", command, "PPO", label, kl_coef / LABEL_SCALE, every_seed)
 
 
+def rank_answers(last, i, pairs):
+    """The command that ranks the answers of the last round's policy, for round i."""
+    return f"sample.py {last} --rank=gold --data=animals --k=4 --n=4332 --seed={i} --out={pairs}"
+
+
 def dpo_round(i, kind, label=""):
     """Round i of DPO: pairs of the last round's answers, then DPO that starts from its policy.
 
@@ -62,10 +67,20 @@ def dpo_round(i, kind, label=""):
     pairs = f"{{out}}/{kind}{i}.jsonl"
     ref = f"--ref={{out}}/sft --beta={FIXED_BETA}" if kind == "fixed" else f"--beta={MOVING_BETA}"
     beta = FIXED_BETA / LABEL_SCALE if kind == "fixed" else MOVING_BETA / i / LABEL_SCALE
-    rank = f"sample.py {last} --rank=gold --data=animals --k=4 --n=4332 --seed={i} --out={pairs}"
     train = f"dpo.py animals --data={pairs} --init={last} {ref} --lr=5e-4 --steps=300 --eval_n=0"
-    return [Point(f"{kind}{i}.jsonl", rank, every_seed=kind == "moving"),
+    return [Point(f"{kind}{i}.jsonl", rank_answers(last, i, pairs), every_seed=kind == "moving"),
             Point(f"{kind}{i}", train, f"DPO in rounds, {kind} reference", label, beta, kind == "moving")]
+
+
+def simpo_round(i, label=""):
+    """Round i of SimPO, likewise; the pairs of its first round are those of DPO's."""
+    last = "{out}/sft" if i == 1 else f"{{out}}/simpo-round{i - 1}"
+    pairs = "{out}/moving1.jsonl" if i == 1 else f"{{out}}/simpo-round{i}.jsonl"
+    train = f"simpo.py animals --data={pairs} --init={last} --steps=200 --eval_n=0"
+    points = [Point(f"simpo-round{i}", train, "SimPO in rounds", label)]
+    if i > 1:
+        points.insert(0, Point(f"simpo-round{i}.jsonl", rank_answers(last, i, pairs)))
+    return points
 
 
 FIXED_BETA = 0.4
@@ -82,6 +97,7 @@ POINTS = [
     simpo("simpo-sft1", "--beta=10 --gamma=5 --lr=3e-4 --sft_weight=1"),
     simpo("simpo", "", "SimPO", every_seed=True),
     *dpo_round(1, "moving"), *dpo_round(2, "moving"), *dpo_round(3, "moving", "DPO in rounds"),
+    *simpo_round(1), *simpo_round(2), *simpo_round(3, "SimPO in rounds"),
     *dpo_round(1, "fixed"), *dpo_round(2, "fixed"), *dpo_round(3, "fixed", "rounds, fixed reference"),
     ppo(1.0),
     ppo(0.3),
