@@ -18,13 +18,13 @@ policy directly, without a reward model and without sampling:
     python dpo.py                                           the animals world, from scratch, SFT included
     python dpo.py hh                                        Anthropic's HH-RLHF, GPT-2
     python dpo.py tldr                                      summaries of Reddit posts
-    python dpo.py imdb --beta=0.1                           the paper's Figure 2 (all commands: data/imdb.py)
+    python dpo.py imdb                                      the paper's Figure 2; its pairs: data/imdb.py
     python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons: recipe hh, with β 0.3
 
 With --init=gpt2, π_ref is GPT-2 itself; without --init, an SFT model of the same data, trained first. DPO in
 rounds, each on new pairs sampled from the current policy, is a loop in the shell: docs/using.md.
 
-Left out: the SFT term that some add to the loss. The recipes differ from the authors' code: AdamW instead of
+Left out: the SFT term that some add to the loss. This page differs from the authors' code: AdamW instead of
 RMSprop, a cosine decay of the learning rate instead of a constant, gradients clipped at norm 1 instead of 10,
 GPT-2 instead of larger models.
 """
@@ -46,7 +46,7 @@ from engine.packing import pack, per_sequence
 
 
 @dataclass
-class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options: common/options.py
+class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, …) are in common/options.py
     beta: PositiveFloat = 1.0       # β, the weight of the KL: a larger one stays closer to π_ref
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # eq. 7 or a variant, see dpo_loss
     label_smoothing: LabelNoise = 0.0  # ε: the share of labels assumed to be flipped, for sigmoid and robust
@@ -60,9 +60,9 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
 # Config's defaults are for the animals world, a small data set with a known true reward. A recipe replaces
 # some of them: `python dpo.py hh`. With --data=FILE, the recipe is hh.
 RECIPES = {
-    # β, learning rate, batch and warm-up of arXiv:2305.18290 App. B; one epoch of 160,800 pairs
+    # arXiv:2305.18290 App. B: β 0.1, lr 1e-6, batches of 64, 150 steps of warm-up. One epoch of 160,800 pairs
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
-    # App. B: β 0.5 on TL;DR. One epoch of 92,858 pairs
+    # App. B: β 0.5 on TL;DR, all else as above. One epoch of 92,858 pairs
     "tldr": dict(data="tldr", beta=0.5, steps=1450, max_len=640, lr=1e-6, warmup=150, ckpt_every=500,
                  eval_n=64),
     # App. C.1: the pairs that sample.py makes, 6 for each of 25,000 prefixes, a tenth of them held out. One
@@ -82,10 +82,10 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
     With h = log π/π_ref (y_w|x) − log π/π_ref (y_l|x), and ε the label smoothing:
         sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0, otherwise cDPO (Mitchell 2023,
                                                                 ericmitchell.ai/cdpo.pdf eq. 3)
-        ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17, whose τ is β: h is to
-                                                                reach a margin, not to exceed it. With sums
-                                                                over tokens, as in the paper; its authors
-                                                                later recommended means: --ipo_average
+        ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17, whose τ is β: pulls h
+                                                                to a margin. Log-probs are sums over tokens,
+                                                                as in the paper; its authors later recommended
+                                                                means: --ipo_average
         hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409: an unbiased estimate of the
                                                                 loss without noise; unbounded below
@@ -142,10 +142,10 @@ def logp_of_responses(policy, groups, run):
     return logp
 
 
-def logp_of_pairs(policy, pairs, batches, run):
-    """log π(y_w|x) and log π(y_l|x) of the pairs that the batches visit, summed or averaged: (len(pairs), 2).
+def precompute_logp(policy, pairs, batches, run):
+    """log π(y_w|x) and log π(y_l|x) of all pairs that the batches visit: (len(pairs), 2), without gradient.
 
-    The rows of other pairs are 0, and training never reads them.
+    Summed over tokens or, with --ipo_average, averaged. Pairs in no batch have 0, which is never read.
     """
     logp = run.logp_of_batches(policy, pairs, batches)
     if run.cfg.ipo_average:
@@ -170,7 +170,8 @@ def train(cfg):
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
     # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
-    # the longer response exceed max_len, the prompt loses its beginning first, then the responses their ends.
+    # the longer response exceed max_len, the prompt is cut from the left; if that is not enough, the
+    # responses are cut from the right.
     policy, tokenizer = run.load_model(init)
     comparisons = run.data.comparisons("train")
     pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
@@ -191,22 +192,21 @@ def train(cfg):
     ref_policy = run.prepare(ref_policy)
     held_out_ref_logp = logp_of_responses(ref_policy, held_out_groups, run)  # (S,), one per response
 
-    # π_ref is frozen. So by default its log-probs are computed once, for the pairs that `batches` visits, and
-    # kept in the checkpoints; training then no longer needs the reference model. --resume takes them from the
-    # checkpoint, and refuses other data and other settings of training. Only --steps may grow: more steps
-    # visit new pairs.
+    # π_ref is frozen. So by default its log-probs are computed once, before training, for the pairs that
+    # `batches` visits, and kept in the checkpoints.
     ref_logp = None
     if cfg.precompute_ref:
         ref_logp = run.checkpoint.get("ref_logp")  # run.checkpoint: with --resume the last one, otherwise {}
+        # --resume refuses other data and settings. Only --steps may grow, and then there are new pairs.
         has_more_steps = cfg.resume and cfg.steps > run.checkpoint["config"]["steps"]
         if ref_logp is None or has_more_steps:
-            ref_logp = logp_of_pairs(ref_policy, pairs, batches, run)
+            ref_logp = precompute_logp(ref_policy, pairs, batches, run)
         ref_logp = ref_logp.to(run.device)
         ref_policy = None  # frees its memory
 
     @torch.no_grad()
     def reference_logp(indices):
-        """log π_ref(y_w|x) and log π_ref(y_l|x) of some pairs, (b,) each."""
+        """log π_ref(y_w|x) and log π_ref(y_l|x) of the pairs at `indices`, (b,) each."""
         if cfg.precompute_ref:
             return ref_logp[indices].unbind(1)
         return pair_logp(ref_policy, [pairs[i] for i in indices], cfg.ipo_average)
@@ -218,8 +218,8 @@ def train(cfg):
         metrics = Metrics()
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into pairs; together, these pairs have at most cfg.micro_tokens tokens. With several
-        # processes, each works through its own share of the batch.
+        # of indices into pairs, with at most cfg.micro_tokens tokens in total. With several processes, each
+        # works through its own share of the batch, in the same number of micro-batches.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp = pair_logp(
                 policy, [pairs[i] for i in indices], cfg.ipo_average)  # (b,) each
@@ -232,18 +232,19 @@ def train(cfg):
             (losses.sum() / cfg.batch_size).backward()
 
             # The policy's accuracy as a reward model: is the chosen response's reward higher? A tie counts
-            # one half. Before the first update π is π_ref (without --ref; on a CPU to the bit), and all pairs
-            # tie.
+            # one half. Without --ref, π is π_ref before the first update, so all pairs tie, and the first
+            # accuracy is 0.5 (exactly on a CPU; on a GPU, rounding may break ties).
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
-            # Sums for the log, without gradient.
+            # For the log: `add` sums them up, without gradient.
             metrics.add(loss=losses, accuracy=correct, margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
-        # 2. One optimizer step on the whole batch: add up the gradients of all processes (a sum, since each
-        # loss was divided by the whole batch's size), clip, step, clear.
+        # 2. One optimizer step on the whole batch. Each loss was divided by the whole batch's size, so the
+        # processes' gradients are summed, not averaged. (A sharded model has summed them in backward().)
+        # Then clip, step, clear.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)

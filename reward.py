@@ -6,16 +6,16 @@ response. It learns from comparisons, which are assumed to follow the Bradley–
     P(y_w ≻ y_l | x) = σ( r(x, y_w) − r(x, y_l) )
 
 All pairs among a prompt's K ranked responses are trained on together: the model reads each response once, and
-the prompt once for all of them. The loss sums over these pairs:
+the prompt once for all of them. The loss averages over these pairs:
 
     L(θ) = −E_x [ 1/(K choose 2) Σ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]                             (eq. 1)
 
 Eq. 1 sees differences only: a constant added to all scores of a prompt changes nothing. So at the end, as
-in InstructGPT, the bias is shifted so that demonstrations score 0 on average. Three things are added here:
+in InstructGPT, the bias is shifted so that demonstrations score 0 on average. This page adds three things:
 
 - a small term center_coef · (2 r̄)², with r̄ the mean score of a prompt's K responses. Eq. 1 leaves r̄ free,
-  so it could drift from prompt to prompt, which PPO would see as noise. The term holds it near 0, and leaves
-  the differences alone. At K = 2, (2 r̄)² = (r_w + r_l)², as in arXiv:2312.09244.
+  so it could differ from prompt to prompt, and PPO's value model would have to learn it. The term holds it
+  near 0, and leaves the differences alone. At K = 2, (2 r̄)² = (r_w + r_l)², as in arXiv:2312.09244.
 - the standard deviation of the demonstrations' scores, saved with the weights so that PPO can divide by it.
 - on request, a margin that r_w has to win by (--margin).
 
@@ -50,7 +50,7 @@ from engine.packing import pack
 class Config(RunConfig):
     k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9)
     margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m), a constant (arXiv:2307.09288 eq. 2)
-    center_coef: NonNegativeFloat = 0.01  # of (2 r̄)², which keeps a prompt's mean score near 0
+    center_coef: NonNegativeFloat = 0.01  # weight of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1600           # optimizer steps
     batch_size: PositiveInt = 16        # prompts per step, each with its K responses, over all processes
     micro_tokens: PositiveInt = 1024    # tokens per forward pass at most; larger batches accumulate gradients
@@ -59,7 +59,7 @@ class Config(RunConfig):
     val_every: PositiveInt = 800        # steps between validations
     log_every: PositiveInt = 50         # steps between lines on the console
     ckpt_every: PositiveInt = 100       # steps between checkpoints
-    eval_n: NonNegativeInt = 1000       # of validation comparisons, and of demonstrations that center scores
+    eval_n: NonNegativeInt = 1000       # number of validation comparisons, and of demonstrations to center on
 
 
 RECIPES = {
@@ -87,7 +87,7 @@ def ranked_pairs(scores, rank):
 
 
 def split_by_group(scores, group, rank):
-    """Scores and ranks of S responses, (S,) each -> for each group a pair (scores, ranks), (K,) each."""
+    """Scores and ranks of S responses, (S,) each -> for each group a tuple (scores, ranks), (K,) each."""
     return [(scores[group == g], rank[group == g]) for g in group.unique()]
 
 
@@ -154,14 +154,14 @@ def train(cfg):
     reward_model.set_scalar_heads(1)  # a new head with random weights, bias 0
     reward_model = run.prepare(reward_model)  # moved to the device; sharded or compiled if asked for
 
-    # Comparisons: a prompt and its K ranked responses. `groups` are the same as token ids, in the same order:
-    # (prompt_ids, [response_ids, …]). If the prompt and its longest response exceed max_len, the prompt loses
-    # its beginning first, then the responses their ends.
+    # Comparisons: a prompt and its K ranked responses. `groups` has the same ones, in the same order, as
+    # token ids: (prompt_ids, [response_ids, …]). If the prompt and its longest response exceed max_len, the
+    # prompt is cut from the left; if that is not enough, the responses are cut from the right.
     data = run.data
     comparisons = data.comparisons("train", cfg.k)
     comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # not those whose responses all tie
     groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], cfg.max_len)
-    # A pair of identical responses teaches nothing: prints how many there are, and exits if all are.
+    # Identical responses teach nothing: prints how many such pairs there are, and exits if all are.
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
     validation, validation_groups = run.held_out_comparisons(cfg.k)
     batches = run.shuffled_batches(groups)  # for each step a list of indices into groups
@@ -171,7 +171,7 @@ def train(cfg):
     last_tokens = [[len(response) - 1] for response in groups[0][1]]
     run.show_data(groups, [f"rank {rank}" for rank in comparisons[0].ranks], last_tokens)
 
-    # The scores of the untrained head, near chance, before --resume loads a checkpoint below.
+    # With the untrained head, whose accuracy is near chance, and before --resume loads a checkpoint below.
     scores_before = run.score_groups(reward_model, validation_groups)
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
     checkpoint = run.start_or_resume(reward_model, optimizer)  # the last checkpoint, or {}; sets run.start
@@ -180,8 +180,8 @@ def train(cfg):
         metrics = Metrics()
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into groups; together, these groups have at most cfg.micro_tokens tokens. With several
-        # processes, each works through its own share of the batch.
+        # of indices into groups, with at most cfg.micro_tokens tokens in total. With several processes, each
+        # works through its own share of the batch, in the same number of micro-batches.
         for indices in run.micro_batches(batches[step], groups):
             # r(x, y) of every response, group by group; the responses to one prompt do not see each other.
             batch = pack([groups[i] for i in indices]).to(run.device)
@@ -198,13 +198,14 @@ def train(cfg):
             n_groups = len(indices)
             (loss * n_groups / cfg.batch_size).backward()
 
-            # Sums for the log, without gradient; mean(batch_size), below, divides them. (The logged margin is
-            # that of the scores, r_w − r_l, not --margin.)
+            # For the log: `add` sums up the elements, without gradient; mean(batch_size), below, divides. The
+            # logged margin is that of the scores, r_w − r_l, not --margin.
             metrics.add(loss=loss * n_groups, accuracy=accuracy * n_groups,
                         margin=score_gap(scores, group, rank))
 
-        # 2. One optimizer step on the whole batch: add up the gradients of all processes (a sum, since each
-        # loss was divided by the whole batch's size), clip, step, clear.
+        # 2. One optimizer step on the whole batch. Each loss was divided by the whole batch's size, so the
+        # processes' gradients are summed, not averaged. (A sharded model has summed them in backward().)
+        # Then clip, step, clear.
         sync_gradients(reward_model)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(reward_model, optimizer, lr, cfg.grad_clip)
@@ -225,9 +226,9 @@ def train(cfg):
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, reward_model, optimizer)
 
-    # Center the scores: training demonstrations (for comparison data, the best responses) get 0 on average.
-    # If a finished run was resumed and nothing was left to train, they are centered already, and the
-    # checkpoint holds their standard deviation. (One from the middle of a longer run does not.)
+    # Center the scores: shift the bias so that training demonstrations (where the data are comparisons, the
+    # best responses) score 0 on average. Only a finished run's checkpoint has score_std; if it was resumed
+    # with no steps left, its scores are centered already.
     was_centered = run.start == cfg.steps and "score_std" in checkpoint
     if was_centered:
         score_std = checkpoint["score_std"]

@@ -2,7 +2,7 @@
 
 The language-model loss on demonstrations, taken over the tokens of the response only:
 
-    L(θ) = −Σ_(x,y) Σ_t log π_θ(y_t | x, y_<t) / Σ_(x,y) |y|              both sums over the whole batch
+    L(θ) = −Σ_(x,y) Σ_t log π_θ(y_t | x, y_<t) / Σ_(x,y) |y|            with Σ_(x,y) over the whole batch
 
 The EOS that ends a response is one of its tokens, so the model learns when to stop. (A response that was cut
 at max_len has none.)
@@ -54,13 +54,13 @@ RECIPES = {
                  val_every=100, log_every=10, ckpt_every=100, eval_n=64),
 }
 
-MAX_RESPONSES = 4  # in a group; the responses to one prompt, if more, are split over several groups
+MAX_RESPONSES = 4  # per group; a prompt with more responses gets several groups
 
 
 def group_by_prompt(demonstrations):
     """[(prompt, response), …] -> [(prompt, [response, …]), …], to compute a prompt once for its responses.
 
-    A group is never split over micro-batches, so it has at most MAX_RESPONSES responses.
+    A group always stays within one micro-batch, so MAX_RESPONSES bounds its size.
     """
     responses_to = {}
     for prompt, response in demonstrations:
@@ -73,7 +73,7 @@ def group_by_prompt(demonstrations):
 
 
 def sft_loss(logprobs, n_tokens):
-    """−Σ log π(y_t | x, y_<t) / n_tokens, over a micro-batch: what it contributes to the batch's mean.
+    """−Σ log π(y_t | x, y_<t) / n_tokens, over a micro-batch: its part of the batch's mean loss.
 
     logprobs (N,): one per response token of this micro-batch. n_tokens: response tokens in the whole batch.
     """
@@ -81,7 +81,7 @@ def sft_loss(logprobs, n_tokens):
 
 
 def count_response_tokens(groups):
-    """How many response tokens the groups (token ids) have, each EOS included: the tokens that carry loss."""
+    """How many response tokens, EOS included, the groups (token ids) have: the tokens that carry loss."""
     total = 0
     for _, responses in groups:
         total += sum(map(len, responses))
@@ -105,11 +105,11 @@ def train(cfg):
     run.print0(f"sft: {n_parameters / 1e6:.1f}M parameters on {run.device}, {cfg.data} -> {run.out}")
 
     # Demonstrations: a prompt x and one or more responses y, as token ids with the EOS at the end of y.
-    # If a prompt and its longest response exceed max_len, the prompt loses its beginning first; a response
-    # that is still too long loses its end, the EOS included.
+    # If a prompt and its longest response exceed max_len, the prompt is cut from the left; if that is not
+    # enough, responses are cut from the right, and lose their EOS.
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
-    batches = run.shuffled_batches(groups)  # for each step a list of indices into groups
+    batches = run.shuffled_batches(groups)  # for each step a list of indices, the same after --resume
     run.show_data(groups)  # prints the first example, and warns if the data look wrong
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     run.start_or_resume(policy, optimizer)  # with --resume, continues from the last checkpoint
@@ -119,18 +119,20 @@ def train(cfg):
         n_tokens = count_response_tokens([groups[i] for i in batches[step]])  # of the whole batch
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into groups, with at most cfg.micro_tokens tokens in total; a larger group gets one of
-        # its own. With several processes, each works through its own share of the batch.
+        # of indices into groups, with at most cfg.micro_tokens tokens in total; a group larger than that is a
+        # micro-batch by itself. With several processes, each works through its own share of the batch, in
+        # the same number of micro-batches.
         for indices in run.micro_batches(batches[step], groups):
-            # log π(y_t | x, y_<t) of every response token; responses to one prompt do not see each other.
+            # One row or more of tokens, in which the responses to one prompt do not see each other.
             micro_batch = pack([groups[i] for i in indices]).to(run.device)
-            logprobs = policy.logprobs(micro_batch)  # (N,)
+            logprobs = policy.logprobs(micro_batch)  # log π(y_t | x, y_<t) of every response token: (N,)
             loss = sft_loss(logprobs, n_tokens)
             loss.backward()
-            metrics.add(loss=-logprobs)  # without gradient, one per token: summed here, divided in 4
+            metrics.add(loss=-logprobs)  # `add` sums over tokens, without gradient; 4 divides by n_tokens
 
-        # 2. One optimizer step on the whole batch: add up the gradients of all processes (a sum, since each
-        # loss was divided by the whole batch's tokens), clip, step, clear.
+        # 2. One optimizer step on the whole batch. Each loss was divided by the whole batch's tokens, so the
+        # processes' gradients are summed, not averaged. (A sharded model has summed them in backward().)
+        # Then clip, step, clear.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
@@ -145,8 +147,8 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(n_tokens), val_loss=val_loss, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
-    # The final table, on held-out prompts: the model before training (loaded again; with --init=scratch, its
-    # random weights) and after.
+    # The final table, on held-out prompts: the model before training (loaded again; with --init=scratch, the
+    # same random weights) and after.
     del optimizer  # frees memory for the evaluation
     evaluate.report(run, policy, cfg.init)
     return policy

@@ -11,16 +11,17 @@ The length |y| is in tokens, with the EOS unless the response was cut. There is 
 model is in memory. But nothing keeps the policy near its start either; the paper relies on a small learning
 rate, diverse data and the robustness of large models.
 
-In our runs responses become too short (docs/results.md), so we sample some during training and log their
-length. The SFT term of App. H counters this: sft_weight · Σ −log π(y_w|x) / Σ |y_w|, sums over the batch. It
-weights all tokens equally, whereas eq. 6 weights each by 1/|y|. The paper's main runs and our recipes for
-real data have sft_weight 0.
+In our runs responses become too short (docs/results.md): divided by |y|, the EOS of a short response weighs
+more than the next word of a long one. So we sample some during training and log their length. The SFT term of
+App. H counters this: sft_weight · Σ −log π(y_w|x) / Σ |y_w|, sums over the batch. It weights all tokens
+equally, whereas eq. 6 weights each by 1/|y|. The paper's main runs and our recipes for real data have
+sft_weight 0.
 
     python simpo.py                                the animals world, from scratch: SFT first, then SimPO
     python simpo.py hh                             Anthropic's HH-RLHF, GPT-2
     python simpo.py tldr                           summaries of Reddit posts; imdb: see data/imdb.py
     python simpo.py --data=mine.jsonl --init=gpt2  your own comparisons, with the settings of the recipe hh
-    python simpo.py --beta=10 --gamma_beta_ratio=0.3    γ = 0.3 · 10; the authors' scripts give it so, too
+    python simpo.py --beta=10 --gamma_beta_ratio=0.3    γ = 0.3 · 10, as the authors' scripts give it
 
 Left out: the hinge loss of the authors' code.
 """
@@ -41,7 +42,7 @@ from engine.packing import pack, per_sequence
 
 
 @dataclass
-class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options: common/options.py
+class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, …) are in common/options.py
     beta: PositiveFloat = 2.0       # β of eq. 6: the scale of the mean log-prob
     gamma: NonNegativeFloat = 1.0   # γ of eq. 6: the margin that the chosen response must win by
     gamma_beta_ratio: NonNegativeFloat | None = None  # γ/β, as the authors' scripts give it; overrides gamma
@@ -50,11 +51,11 @@ class Config(RunConfig):  # 250 steps, batches of 64 pairs and all other options
     reward_model: str | None = None  # a run of reward.py, for scores and win rates in the final table
     lr: NonNegativeFloat = 3e-4     # peak learning rate
     sample_every: PositiveInt = 25  # steps between samples, to watch the length
-    sample_n: NonNegativeInt = 64   # how many validation prompts are answered; 0: none
+    sample_n: NonNegativeInt = 64   # number of validation prompts to answer; 0 turns sampling off
 
 
-# `python simpo.py hh` takes a recipe; with --data=FILE, it is hh. None of these data sets is in the paper:
-# learning rate, steps and warm-up are those of dpo.py, β and γ the defaults above, not tuned for them.
+# `python simpo.py hh` selects a recipe; --data=FILE selects hh's settings. None of these data sets is in the
+# paper: learning rate, steps and warm-up are those of dpo.py, β and γ the defaults above; nothing was tuned.
 RECIPES = {
     "hh": dict(data="hh", sft_weight=0.0, steps=2500, max_len=512, lr=1e-6, warmup=150, sample_every=250,
                ckpt_every=500, eval_n=64),
@@ -141,13 +142,15 @@ def train(cfg):
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
     # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
-    # the longer response exceed max_len, the prompt loses its beginning first, then the responses their ends.
+    # the longer response exceed max_len, the prompt is cut from the left; if that is not enough, the
+    # responses are cut from the right.
     comparisons = run.data.comparisons("train")
     pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
     batches = run.shuffled_batches(pairs)  # for each step a list of cfg.batch_size indices into pairs
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
-    # Validation prompts to watch the length on; one longer than half of the context loses its beginning.
+    # Validation prompts to watch the length on; one longer than half of the context loses its beginning, to
+    # leave room for the response.
     sample_prompts = evaluate.encode_cut(run.data.prompts("validation")[:cfg.sample_n], policy, tokenizer)
 
     # Held-out comparisons, as text and as token ids, and the rewards of their responses before training, for
@@ -163,8 +166,8 @@ def train(cfg):
         mean_chosen_len = mean_chosen_length([pairs[i] for i in batches[step]])  # for the SFT term below
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into pairs; together, these pairs have at most cfg.micro_tokens tokens. With several
-        # processes, each works through its own share of the batch.
+        # of indices into pairs, with at most cfg.micro_tokens tokens in total. With several processes, each
+        # works through its own share of the batch, in the same number of micro-batches.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(
                 policy, [pairs[i] for i in indices])  # (b,) each
@@ -185,21 +188,23 @@ def train(cfg):
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
-            # Sums for the log, without gradient. (The logged margin is that of the rewards, not γ.)
-            metrics.add(loss=total_losses, sft_loss=sft_losses, accuracy=correct,
+            # For the log: `add` sums them up, without gradient. The loss is that of eq. 6 plus the SFT term;
+            # the margin is that of the rewards, not γ.
+            metrics.add(loss=total_losses, simpo_loss=losses, sft_loss=sft_losses, accuracy=correct,
                         margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
-        # 2. One optimizer step on the whole batch: add up the gradients of all processes (a sum, since each
-        # loss was divided by the whole batch's size), clip, step, clear.
+        # 2. One optimizer step on the whole batch. Each loss was divided by the whole batch's size, so the
+        # processes' gradients are summed, not averaged. (A sharded model has summed them in backward().)
+        # Then clip, step, clear.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Every sample_every steps, sample responses to see whether their length is collapsing. Every
         # process samples all of them, at temperature 1, with the same seed each time. The random state of
-        # training is untouched.
+        # training is untouched. At other steps the values are None, and the console leaves them blank.
         lengths = {"response_len": None, "empty": None, "unfinished": None}
         if sample_prompts and ((step + 1) % cfg.sample_every == 0 or step + 1 == cfg.steps):
             responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token, max_new_tokens=128)
