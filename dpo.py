@@ -51,7 +51,7 @@ class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, �
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # eq. 7 or a variant, see dpo_loss
     label_smoothing: LabelNoise = 0.0  # ε: the share of labels assumed to be flipped, for sigmoid and robust
     ipo_average: bool = False       # with ipo: log-probs are means over tokens instead of sums
-    ref: str | None = None          # the folder of a run to use as π_ref; None: where training starts from
+    ref: str | None = None          # the folder of a run to use as π_ref; None: the initial policy
     precompute_ref: bool = True     # compute π_ref's log-probs before training; False: at each step
     reward_model: str | None = None  # a run of reward.py, for scores and win rates in the final table
     lr: NonNegativeFloat = 1e-3     # peak learning rate: reached by a linear warm-up, then half a cosine to 0

@@ -140,7 +140,7 @@ class Feedback:
 
 
 def load_feedback(data, split, axes, tokenizer, max_len, most=None):
-    """The feedback of a split: {"spans": Feedback, "comparisons": Feedback}, with only what the axes need.
+    """The feedback of a split: {"spans": Feedback, "comparisons": Feedback}, or only the one that axes need.
 
     An example longer than max_len loses the beginning of its prompt, and if that is not enough the end of its
     response. A response keeps its beginning, so the places of spans in it stay right; a span beyond the cut
@@ -222,7 +222,7 @@ class PackedMarks:
 def pack_marks(groups, marks, axes, device):
     """The packed batch of some groups, and their marks (a list of Mark per group) -> Batch, PackedMarks."""
     columns = {"axis": [], "token": [], "label": [], "group": []}
-    first = 0  # of the batch's response tokens, the group's first
+    first = 0  # where the group's response tokens begin, among those of the batch
     for i, ((_, responses), group_marks) in enumerate(zip(groups, marks)):
         for mark in group_marks:
             columns["axis"].append(axes.index(mark.axis))
@@ -328,7 +328,7 @@ def train_rewards(cfg, init, axes):
         marks += source.marks
     sizes = ", ".join(f"{len(source.groups)} {kind}" for kind, source in feedback.items())
     run.print0(f"finegrained: {sizes} of {cfg.data}, {init} -> {run.out} on {run.device}")
-    # Prints the first response, the tokens marked where it is judged, and warns if the data look wrong.
+    # Prints the first response, with the tokens marked at which it is judged; warns if the data look wrong.
     first_marks = [mark.token for mark in marks[0]]
     run.show_data(groups, loss_tokens=[first_marks])
 
@@ -342,8 +342,8 @@ def train_rewards(cfg, init, axes):
         n_of_axis = count_per_axis([marks[i] for i in step_batches[step]], axes)
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into groups; together, these groups have at most cfg.micro_tokens tokens. With several
-        # processes, each works through its own share of the batch.
+        # of indices into groups, with at most cfg.micro_tokens tokens in total. With several processes, each
+        # works through its own share of the batch, in the same number of micro-batches.
         for indices in run.micro_batches(step_batches[step], groups):
             batch, batch_marks = pack_marks(
                 [groups[i] for i in indices], [marks[i] for i in indices], axes, run.device)

@@ -741,8 +741,8 @@ def train(cfg, reward_fn=None):
             if cfg.whiten_advantages:
                 episodes.advantages = whiten(episodes.advantages, episodes.mask)
         else:
-            # Not whitened: each group has its own baseline already; whitening would subtract another one,
-            # common to all groups.
+            # Not whitened: each group already has its own baseline, and whitening would subtract a second
+            # one, common to all groups.
             estimator = rloo_advantages if cfg.advantage == "rloo" else grpo_advantages
             episodes.advantages = group_advantages(rewards, episodes.mask, estimator, cfg.k)
         evaluate_s = time.time() - begin

@@ -44,7 +44,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def server():
-    """What starts processes that find torch imported: by a fork, of a process that has computed nothing yet."""
+    """Starts processes in which torch is imported already: forks of one that has computed nothing yet."""
     context = multiprocessing.get_context("forkserver")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])]))
@@ -62,11 +62,15 @@ def as_process(rank, port, errors, function, *args):
     function(*args)
 
 
-def on_two_processes(server, tmp_path, function, *args):
-    """Calls function(*args) in two processes that know of each other."""
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def on_two_processes(server, tmp_path, function, *args):
+    """Runs function(*args) in two processes that share their work, as those of torchrun do."""
+    port = free_port()
     errors = [tmp_path / f"errors-{rank}" for rank in (0, 1)]
     processes = [server.Process(target=as_process, args=(rank, port, errors[rank], function, *args)) for rank in (0, 1)]
     try:

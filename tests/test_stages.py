@@ -5,7 +5,6 @@ import math
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 from itertools import product
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SHARED, feedback, make_model, on_two_processes
+from conftest import SHARED, feedback, free_port, make_model, on_two_processes
 
 import common.checkpoints
 import common.run
@@ -446,10 +445,7 @@ def test_an_sft_run_that_was_cut_off_is_finished_before_it_is_used(tmp_path, mon
 
 def two_processes(command):
     """Started as torchrun starts them, which would hide the exit code of each, and takes seconds to start itself."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1")
     return [subprocess.Popen(command, env=env | dict(RANK=str(i), LOCAL_RANK=str(i)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for i in (0, 1)]
 
@@ -490,12 +486,10 @@ def test_two_processes_give_the_run_of_one(stage, fsdp, start, server):
     (start / "small_feedback.json").write_text(json.dumps([feedback(question=f"{i}?") for i in range(40)]))
     options = ["--steps=6", "--ckpt_every=4", "--lr=1e-3", f"--micro_tokens={20 if stage == 'ppo' else 50}"]
     here(stage, start, "a", *options)
-    options.append(f"--fsdp={fsdp}")
     if stage == "sft":  # a command like a user's, from its first import to its exit
-        under_torchrun(command(stage, start, "b", *options))
+        under_torchrun(command(stage, start, "b", *options, f"--fsdp={fsdp}"))
     else:
-        on_two_processes(server, start, here, stage, start, "b", *options)
-    options.pop()
+        on_two_processes(server, start, here, stage, start, "b", *options, f"--fsdp={fsdp}")
     assert_one_run(start / "a", start / "b")
     if fsdp:
         os.remove(start / "b/ckpt.pt")
