@@ -1,6 +1,6 @@
 """Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
-RLHF maximizes E[r(x, y)] − β KL(π ‖ π_ref). Its optimum has a closed form, which can be solved for r:
+RLHF maximizes E[r(x, y)] − β KL(π ‖ π_ref) (eq. 3). Its optimum has a closed form, which can be solved for r:
 
     π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x)                                                      (eq. 4)
     r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x)                                                 (eq. 5)
@@ -13,12 +13,14 @@ y_l:
 With eq. 5 for r, the unknown β log Z(x) cancels. So the likelihood of comparisons can be maximized over the
 policy directly, without a reward model and without sampling:
 
-    L(θ) = −E log σ( β log π_θ/π_ref (y_w|x) − β log π_θ/π_ref (y_l|x) )                            (eq. 7)
+    L(θ) = −E log σ( β log π_θ(y_w|x)/π_ref(y_w|x) − β log π_θ(y_l|x)/π_ref(y_l|x) )                (eq. 7)
+
+In comments, log π/π_ref (y|x) is short for log π_θ(y|x)/π_ref(y|x), a sum over the tokens of y.
 
     python dpo.py                                           the animals world, from scratch, SFT included
     python dpo.py hh                                        Anthropic's HH-RLHF, GPT-2
     python dpo.py tldr                                      summaries of Reddit posts
-    python dpo.py imdb                                      the paper's Figure 2; its pairs: data/imdb.py
+    python dpo.py imdb                                      one point of Figure 2; first steps: data/imdb.py
     python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons: recipe hh, with β 0.3
 
 With --init=gpt2, π_ref is GPT-2 itself; without --init, an SFT model of the same data, trained first. DPO in
@@ -41,32 +43,31 @@ from common.log import Metrics
 from common.optim import make_optimizer, optimizer_step
 from common.options import LabelNoise, NonNegativeFloat, PositiveFloat, RunConfig, parse
 from common.run import Run
-from data import encode_pairs
 from engine.packing import pack, per_sequence
 
 
 @dataclass
 class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, …) are in common/options.py
-    beta: PositiveFloat = 1.0       # β, the weight of the KL: a larger one stays closer to π_ref
+    beta: PositiveFloat = 1.0       # β, the weight of the KL: a larger β keeps the policy closer to π_ref
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # eq. 7 or a variant, see dpo_loss
     label_smoothing: LabelNoise = 0.0  # ε: the share of labels assumed to be flipped, for sigmoid and robust
     ipo_average: bool = False       # with ipo: log-probs are means over tokens instead of sums
-    ref: str | None = None          # the folder of a run to use as π_ref; None: the initial policy
+    ref: str | None = None          # π_ref, named as in --init; None: the initial policy
     precompute_ref: bool = True     # compute π_ref's log-probs before training; False: at each step
     reward_model: str | None = None  # a run of reward.py, for scores and win rates in the final table
     lr: NonNegativeFloat = 1e-3     # peak learning rate: reached by a linear warm-up, then half a cosine to 0
 
 
 # Config's defaults are for the animals world, a small data set with a known true reward. A recipe replaces
-# some of them: `python dpo.py hh`. With --data=FILE, the recipe is hh.
+# some of them: `python dpo.py hh`. With --data=FILE and no recipe, it is hh.
 RECIPES = {
     # arXiv:2305.18290 App. B: β 0.1, lr 1e-6, batches of 64, 150 steps of warm-up. One epoch of 160,800 pairs
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
     # App. B: β 0.5 on TL;DR, all else as above. One epoch of 92,858 pairs
     "tldr": dict(data="tldr", beta=0.5, steps=1450, max_len=640, lr=1e-6, warmup=150, ckpt_every=500,
                  eval_n=64),
-    # App. C.1: the pairs that sample.py makes, 6 for each of 25,000 prefixes, a tenth of them held out. One
-    # epoch. Figure 2 uses β = 0.05, 0.1, 1 and 5
+    # App. C.1: the pairs that sample.py makes, 6 for each of 25,000 prefixes, of which a tenth is held out.
+    # One epoch. Figure 2 uses β = 0.05, 0.1, 1 and 5
     "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", beta=0.1, steps=2100, max_len=136, lr=1e-6,
                  warmup=150, ckpt_every=500, eval_n=64),
 }
@@ -83,9 +84,9 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
         sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0, otherwise cDPO (Mitchell 2023,
                                                                 ericmitchell.ai/cdpo.pdf eq. 3)
         ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17, whose τ is β: pulls h
-                                                                to a margin. Log-probs are sums over tokens,
-                                                                as in the paper; its authors later recommended
-                                                                means: --ipo_average
+                                                                towards 1/(2β). Log-probs are sums over
+                                                                tokens, as in the paper; its authors later
+                                                                recommended means: --ipo_average
         hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409: an unbiased estimate of the
                                                                 loss without noise; unbounded below
@@ -109,52 +110,22 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
     return losses, (beta * chosen_logratio).detach(), (beta * rejected_logratio).detach()
 
 
-def mean_over_tokens(logp, groups):
-    """For --ipo_average: divides the log-probs (S,) of the S responses in `groups` by their lengths.
-
-    groups: list of (prompt_ids, [response_ids, …]). No response is empty: even an empty text has an EOS.
-    """
-    lengths = []
-    for _, responses in groups:
-        lengths += map(len, responses)
-    return logp / torch.tensor(lengths, device=logp.device)
-
-
 def pair_logp(policy, pairs, average=False):
-    """log π(y_w|x) and log π(y_l|x), summed over response tokens, or averaged: (B,) each.
+    """log π(y_w|x) and log π(y_l|x), summed over response tokens or, with `average`, averaged: (B,) each.
 
     pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The prompt and its two responses are packed into
-    one row, so the prompt is computed once; the responses do not see each other.
+    one row, so the prompt goes through the model once; the responses do not see each other.
     """
     batch = pack(pairs).to(policy.device)
     logprobs = policy.logprobs(batch)       # (N,): one per response token
-    logp = per_sequence(logprobs, batch)    # (2B,), the sum of each response: chosen, rejected, chosen, …
+    logp = per_sequence(logprobs, batch)    # (2B,), a sum for each: chosen, rejected, chosen, …
     if average:
-        logp = mean_over_tokens(logp, pairs)
+        logp = logp / batch.response_length
     return logp[0::2], logp[1::2]
 
 
-def logp_of_responses(policy, groups, run):
-    """log π(y|x) of every response, summed over tokens or, with --ipo_average, averaged: (S,) on the CPU."""
-    logp = run.logp_groups(policy, groups)
-    if run.cfg.ipo_average:
-        logp = mean_over_tokens(logp, groups)
-    return logp
-
-
-def precompute_logp(policy, pairs, batches, run):
-    """log π(y_w|x) and log π(y_l|x) of all pairs that the batches visit: (len(pairs), 2), without gradient.
-
-    Summed over tokens or, with --ipo_average, averaged. Pairs in no batch have 0, which is never read.
-    """
-    logp = run.logp_of_batches(policy, pairs, batches)
-    if run.cfg.ipo_average:
-        logp = mean_over_tokens(logp.flatten(), pairs).view(-1, 2)
-    return logp
-
-
 def check_settings(cfg):
-    """Exits with one line if the settings cannot work together."""
+    """Exits with one line if two options contradict each other."""
     if cfg.label_smoothing and cfg.loss_type not in ("sigmoid", "robust"):
         raise SystemExit(f"--label_smoothing={cfg.label_smoothing:g} has no effect with "
                          f"--loss_type={cfg.loss_type}; only sigmoid and robust use it")
@@ -170,38 +141,33 @@ def train(cfg):
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
     # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
-    # the longer response exceed max_len, the prompt is cut from the left; if that is not enough, the
-    # responses are cut from the right.
-    policy, tokenizer = run.load_model(init)
-    comparisons = run.data.comparisons("train")
-    pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
+    # the longer response exceed max_len, the prompt loses its beginning, but keeps at least max_len // 2
+    # tokens; a response that is still too long loses its end, EOS included.
+    policy, _ = run.load_model(init)  # _ is its tokenizer, which run keeps for encode_pairs
+    pairs = run.encode_pairs(run.data.comparisons("train"))
     batches = run.shuffled_batches(pairs)  # for each step a list of cfg.batch_size indices into pairs
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
 
-    # Held-out comparisons, as text and as token ids, for the table at the end.
+    # The first eval_n validation comparisons, two responses each, for the table at the end: as text, and as
+    # groups (prompt_ids, [response_ids, …]).
     held_out, held_out_groups = run.held_out_comparisons()
 
     # The reference π_ref: the initial policy, or the model that --ref names. `policy` still has its initial
     # weights here; with --resume, run.start_or_resume below loads those of the last checkpoint.
     if cfg.ref:
-        ref_policy = run.load_reference(cfg.ref, policy)  # exits unless shape and tokenizer are the policy's
+        ref_policy = run.load_reference(cfg.ref, policy)  # of the same shape and tokenizer, or it exits
     else:
         ref_policy = copy.deepcopy(policy).requires_grad_(False)
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
     ref_policy = run.prepare(ref_policy)
-    held_out_ref_logp = logp_of_responses(ref_policy, held_out_groups, run)  # (S,), one per response
+    # log π_ref(y|x) of each of the S held-out responses: (S,)
+    held_out_ref_logp = run.logp_groups(ref_policy, held_out_groups, cfg.ipo_average)
 
-    # π_ref is frozen. So by default its log-probs are computed once, before training, for the pairs that
-    # `batches` visits, and kept in the checkpoints.
-    ref_logp = None
+    # π_ref is frozen, so by default its log-probs are computed once, before training, for all pairs that
+    # `batches` visits, in the same micro-batches as in training. Several processes share the work.
     if cfg.precompute_ref:
-        ref_logp = run.checkpoint.get("ref_logp")  # run.checkpoint: with --resume the last one, otherwise {}
-        # --resume refuses other data and settings. Only --steps may grow, and then there are new pairs.
-        has_more_steps = cfg.resume and cfg.steps > run.checkpoint["config"]["steps"]
-        if ref_logp is None or has_more_steps:
-            ref_logp = precompute_logp(ref_policy, pairs, batches, run)
-        ref_logp = ref_logp.to(run.device)
+        ref_logp = run.logp_of_batches(ref_policy, pairs, batches, cfg.ipo_average)  # (len(pairs), 2)
         ref_policy = None  # frees its memory
 
     @torch.no_grad()
@@ -218,8 +184,9 @@ def train(cfg):
         metrics = Metrics()
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into pairs, with at most cfg.micro_tokens tokens in total. With several processes, each
-        # works through its own share of the batch, in the same number of micro-batches.
+        # of indices into pairs, with at most cfg.micro_tokens tokens in total; a longer pair is a micro-batch
+        # by itself. With several processes, each works through its own share of the batch, in the same number
+        # of micro-batches.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp = pair_logp(
                 policy, [pairs[i] for i in indices], cfg.ipo_average)  # (b,) each
@@ -244,24 +211,26 @@ def train(cfg):
 
         # 2. One optimizer step on the whole batch. Each loss was divided by the whole batch's size, so the
         # processes' gradients are summed, not averaged. (A sharded model has summed them in backward().)
-        # Then clip, step, clear.
+        # Then clip, step, clear; a gradient that is not finite skips the step.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Log the batch means: the sums over all processes, divided by the batch size. Save a checkpoint
-        # every ckpt_every steps, after the last, and after Ctrl-C, which ends the program here.
+        # every ckpt_every steps, after the last, and on Ctrl-C; then the program ends here.
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
-        run.save_if_due(step + 1, policy, optimizer, ref_logp=ref_logp)
+        run.save_if_due(step + 1, policy, optimizer)
 
-    # The final table: a row for the reference (loaded again, since it may have been freed above) and one
-    # for the policy. On held-out prompts: KL, length and, with the data's true reward or --reward_model,
-    # reward and win rate against the reference. On held-out comparisons: how often the implicit rewards
-    # β log π/π_ref rank the responses correctly. The reference's own rewards are all 0, so its pairs all tie.
+    # Two tables, each with a row for the reference and one for the policy.
+    # - Answers to prompts of the test split: KL, length and, with the data's true reward or --reward_model,
+    #   reward and win rate against the reference. (If ref_policy is None, `report` loads it again.)
+    # - The validation comparisons: how often the implicit rewards β log π/π_ref rank the responses correctly.
+    #   Those of the reference are all 0, so all of its pairs tie, and its accuracy is 0.5.
     del optimizer  # frees memory for the evaluation
-    rewards = cfg.beta * (logp_of_responses(policy, held_out_groups, run) - held_out_ref_logp)
+    held_out_logp = run.logp_groups(policy, held_out_groups, cfg.ipo_average)
+    rewards = cfg.beta * (held_out_logp - held_out_ref_logp)
     rewards_of_reference = torch.zeros_like(rewards)  # β log π_ref/π_ref
-    evaluate.report(run, policy, cfg.ref or init, reward_model=cfg.reward_model,
+    evaluate.report(run, policy, cfg.ref or init, ref_policy, cfg.reward_model,
                     preferences=(held_out, rewards_of_reference, rewards))
     return policy
 

@@ -40,12 +40,13 @@ from dataclasses import dataclass
 
 import torch
 
-from common import plots
-from common.checkpoints import load_checkpoint, load_model, load_reward_model, template_of_checkpoint
+from common import curves, plots
+from common.checkpoints import load_checkpoint
 from common.dist import is_main, log_to_console, print0
 from common.files import write_atomically
 from common.frontier import MIN_ESS, frontier, gap
 from common.log import printable
+from common.models import load_model, load_reward_model, template_of_checkpoint
 from common.preferences import comparison_samples, preference_row
 from common.scoring import score_groups
 from common.sharding import unshard_model
@@ -478,9 +479,9 @@ def main(argv=None):
     log_to_console()
     args = arguments(argv)
     if args.curves:
-        return plots.plot_curves(args.plot, args.checkpoints)
+        return curves.plot_curves(args.plot, args.checkpoints)
     if args.overoptimization:
-        return plots.plot_overoptimization(args.plot, args.checkpoints)
+        return curves.plot_overoptimization(args.plot, args.checkpoints)
 
     # The models, the data that they are compared on, and a reward model if one is named here or by a PPO run.
     models, tokenizer, configs = load_models(args.checkpoints, args.data)

@@ -43,9 +43,11 @@ import ppo
 import reward
 from common import batches, checkpoints, dist, grids
 from common.log import Metrics
+from common.models import load_model
 from common.optim import make_optimizer, optimizer_step
 from common.options import AtLeast, NonNegativeFloat, PositiveInt, parse
-from common.run import Run, run_dir
+from common.prerequisites import run_dir
+from common.run import Run
 from common.standard_errors import clusters_of, mean_se
 from common.tables import table
 from data import check_pairs, encode_groups, segments
@@ -454,7 +456,7 @@ def load_rewards(cfg, init, tokenizer):
     loaded = RewardModels([], [], 0.0, 1.0)
     for folder, axes in axes_of_folder.items():
         checkpoint = load_or_train(folder, axes, init, cfg)
-        model, its_tokenizer = checkpoints.load_model(folder, cfg, require_policy=False)
+        model, its_tokenizer = load_model(folder, cfg, require_policy=False)
         if its_tokenizer.name != tokenizer.name:
             raise SystemExit(f"{folder}: this reward model has the tokenizer {its_tokenizer.name}, "
                              f"the policy {init} has {tokenizer.name}")

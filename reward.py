@@ -1,7 +1,8 @@
 """The reward model: the second stage of InstructGPT (Ouyang et al. 2022, arXiv:2203.02155 §3.5).
 
-A GPT with a scalar head, r_θ(x, y), which starts from the SFT model and is read at the last token of the
-response. It learns from comparisons, which are assumed to follow the Bradley–Terry model:
+A GPT with a scalar head, r_θ(x, y). It starts from the SFT model, and the score is read at the last token of
+the response. It learns from comparisons of a better response y_w with a worse one y_l, which are assumed to
+follow the Bradley–Terry model:
 
     P(y_w ≻ y_l | x) = σ( r(x, y_w) − r(x, y_l) )
 
@@ -19,7 +20,7 @@ in InstructGPT, the bias is shifted so that demonstrations score 0 on average. T
 - the standard deviation of the demonstrations' scores, saved with the weights so that PPO can divide by it.
 - on request, a margin that r_w has to win by (--margin).
 
-    python reward.py                                the animals world, from scratch: SFT first
+    python reward.py                                the animals world; trains its SFT model first
     python reward.py hh --init=out/sft-hh           Anthropic's HH-RLHF, GPT-2
     python reward.py imdb                           the sentiment of IMDb reviews
     python reward.py tldr                           summaries of Reddit posts
@@ -63,11 +64,12 @@ class Config(RunConfig):
 
 
 RECIPES = {
+    # Our choice, for GPT-2: one epoch of hh's 160,800 pairs
     "hh": dict(data="hh", k=2, steps=2500, batch_size=64, micro_tokens=16384, max_len=512, lr=1e-5,
                warmup=100, val_every=250, log_every=10, ckpt_every=500),
     "qa_feedback": dict(data="qa_feedback", k=4, steps=500, batch_size=16, micro_tokens=16384, max_len=1024,
                         lr=1e-5, warmup=20, val_every=100, log_every=10, ckpt_every=100),
-    # arXiv:2009.01325 B.1, its 1.3B model: batch 64, lr 1.5e-5; one epoch of the 92,858 pairs as released
+    # arXiv:2009.01325 B.1, its 1.3B model: batch 64, lr 1.5e-5; one epoch of the 92,858 released pairs
     "tldr": dict(data="tldr", k=2, steps=1450, batch_size=64, micro_tokens=16384, max_len=640, lr=1.5e-5,
                  warmup=50, val_every=250, log_every=10, ckpt_every=500),
     # positive and negative reviews, two epochs of 12,500 pairs. All share one prompt, so there is no drift
@@ -156,12 +158,13 @@ def train(cfg):
 
     # Comparisons: a prompt and its K ranked responses. `groups` has the same ones, in the same order, as
     # token ids: (prompt_ids, [response_ids, …]). If the prompt and its longest response exceed max_len, the
-    # prompt is cut from the left; if that is not enough, the responses are cut from the right.
+    # prompt loses its beginning, but keeps at least max_len // 2 tokens; a response that is still too long
+    # loses its end.
     data = run.data
     comparisons = data.comparisons("train", cfg.k)
     comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # not those whose responses all tie
     groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], cfg.max_len)
-    # Identical responses teach nothing: prints how many such pairs there are, and exits if all are.
+    # Identical responses teach nothing: prints how many pairs are identical, and exits if all are.
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
     validation, validation_groups = run.held_out_comparisons(cfg.k)
     batches = run.shuffled_batches(groups)  # for each step a list of indices into groups
@@ -171,8 +174,10 @@ def train(cfg):
     last_tokens = [[len(response) - 1] for response in groups[0][1]]
     run.show_data(groups, [f"rank {rank}" for rank in comparisons[0].ranks], last_tokens)
 
-    # With the untrained head, whose accuracy is near chance, and before --resume loads a checkpoint below.
+    # The scores of the untrained head, near chance, for the table at the end. They are computed now, since
+    # with --resume, run.start_or_resume below loads weights that are trained already.
     scores_before = run.score_groups(reward_model, validation_groups)
+    # β2 is 0.99, not 0.95 as elsewhere: a longer memory for the noisy gradients of few comparisons.
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
     checkpoint = run.start_or_resume(reward_model, optimizer)  # the last checkpoint, or {}; sets run.start
 
@@ -180,8 +185,9 @@ def train(cfg):
         metrics = Metrics()
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into groups, with at most cfg.micro_tokens tokens in total. With several processes, each
-        # works through its own share of the batch, in the same number of micro-batches.
+        # of indices into groups, with at most cfg.micro_tokens tokens in total; a longer group is a
+        # micro-batch by itself. With several processes, each works through its own share of the batch, in the
+        # same number of micro-batches.
         for indices in run.micro_batches(batches[step], groups):
             # r(x, y) of every response, group by group; the responses to one prompt do not see each other.
             batch = pack([groups[i] for i in indices]).to(run.device)
@@ -205,13 +211,13 @@ def train(cfg):
 
         # 2. One optimizer step on the whole batch. Each loss was divided by the whole batch's size, so the
         # processes' gradients are summed, not averaged. (A sharded model has summed them in backward().)
-        # Then clip, step, clear.
+        # Then clip, step, clear; a gradient that is not finite skips the step.
         sync_gradients(reward_model)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(reward_model, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log the batch means over all processes, and every val_every steps, and after the last, the
-        # accuracy on held-out comparisons.
+        # 3. Log the batch means over all processes. Every val_every steps, and after the last, also log the
+        # accuracy on the validation comparisons.
         val_accuracy = None
         if validation and ((step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps):
             scores = run.score_groups(reward_model, validation_groups)  # (S,) on the CPU
@@ -221,14 +227,14 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), val_accuracy=val_accuracy,
                 lr=lr, grad_norm=grad_norm)
 
-        # 4. Save a checkpoint every ckpt_every steps, and after Ctrl-C, which ends the program here. The last
-        # one is saved below, after the scores are centered.
+        # 4. Save a checkpoint every ckpt_every steps, and on Ctrl-C; then the program ends here. The last one
+        # is saved below, after the scores are centered.
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, reward_model, optimizer)
 
-    # Center the scores: shift the bias so that training demonstrations (where the data are comparisons, the
-    # best responses) score 0 on average. Only a finished run's checkpoint has score_std; if it was resumed
-    # with no steps left, its scores are centered already.
+    # Center the scores: shift the bias so that training demonstrations (the best responses, if the data have
+    # only comparisons) score 0 on average. Only a finished run's checkpoint has score_std. If a finished run
+    # is resumed, as to print its table again, its scores are centered already.
     was_centered = run.start == cfg.steps and "score_std" in checkpoint
     if was_centered:
         score_std = checkpoint["score_std"]

@@ -25,9 +25,9 @@ import sys
 import torch
 
 import evaluate
-from common.checkpoints import load_model_only, load_reward_model, template_of_checkpoint
 from common.dist import log_to_console
 from common.files import append_to, write_atomically
+from common.models import load_model_only, load_reward_model, template_of_checkpoint
 from common.scoring import score_groups
 from common.sharding import sampling_copy
 from data import encode_groups, encode_prompts

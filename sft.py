@@ -7,14 +7,16 @@ The language-model loss on demonstrations, taken over the tokens of the response
 The EOS that ends a response is one of its tokens, so the model learns when to stop. (A response that was cut
 at max_len has none.)
 
-The result is π_SFT. Every later stage starts from it, and PPO and DPO keep a copy as the reference π_ref.
+The result is π_SFT. By default every later stage starts from it, and PPO and DPO keep a copy as the reference
+π_ref.
 
     python sft.py                                the animals world, from scratch
     python sft.py hh --init=gpt2-medium          the chosen answers of Anthropic's HH-RLHF
     python sft.py tldr                           Reddit posts and their TL;DRs; also qa_feedback and imdb
     python sft.py --data=mine.jsonl              your own file (data/jsonl.py), with the settings of recipe hh
 
-Left out: dropout, and choosing the checkpoint by a reward model's score, both in the paper.
+Left out: dropout, and choosing the checkpoint by a reward model's score, both in the paper (App. C.1). The
+paper's cosine ends at 10% of the peak and has no warm-up; ours ends at 0.
 """
 from dataclasses import dataclass
 
@@ -30,7 +32,7 @@ from engine.packing import pack
 
 @dataclass
 class Config(RunConfig):  # all other options: common/options.py
-    init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], a run's folder or Hugging Face folder
+    init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], hub:OWNER/NAME, a run's or HF folder
     steps: PositiveInt = 1500       # optimizer steps
     batch_size: PositiveInt = 16    # groups per step; a group is a prompt with up to four demonstrations
     lr: NonNegativeFloat = 4e-3     # peak learning rate
@@ -41,6 +43,7 @@ class Config(RunConfig):  # all other options: common/options.py
 
 
 RECIPES = {
+    # Our choice, for GPT-2
     "hh": dict(data="hh", init="gpt2", steps=2000, batch_size=64, max_len=512, lr=2e-5, warmup=100,
                val_every=200, log_every=10, ckpt_every=500, eval_n=64),
     "qa_feedback": dict(data="qa_feedback", init="gpt2", steps=300, batch_size=32, max_len=1024, lr=2e-5,
@@ -60,7 +63,8 @@ MAX_RESPONSES = 4  # per group; a prompt with more responses gets several groups
 def group_by_prompt(demonstrations):
     """[(prompt, response), …] -> [(prompt, [response, …]), …], to compute a prompt once for its responses.
 
-    A group always stays within one micro-batch, so MAX_RESPONSES bounds its size.
+    A micro-batch never splits a group; MAX_RESPONSES keeps a prompt with many responses from making a group
+    too large.
     """
     responses_to = {}
     for prompt, response in demonstrations:
@@ -105,8 +109,8 @@ def train(cfg):
     run.print0(f"sft: {n_parameters / 1e6:.1f}M parameters on {run.device}, {cfg.data} -> {run.out}")
 
     # Demonstrations: a prompt x and one or more responses y, as token ids with the EOS at the end of y.
-    # If a prompt and its longest response exceed max_len, the prompt is cut from the left; if that is not
-    # enough, responses are cut from the right, and lose their EOS.
+    # If a prompt and its longest response exceed max_len, the prompt loses its beginning, but keeps at least
+    # max_len // 2 tokens; a response that is still too long loses its end, EOS included.
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
     batches = run.shuffled_batches(groups)  # for each step a list of indices, the same after --resume
@@ -123,32 +127,33 @@ def train(cfg):
         # micro-batch by itself. With several processes, each works through its own share of the batch, in
         # the same number of micro-batches.
         for indices in run.micro_batches(batches[step], groups):
-            # One row or more of tokens, in which the responses to one prompt do not see each other.
+            # Packed into rows: a response sees its prompt and its own tokens, and nothing of another
+            # response, nor of another group in its row.
             micro_batch = pack([groups[i] for i in indices]).to(run.device)
             logprobs = policy.logprobs(micro_batch)  # log π(y_t | x, y_<t) of every response token: (N,)
             loss = sft_loss(logprobs, n_tokens)
             loss.backward()
-            metrics.add(loss=-logprobs)  # `add` sums over tokens, without gradient; 4 divides by n_tokens
+            metrics.add(loss=-logprobs)  # summed over tokens, without gradient; divided in step 4
 
         # 2. One optimizer step on the whole batch. Each loss was divided by the whole batch's tokens, so the
         # processes' gradients are summed, not averaged. (A sharded model has summed them in backward().)
-        # Then clip, step, clear.
+        # Then clip, step, clear; a gradient that is not finite skips the step.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Every val_every steps, and after the last, the loss on held-out demonstrations.
+        # 3. Every val_every steps, and after the last, the loss on the validation split.
         val_loss = None
         if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
             val_loss = validation_loss(policy, validation, run)
 
         # 4. Log; the mean loss is the sum over all processes, divided by n_tokens. Save a checkpoint every
-        # ckpt_every steps, after the last, and after Ctrl-C, which ends the program here.
+        # ckpt_every steps, after the last, and on Ctrl-C; then the program ends here.
         run.log(step + 1, **metrics.mean(n_tokens), val_loss=val_loss, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
-    # The final table, on held-out prompts: the model before training (loaded again; with --init=scratch, the
-    # same random weights) and after.
+    # The final table, on prompts of the test split: the answers of the model before training (loaded again;
+    # with --init=scratch, the same random weights) and after, and their reward where it is known.
     del optimizer  # frees memory for the evaluation
     evaluate.report(run, policy, cfg.init)
     return policy

@@ -2,32 +2,30 @@
 
 DPO's reward of a response is β log π/π_ref, a sum over its tokens. But generation uses only the policy's own
 log-probs, so SimPO leaves π_ref out. A longer response has a lower total log-prob, so SimPO divides by its
-length |y|: the reward is β times the mean log-prob (eq. 4). The chosen response has to win by a margin γ:
+length |y|: the reward is β times the mean log-prob (eq. 4). The chosen response should win by at least γ:
 
     r(x, y) = β/|y| log π_θ(y|x)
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
 
-The length |y| is in tokens, with the EOS unless the response was cut. There is no reference, so only one
-model is in memory. But nothing keeps the policy near its start either; the paper relies on a small learning
-rate, diverse data and the robustness of large models.
+The length |y| is in tokens, with the EOS unless the response was cut. There is no reference, so training
+holds only one model in memory. But nothing keeps the policy near its start either; the paper relies on a
+small learning rate, diverse data and the robustness of large models.
 
-In our runs responses become too short (docs/results.md): divided by |y|, the EOS of a short response weighs
-more than the next word of a long one. So we sample some during training and log their length. The SFT term of
-App. H counters this: sft_weight · Σ −log π(y_w|x) / Σ |y_w|, sums over the batch. It weights all tokens
-equally, whereas eq. 6 weights each by 1/|y|. The paper's main runs and our recipes for real data have
-sft_weight 0.
+In our runs responses become too short (docs/results.md): 1/|y| gives each token of a short response, its EOS
+included, more weight than a token of a long one. So we sample some responses during training and log their
+length. The SFT term of the authors' code counters this: sft_weight · Σ −log π(y_w|x) / Σ |y_w|, sums over the
+batch. It weights all tokens equally. The paper's main runs and our recipes for real data have sft_weight 0.
 
     python simpo.py                                the animals world, from scratch: SFT first, then SimPO
     python simpo.py hh                             Anthropic's HH-RLHF, GPT-2
     python simpo.py tldr                           summaries of Reddit posts; imdb: see data/imdb.py
     python simpo.py --data=mine.jsonl --init=gpt2  your own comparisons, with the settings of the recipe hh
-    python simpo.py --beta=10 --gamma_beta_ratio=0.3    γ = 0.3 · 10, as the authors' scripts give it
+    python simpo.py --beta=10 --gamma_beta_ratio=0.3    the authors' scripts give γ/β; here γ = 0.3 · 10 = 3
 
 Left out: the hinge loss of the authors' code.
 """
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 
 import evaluate
@@ -37,7 +35,6 @@ from common.optim import make_optimizer, optimizer_step
 from common.options import (LabelNoise, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt,
                             RunConfig, parse)
 from common.run import Run
-from data import encode_pairs
 from engine.packing import pack, per_sequence
 
 
@@ -46,16 +43,17 @@ class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, �
     beta: PositiveFloat = 2.0       # β of eq. 6: the scale of the mean log-prob
     gamma: NonNegativeFloat = 1.0   # γ of eq. 6: the margin that the chosen response must win by
     gamma_beta_ratio: NonNegativeFloat | None = None  # γ/β, as the authors' scripts give it; overrides gamma
-    sft_weight: NonNegativeFloat = 0.5  # weight of the SFT term, −log π of the chosen responses
+    sft_weight: NonNegativeFloat = 0.5  # weight of the SFT term, the mean −log π per chosen token
     label_smoothing: LabelNoise = 0.0  # ε, as in the authors' code: see simpo_loss
     reward_model: str | None = None  # a run of reward.py, for scores and win rates in the final table
-    lr: NonNegativeFloat = 3e-4     # peak learning rate
-    sample_every: PositiveInt = 25  # steps between samples, to watch the length
+    lr: NonNegativeFloat = 3e-4     # peak learning rate: reached by a linear warm-up, then half a cosine to 0
+    sample_every: PositiveInt = 50  # steps between samples, to watch the length
     sample_n: NonNegativeInt = 64   # number of validation prompts to answer; 0 turns sampling off
 
 
 # `python simpo.py hh` selects a recipe; --data=FILE selects hh's settings. None of these data sets is in the
-# paper: learning rate, steps and warm-up are those of dpo.py, β and γ the defaults above; nothing was tuned.
+# paper, and nothing was tuned on them: learning rate, steps and warm-up are those of dpo.py, β and γ the
+# defaults above.
 RECIPES = {
     "hh": dict(data="hh", sft_weight=0.0, steps=2500, max_len=512, lr=1e-6, warmup=150, sample_every=250,
                ckpt_every=500, eval_n=64),
@@ -85,33 +83,17 @@ def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma
     return losses, chosen_reward.detach(), rejected_reward.detach()
 
 
-def response_lengths(groups):
-    """|y| in tokens of the S responses of groups, a list of (prompt_ids, [response_ids, …]): (S,).
-
-    It is never 0: even an empty response has an EOS.
-    """
-    lengths = []
-    for _, responses in groups:
-        lengths += map(len, responses)
-    return torch.tensor(lengths)
-
-
 def pair_logp(policy, pairs):
     """log π(y_w|x), log π(y_l|x), |y_w| and |y_l|: (B,) each. Log-probs are summed over response tokens.
 
     pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The prompt and its two responses are packed into
-    one row, so the prompt is computed once; the responses do not see each other.
+    one row, so the prompt goes through the model once; the responses do not see each other.
     """
     batch = pack(pairs).to(policy.device)
     logprobs = policy.logprobs(batch)     # (N,): one per response token
-    logp = per_sequence(logprobs, batch)  # (2B,), the sum of each response: chosen, rejected, chosen, …
-    length = response_lengths(pairs).to(policy.device)
+    logp = per_sequence(logprobs, batch)  # (2B,), a sum for each: chosen, rejected, chosen, …
+    length = batch.response_length        # (2B,), |y| in tokens
     return logp[0::2], logp[1::2], length[0::2], length[1::2]
-
-
-def response_rewards(policy, groups, run, beta):
-    """β/|y| log π(y|x) of each of the S responses of groups: (S,) on the CPU."""
-    return beta / response_lengths(groups) * run.logp_groups(policy, groups)
 
 
 def mean_chosen_length(pairs):
@@ -120,7 +102,7 @@ def mean_chosen_length(pairs):
 
 
 def length_statistics(responses, eos):
-    """Early signs of length collapse. responses: lists of token ids.
+    """Early signs that responses shrink to nothing, or no longer end. responses: lists of token ids.
 
     response_len: mean length in tokens, EOS included; empty: the share of responses that are nothing but the
     EOS; unfinished: the share that reached the limit of new tokens before an EOS.
@@ -133,7 +115,7 @@ def length_statistics(responses, eos):
 
 
 def train(cfg):
-    """Runs the stage, after training the SFT model if that is missing. Returns the trained policy."""
+    """Trains with SimPO, after training the SFT model if that is missing. Returns the trained policy."""
     run = Run("simpo", cfg)  # the device, the folder, the log and the checkpoints
     init = cfg.init or run.train_if_missing("sft")  # by default the SFT model of the same data
     gamma = cfg.gamma if cfg.gamma_beta_ratio is None else cfg.gamma_beta_ratio * cfg.beta
@@ -142,21 +124,21 @@ def train(cfg):
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
     # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
-    # the longer response exceed max_len, the prompt is cut from the left; if that is not enough, the
-    # responses are cut from the right.
-    comparisons = run.data.comparisons("train")
-    pairs = encode_pairs(tokenizer, comparisons, cfg.max_len, source=cfg.data)  # source: for error messages
+    # the longer response exceed max_len, the prompt loses its beginning, but keeps at least max_len // 2
+    # tokens; a response that is still too long loses its end, EOS included.
+    pairs = run.encode_pairs(run.data.comparisons("train"))
     batches = run.shuffled_batches(pairs)  # for each step a list of cfg.batch_size indices into pairs
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
-    # Validation prompts to watch the length on; one longer than half of the context loses its beginning, to
-    # leave room for the response.
+    # Validation prompts to watch the length on. One longer than half of what the model can read loses its
+    # beginning, to leave room for the response.
     sample_prompts = evaluate.encode_cut(run.data.prompts("validation")[:cfg.sample_n], policy, tokenizer)
 
-    # Held-out comparisons, as text and as token ids, and the rewards of their responses before training, for
-    # the table at the end. (run.start_or_resume, below, may load weights that are trained already.)
+    # The first eval_n validation comparisons, two responses each, for the table at the end: as text, and as
+    # groups (prompt_ids, [response_ids, …]). The rewards of their S responses before training are computed
+    # now, since with --resume, run.start_or_resume below loads weights that are trained already.
     held_out, held_out_groups = run.held_out_comparisons()
-    rewards_before = response_rewards(policy, held_out_groups, run, cfg.beta)
+    rewards_before = cfg.beta * run.logp_groups(policy, held_out_groups, average=True)  # (S,), β/|y| log π
 
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     run.start_or_resume(policy, optimizer, CONSOLE)  # with --resume, continues from the last checkpoint
@@ -166,8 +148,9 @@ def train(cfg):
         mean_chosen_len = mean_chosen_length([pairs[i] for i in batches[step]])  # for the SFT term below
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into pairs, with at most cfg.micro_tokens tokens in total. With several processes, each
-        # works through its own share of the batch, in the same number of micro-batches.
+        # of indices into pairs, with at most cfg.micro_tokens tokens in total; a longer pair is a micro-batch
+        # by itself. With several processes, each works through its own share of the batch, in the same number
+        # of micro-batches.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(
                 policy, [pairs[i] for i in indices])  # (b,) each
@@ -176,7 +159,7 @@ def train(cfg):
             losses, chosen_reward, rejected_reward = simpo_loss(
                 chosen_logp, rejected_logp, chosen_len, rejected_len, cfg.beta, gamma, cfg.label_smoothing)
 
-            # App. H, the SFT term: the mean of −log π over all tokens of the batch's chosen responses is
+            # The SFT term: the mean of −log π over all tokens of the batch's chosen responses is
             # Σ −log π(y_w|x) / Σ |y_w|, and Σ |y_w| = batch_size · mean |y_w|. So each pair contributes
             # −log π(y_w|x) / mean |y_w|, and the sum is divided by batch_size, like that of eq. 6.
             sft_losses = -chosen_logp / mean_chosen_len
@@ -197,28 +180,29 @@ def train(cfg):
 
         # 2. One optimizer step on the whole batch. Each loss was divided by the whole batch's size, so the
         # processes' gradients are summed, not averaged. (A sharded model has summed them in backward().)
-        # Then clip, step, clear.
+        # Then clip, step, clear; a gradient that is not finite skips the step.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Every sample_every steps, sample responses to see whether their length is collapsing. Every
-        # process samples all of them, at temperature 1, with the same seed each time. The random state of
-        # training is untouched. At other steps the values are None, and the console leaves them blank.
+        # 3. Every sample_every steps, sample responses to see their length. The noise is the same each time,
+        # so only the policy differs. (Every process samples all of them.) At other steps the values are None,
+        # and the console leaves them blank.
         lengths = {"response_len": None, "empty": None, "unfinished": None}
         if sample_prompts and ((step + 1) % cfg.sample_every == 0 or step + 1 == cfg.steps):
             responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token, max_new_tokens=128)
             lengths = length_statistics(responses, tokenizer.eot_token)
 
         # 4. Log the batch means: the sums over all processes, divided by the batch size. Save a checkpoint
-        # every ckpt_every steps, after the last, and after Ctrl-C, which ends the program here.
+        # every ckpt_every steps, after the last, and on Ctrl-C; then the program ends here.
         run.log(step + 1, **metrics.mean(cfg.batch_size), **lengths, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
-    # The final table, a row for the policy before training and one for after: its answers to held-out
-    # prompts, and how often its rewards β/|y| log π rank the responses of held-out comparisons correctly.
+    # Two tables, each with a row for the policy before training and one for after: its answers to prompts of
+    # the test split (`report` loads `init` again), and how often its rewards β/|y| log π rank the responses
+    # of the validation comparisons correctly.
     del optimizer  # frees memory for the evaluation
-    rewards = response_rewards(policy, held_out_groups, run, cfg.beta)
+    rewards = cfg.beta * run.logp_groups(policy, held_out_groups, average=True)
     evaluate.report(run, policy, init, reward_model=cfg.reward_model,
                     preferences=(held_out, rewards_before, rewards))
     return policy

@@ -1,4 +1,4 @@
-"""The device that a run computes on."""
+"""The device that a run computes on, and a model on it."""
 import ctypes
 import os
 import re
@@ -6,7 +6,9 @@ import sys
 
 import torch
 
-from common.dist import n_processes
+from common.dist import is_sharded, n_processes
+from common.sharding import compile_blocks, shard_model
+from engine import devices
 
 
 def choose_device(device):
@@ -52,3 +54,43 @@ def keep_freed_memory():
         libc.mallopt(-4, 0)          # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         libc.mallopt(-2, 2**28)      # M_TOP_PAD
+
+
+def prepare_model(model, cfg, device):
+    """Moves a model to the device; --fsdp spreads it over the processes, and --compile compiles it."""
+    on_cuda = devices.device_type(device) == "cuda"
+    compile = wants_compile(cfg, device)
+    n_head = model.config.n_head
+    head_size = model.config.n_embd // n_head
+    if compile and on_cuda and head_size < 16:
+        raise SystemExit(f"--n_head={n_head}: flex_attention on CUDA needs heads of 16 dimensions "
+                         f"or more, these have {head_size}; --compile=False runs without it")
+    if n_processes() == 1 or not cfg.fsdp:
+        model.to(device)
+        model.prepare(compile, cfg.checkpoint_blocks)
+    elif not is_sharded(model):
+        shard_model(model, device)
+        model.prepare(False, cfg.checkpoint_blocks)
+        if compile:
+            model.mask_kind = "flex" if on_cuda else "dense"
+            compile_blocks(model)
+    return model
+
+
+def wants_compile(cfg, device):
+    """Whether to compile: --compile, or by default on CUDA."""
+    if cfg.compile is None:
+        return devices.device_type(device) == "cuda"
+    return cfg.compile
+
+
+def describe_device(model, cfg, device, tokens_per_step):
+    """One line: the device, the dtype of products, compile on or off, parameters, tokens a step."""
+    name = device
+    if devices.device_type(device) == "cuda":
+        name += f" ({torch.cuda.get_device_name()})"
+    dtype = str(model.product_dtype()).removeprefix("torch.")
+    compile = "on" if wants_compile(cfg, device) else "off"
+    n_parameters = sum(p.numel() for p in model.parameters())
+    return (f"{name}, {dtype}, compile {compile}, {n_parameters / 1e6:.1f}M parameters, "
+            f"about {tokens_per_step:,.0f} tokens a step")

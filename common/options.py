@@ -2,9 +2,7 @@
 
 An option is a field of the page's Config. Its annotation gives its type and range, and -h prints its comment.
 """
-import difflib
 import inspect
-import math
 import os
 import re
 import sys
@@ -15,26 +13,9 @@ from typing import Annotated, Literal
 from common.checkpoints import load_checkpoint
 from common.dist import print0, print_utf8
 from common.log import OTHER_LOGS
+from common.option_names import RENAMED, check_choice, check_option
+from common.option_values import Above, AtLeast, Between, check_value, convert, split_type
 from engine.files import import_package, short_repr
-
-
-@dataclass(frozen=True)
-class AtLeast:
-    limit: float
-
-
-@dataclass(frozen=True)
-class Above:
-    limit: float
-
-
-@dataclass(frozen=True)
-class Between:
-    """From low to high; exclude_high: high itself does not belong to the range."""
-    low: float
-    high: float
-    exclude_high: bool = False
-
 
 PositiveInt = Annotated[int, AtLeast(1)]
 NonNegativeInt = Annotated[int, AtLeast(0)]
@@ -42,28 +23,6 @@ PositiveFloat = Annotated[float, Above(0)]
 NonNegativeFloat = Annotated[float, AtLeast(0)]
 UnitFloat = Annotated[float, Between(0, 1)]
 LabelNoise = Annotated[float, Between(0, 0.5, exclude_high=True)]  # from 0.5 on, the labels say the opposite
-
-RENAMED = {"target_kl": "stop_kl"}  # old names of options, which still work
-
-# What an option is called in TRL, transformers or nanoGPT -> its name here.
-OTHER_NAMES = {
-    "learning_rate": "lr", "per_device_train_batch_size": "batch_size", "batch": "batch_size",
-    "rollout_batch_size": "batch_size", "gradient_accumulation_steps": "micro_tokens",
-    "max_length": "max_len", "max_seq_length": "max_len", "max_prompt_length": "max_len",
-    "block_size": "max_len", "num_train_epochs": "steps", "epochs": "steps", "max_iters": "steps",
-    "max_steps": "steps", "warmup_steps": "warmup", "warmup_ratio": "warmup", "warmup_iters": "warmup",
-    "max_grad_norm": "grad_clip", "logging_steps": "log_every", "log_interval": "log_every",
-    "save_steps": "ckpt_every", "eval_interval": "val_every", "eval_steps": "val_every",
-    "output_dir": "out", "out_dir": "out", "model_name_or_path": "init", "model": "init",
-    "init_from": "init", "dataset": "data", "dataset_name": "data", "report_to": "wandb",
-    "wandb_project": "wandb", "gradient_checkpointing": "checkpoint_blocks", "torch_compile": "compile",
-    "torch_dtype": "dtype",
-    "resume_from_checkpoint": "resume", "response_length": "max_new_tokens", "max_tokens": "max_new_tokens",
-    "cliprange": "clip", "clip_range": "clip", "cliprange_value": "value_clip", "init_kl_coef": "kl_coef",
-    "num_ppo_epochs": "epochs", "ppo_epochs": "epochs", "num_mini_batches": "minibatches",
-    "reward_model_path": "reward_model", "simpo_gamma": "gamma", "lambda": "lam", "target": "kl_target",
-    "num_generations": "k", "adv_estimator": "advantage",
-}
 
 
 @dataclass
@@ -155,90 +114,6 @@ def default_recipe(data, RECIPES):
     if not os.path.isfile(data) and not data.startswith("hub:"):
         return "animals"
     return "hh" if "hh" in RECIPES else [*RECIPES][0]
-
-
-def check_option(name, types):
-    """Exits with one line if there is no such option; a name from elsewhere is answered with ours."""
-    ours = OTHER_NAMES.get(name)
-    if name not in types and ours in types:
-        raise SystemExit(f"unknown option {name!r}: here it is --{ours} (-h describes it)")
-    check_choice("option", name, types)
-
-
-def check_choice(kind, name, choices):
-    """Returns `name` if it is one of `choices`; otherwise exits with one line that suggests the nearest."""
-    if name in choices:
-        return name
-    nearest = difflib.get_close_matches(name, choices, 1, 0.4)
-    suggestion = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise SystemExit(f"unknown {kind} {short_repr(name)}{suggestion} (-h lists them all)")
-
-
-# ------------------------------------------------------------------------------------------- types and ranges
-
-def split_type(annotation):
-    """Splits an annotation into (type, limit, whether it allows None).
-
-    The limit is a range, a tuple of choices, or None.
-
-    PositiveInt | None      -> (int, AtLeast(1), True)
-    Literal["rm", "gold"]   -> (str, ("rm", "gold"), False)
-    """
-    arguments = typing.get_args(annotation)
-    optional = type(None) in arguments
-    if optional:
-        annotation = next(a for a in arguments if a is not type(None))
-    if typing.get_origin(annotation) is Annotated:
-        kind, limit = typing.get_args(annotation)
-        return kind, limit, optional
-    if typing.get_origin(annotation) is Literal:
-        return str, typing.get_args(annotation), optional
-    return annotation, None, optional
-
-
-def convert(name, text, annotation):
-    """Converts an option's text to its value, such as "3e-4" to 0.0003.
-
-    Exits with one line if it has another type or is out of range.
-    """
-    kind, limit, optional = split_type(annotation)
-    if optional and text == "None":
-        return None
-    if kind is str:
-        return check_value(name, text, limit)
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        number = float(text)
-        if kind is int:
-            if number != int(number):
-                raise ValueError
-            number = int(number)
-    except (KeyError, ValueError, OverflowError):
-        expected = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
-        raise SystemExit(f"--{name}={short_repr(text)[1:-1]}: expected {expected}")
-    return check_value(name, number, limit)
-
-
-def check_value(name, value, limit):
-    """Returns the value if it is one of its choices, or finite and in its range; else exits with one line."""
-    if isinstance(limit, tuple):
-        return check_choice(name, value, limit)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise SystemExit(f"--{name}={value}: expected a finite number")
-    if isinstance(limit, AtLeast) and value < limit.limit:
-        raise SystemExit(f"--{name}={value}: expected at least {limit.limit}")
-    if isinstance(limit, Above) and value <= limit.limit:
-        raise SystemExit(f"--{name}={value}: expected a number above {limit.limit}")
-    if isinstance(limit, Between):
-        is_too_high = value > limit.high
-        end = f"up to {limit.high}"
-        if limit.exclude_high:
-            is_too_high = value >= limit.high
-            end = f"below {limit.high}"
-        if value < limit.low or is_too_high:
-            raise SystemExit(f"--{name}={value}: expected a number from {limit.low} {end}")
-    return value
 
 
 def check_config(cfg):

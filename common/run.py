@@ -1,31 +1,27 @@
 """What a page has while it trains: a device, a folder, a log, checkpoints and micro-batches."""
-import importlib
 import os
 
 import torch
 
 from common.batches import micro_batches, shuffled_batches
-from common.checkpoints import (checkpoint_files, is_finished, load_checkpoint, load_model, load_optimizer,
-                                load_reward_model, load_to_resume, load_weights, no_checkpoint,
-                                remove_checkpoints, resume, save_checkpoint, template_of_checkpoint)
-from common.device import choose_device
+from common.checkpoints import (checkpoint_files, load_optimizer, load_to_resume, load_weights,
+                                no_checkpoint, remove_checkpoints, resume, save_checkpoint)
+from common.device import choose_device, describe_device, prepare_model
 from common.digests import examples_digest, file_digest, weights_digest
-from common.dist import join_processes, log_to_console, n_processes, print0
+from common.dist import join_processes, log_to_console, print0
 from common.examine import first_example, warnings
 from common.files import append_to
 from common.log import Log, Progress
+from common.models import load_model, load_reward_model, template_of_checkpoint
 from common.optim import lr_schedule
 from common.options import check_config
+from common.prerequisites import run_dir, train_if_missing
 from common.scoring import logp_groups, logp_of_batches, score_groups
-from common.sharding import compile_blocks, is_sharded, shard_model
 from common.stop import StopSignal, resume_command
-from data import check_contract, dataset, encode_groups, encode_prompts
+from data import check_contract, dataset, encode_groups, encode_pairs, encode_prompts
 from data.turns import apply_template, template_of
 from engine import devices
 from engine.packing import group_length
-
-
-KINDS = {"sft": "SFT", "reward": "reward"}  # the models that other stages need
 
 
 class Run:
@@ -83,25 +79,7 @@ class Run:
 
     def train_if_missing(self, stage):
         """Returns the folder of another stage's run on the same data, training it first if unfinished."""
-        cfg = self.cfg
-        out = run_dir(stage, cfg)
-        if is_finished(out):
-            checkpoint = load_checkpoint(out)
-            check_prerequisite(checkpoint, out, stage, cfg)
-            source = checkpoint["config"]["init"]
-            trained_from = f", trained from {source}" if source else ""
-            print0(f"the {KINDS[stage]} model is that of {out}{trained_from}")
-        else:
-            page = importlib.import_module(stage)
-            print0(f"no {KINDS[stage]} model in {out}: training it first")
-            settings = {"recipe": cfg.recipe, **page.RECIPES.get(cfg.recipe, {})}
-            for name in ("data", "data_dir", "device", "compile", "dtype", "checkpoint_blocks", "fsdp",
-                         "max_len", "n_layer", "n_head", "n_embd"):
-                settings[name] = getattr(cfg, name)
-            page.train(page.Config(**settings, resume=bool(checkpoint_files(out))))
-            print0()
-        torch.manual_seed(cfg.seed)  # the random state does not depend on whether anything was trained
-        return out
+        return train_if_missing(stage, self.cfg)
 
     def load_model(self, init, require_policy=True):
         """Loads the model that this run trains -> a GPT on the CPU, its tokenizer.
@@ -145,24 +123,7 @@ class Run:
 
     def prepare(self, model):
         """Moves a model to the device; --fsdp spreads it over the processes, and --compile compiles it."""
-        cfg = self.cfg
-        on_cuda = devices.device_type(self.device) == "cuda"
-        compile = wants_compile(cfg, self.device)
-        n_head = model.config.n_head
-        head_size = model.config.n_embd // n_head
-        if compile and on_cuda and head_size < 16:
-            raise SystemExit(f"--n_head={n_head}: flex_attention on CUDA needs heads of 16 dimensions "
-                             f"or more, these have {head_size}; --compile=False runs without it")
-        if n_processes() == 1 or not cfg.fsdp:
-            model.to(self.device)
-            model.prepare(compile, cfg.checkpoint_blocks)
-        elif not is_sharded(model):
-            shard_model(model, self.device)
-            model.prepare(False, cfg.checkpoint_blocks)
-            if compile:
-                model.mask_kind = "flex" if on_cuda else "dense"
-                compile_blocks(model)
-        return model
+        return prepare_model(model, self.cfg, self.device)
 
     # -------------------------------------------------------------------------------- the loop
 
@@ -181,20 +142,9 @@ class Run:
         else:
             remove_checkpoints(self.out)  # with --overwrite; a later --resume must not find the old run
         if devices.device_type(self.device) != "cpu":
-            print0(self.on_which_device(model))
+            print0(describe_device(model, self.cfg, self.device, self.tokens_per_step))
         self.logger = Log(self.out, self.cfg, self.start, console)
         return checkpoint
-
-    def on_which_device(self, model):
-        """One line: the device, the dtype of products, compile on or off, parameters, tokens a step."""
-        name = self.device
-        if devices.device_type(name) == "cuda":
-            name += f" ({torch.cuda.get_device_name()})"
-        dtype = str(model.product_dtype()).removeprefix("torch.")
-        compile = "on" if wants_compile(self.cfg, self.device) else "off"
-        n_parameters = sum(p.numel() for p in model.parameters())
-        return (f"{name}, {dtype}, compile {compile}, {n_parameters / 1e6:.1f}M parameters, "
-                f"about {self.tokens_per_step:,.0f} tokens a step")
 
     def restore(self, model, optimizer, weights, state):
         """Restores a second model and its optimizer from what a checkpoint holds of them."""
@@ -241,6 +191,13 @@ class Run:
         for line in warnings(self.tokenizer, groups):
             print0(f"warning: {line}")
 
+    def encode_pairs(self, comparisons):
+        """Every pair of responses that do not tie: [(prompt_ids, [chosen_ids, rejected_ids]), …].
+
+        Cut to cfg.max_len. Exits with one line if the comparisons teach nothing.
+        """
+        return encode_pairs(self.tokenizer, comparisons, self.cfg.max_len, source=self.cfg.data)
+
     def held_out_comparisons(self, k=2):
         """The first cfg.eval_n validation comparisons, and their groups (prompt_ids, [response_ids, …])."""
         comparisons = []
@@ -249,13 +206,19 @@ class Run:
         examples = [(comparison.prompt, comparison.responses) for comparison in comparisons]
         return comparisons, encode_groups(self.tokenizer, examples, self.cfg.max_len)
 
-    def logp_groups(self, policy, groups):
-        """log π(y|x) of every response of `groups`, in their order, summed over tokens: (S,) on the CPU."""
-        return logp_groups(policy, groups, self.cfg.micro_tokens)
+    def logp_groups(self, policy, groups, average=False):
+        """log π(y|x) of every response of `groups`, in their order: (S,) on the CPU, without gradient.
 
-    def logp_of_batches(self, policy, pairs, batches):
-        """log π of both responses of every pair in the batches, summed over tokens: (len(pairs), 2)."""
-        return logp_of_batches(policy, pairs, batches, self.cfg.micro_tokens, self.progress)
+        Summed over the response's tokens or, with `average`, averaged.
+        """
+        return logp_groups(policy, groups, self.cfg.micro_tokens, average)
+
+    def logp_of_batches(self, policy, pairs, batches, average=False):
+        """log π of both responses of every pair in the batches: (len(pairs), 2), without gradient.
+
+        Summed over the response's tokens or, with `average`, averaged. Pairs in no batch have 0.
+        """
+        return logp_of_batches(policy, pairs, batches, self.cfg.micro_tokens, self.progress, average)
 
     def score_groups(self, reward_model, groups):
         """A reward model's score of every response of `groups`, in their order: (S,) on the CPU."""
@@ -299,49 +262,9 @@ class Run:
             self.stop_signal.listen()
 
 
-def wants_compile(cfg, device):
-    """Whether to compile: --compile, or by default on CUDA."""
-    if cfg.compile is None:
-        return devices.device_type(device) == "cuda"
-    return cfg.compile
-
-
 def tokens_of_batch(examples, batch_size, cfg):
     """About how many tokens a batch has. Prompts alone get responses of cfg.max_new_tokens."""
     if isinstance(examples[0], tuple):
         return batch_size * sum(map(group_length, examples)) / len(examples)
     prompt_tokens = batch_size * sum(map(len, examples)) / len(examples)
     return prompt_tokens + cfg.batch_size * cfg.max_new_tokens
-
-
-def check_prerequisite(checkpoint, out, stage, cfg):
-    """Exits with one line if the finished run in `out` had other data than this run would give it."""
-    theirs = checkpoint["config"]
-    both_are_files = os.path.isfile(theirs["data"]) and os.path.isfile(cfg.data)
-    problem = None
-    if theirs["data"] != cfg.data and not both_are_files:  # what files hold is compared below
-        problem = f"--data={theirs['data']}, not {cfg.data}"
-    elif "digests" in checkpoint and checkpoint["digests"]["file"] != file_digest(cfg.data):
-        problem = f"another file than {cfg.data} is now"
-    elif theirs["max_len"] < cfg.max_len:
-        problem = f"--max_len={theirs['max_len']}, not {cfg.max_len}"
-    if problem:
-        option = {"sft": "--init", "reward": "--reward_model"}[stage]
-        raise SystemExit(f"{out}: this model was trained on {problem}; to use it all the same, name it with "
-                         f"{option}={out}; or train another: python {stage}.py --out=FOLDER …")
-
-
-def run_dir(stage, cfg):
-    """out/STAGE-RECIPE; the name of the data instead, if the recipe does not say which data they are."""
-    name = cfg.recipe
-    base, slash, subset = cfg.data.partition("/")
-    if os.path.isfile(cfg.data):
-        name = os.path.basename(cfg.data).split(".")[0]
-    elif base.startswith("hub:"):
-        path = cfg.data.removeprefix("hub:").partition(":")[0]  # hub:OWNER/NAME:SPLIT
-        name = os.path.basename(path)
-    elif slash:
-        name = f"{name}-{subset}"  # hh/SUBSET
-    elif name == "animals":
-        name = base
-    return f"out/{stage}-{name}"

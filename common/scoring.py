@@ -11,12 +11,21 @@ def score_groups(reward_model, groups, micro_tokens=16384):
     return number_each_response(reward_model, reward_model.score, groups, micro_tokens)
 
 
-def logp_groups(policy, groups, micro_tokens=16384):
-    """log π(y|x) of every response of every group, in their order, summed over tokens: (S,) on the CPU."""
+def logp_groups(policy, groups, micro_tokens=16384, average=False):
+    """log π(y|x) of every response of every group, in their order: (S,) on the CPU.
+
+    Summed over the response's tokens or, with `average`, averaged.
+    """
     def logp(batch):
-        return per_sequence(policy.logprobs(batch), batch)
+        return response_logp(policy, batch, average)
 
     return number_each_response(policy, logp, groups, micro_tokens)
+
+
+def response_logp(policy, batch, average=False):
+    """log π(y|x) of each response of a batch, summed over its tokens or averaged: (S,)."""
+    logp = per_sequence(policy.logprobs(batch), batch)
+    return logp / batch.response_length if average else logp
 
 
 @torch.no_grad()
@@ -34,13 +43,15 @@ def number_each_response(model, function, groups, micro_tokens):
 
 
 @torch.no_grad()
-def logp_of_batches(policy, pairs, batches, micro_tokens, progress):
-    """log π of both responses of every pair that training visits, summed over tokens: (len(pairs), 2).
+def logp_of_batches(policy, pairs, batches, micro_tokens, progress, average=False):
+    """log π of both responses of every pair that training visits: (len(pairs), 2).
 
-    pairs: (prompt_ids, [chosen_ids, rejected_ids]). batches: for each step of training its indices into
-    pairs. Pairs in no batch keep 0. How a log-prob is rounded depends on the other rows in the same forward
-    pass. So each pair is computed in the micro-batch in which training first meets it; on a CPU, a policy
-    that is its own reference then equals it to the bit until the first update.
+    Summed over tokens or, with `average`, averaged. pairs: (prompt_ids, [chosen_ids, rejected_ids]).
+    batches: for each step of training its indices into pairs. Pairs in no batch keep 0.
+
+    How a log-prob is rounded depends on the other rows in the same forward pass. So each pair is computed in
+    the micro-batch in which training first meets it; on a CPU, a policy that is its own reference then equals
+    it to the bit until the first update.
     """
     logp = torch.zeros(len(pairs), 2, device=policy.device)
     visited = set()
@@ -53,7 +64,7 @@ def logp_of_batches(policy, pairs, batches, micro_tokens, progress):
         # written only once, in one process, because the sum over processes must count it once.
         for indices in micro_batches(batch_indices, pairs, micro_tokens):
             batch = pack([pairs[i] for i in indices]).to(policy.device)
-            both = per_sequence(policy.logprobs(batch), batch).view(-1, 2)  # chosen, rejected
+            both = response_logp(policy, batch, average).view(-1, 2)  # chosen, rejected
             for i, chosen_and_rejected in zip(indices, both):
                 if i not in visited:
                     logp[i] = chosen_and_rejected

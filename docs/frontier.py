@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.checkpoints import checkpoint_files, is_finished  # noqa: E402
-from common.plots import plot_frontier, plot_overoptimization  # noqa: E402
+from common.curves import plot_overoptimization  # noqa: E402
+from common.plots import plot_frontier  # noqa: E402
 from common.standard_errors import mean_se  # noqa: E402
 from data.animals import LABEL_SCALE  # noqa: E402
 

@@ -6,7 +6,7 @@
     decode.py      sampling with a key-value cache
     kvcache.py     that cache, and CUDA graphs
     onednn.py      faster matrix products for sampling on a CPU
-    weights.py     GPT-2's published weights and the Hugging Face format
+    weights.py     GPT-2's published weights and the Hugging Face format; config_json.py: its shapes
     devices.py     what differs between cpu, cuda and mps
     files.py       downloads, and packages that only some need
 

@@ -42,9 +42,14 @@ class Batch:
         return self.tokens.flatten()[self.token_index]
 
     @property
+    def response_length(self):
+        """(S,) the number of tokens in each response, its EOS included; never 0."""
+        return per_sequence(torch.ones_like(self.sequence), self)
+
+    @property
     def last(self):
         """(S,) the place of each response's last token."""
-        ends = torch.bincount(self.sequence).cumsum(0)  # where in N each response ends
+        ends = self.response_length.cumsum(0)  # where in N each response ends
         return self.token_index[ends - 1]
 
     @property

@@ -28,13 +28,15 @@ import reward
 import sft
 import simpo
 from common.batches import micro_batches
-from common.checkpoints import load_checkpoint, load_model, load_to_resume, save_checkpoint
+from common.checkpoints import load_checkpoint, load_to_resume, save_checkpoint
 from common.device import choose_device
 from common.dist import sync_gradients
 from common.log import Log
+from common.models import load_model
 from common.optim import lr_schedule, make_optimizer
 from common.options import RunConfig, check_config, check_value, parse, split_type
-from common.run import Run, run_dir
+from common.prerequisites import run_dir
+from common.run import Run
 from common.sharding import unshard_model
 from data import get_tokenizer
 from engine.packing import group_length

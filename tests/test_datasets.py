@@ -16,11 +16,13 @@ import evaluate
 import reward
 import sample
 import sft
-from common import checkpoints
-from common.checkpoints import load_model, save_checkpoint
+from common import models
+from common.checkpoints import save_checkpoint
+from common.models import load_model
 from common.optim import make_optimizer
 from common.options import RunConfig, parse
-from common.run import Run, run_dir
+from common.prerequisites import run_dir
+from common.run import Run
 from common.scoring import score_groups
 from data import dataset, encode_groups, encode_pairs, encode_prompts, get_tokenizer, imdb, tldr
 from data.imdb import MEMBER
@@ -487,7 +489,7 @@ def test_sft_and_dpo_on_a_data_set_and_a_model_of_the_hub(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Jsonl, "tokenizer", lambda self: get_tokenizer("animals"))
-    monkeypatch.setattr(checkpoints, "get_tokenizer", lambda name: get_tokenizer("animals"))
+    monkeypatch.setattr(models, "get_tokenizer", lambda name: get_tokenizer("animals"))
     (tmp_path / "my-set").mkdir()
     datasets.Dataset.from_list(of_one_shape(3)).to_parquet(tmp_path / "my-set" / "train-00000-of-00001.parquet")
     config = transformers.GPT2Config(vocab_size=50260, n_positions=64, n_embd=8, n_layer=1, n_head=2)

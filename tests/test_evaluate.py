@@ -7,14 +7,15 @@ import pytest
 import torch
 from conftest import make_model
 
-import common.checkpoints
+import common.models
 import evaluate
 import ppo
 import sample
 import sft
-from common.checkpoints import load_model, save_checkpoint
+from common.checkpoints import save_checkpoint
 from common.optim import make_optimizer
-from common.plots import curve
+from common.curves import curve
+from common.models import load_model
 from common.preferences import preference_row
 from common.standard_errors import clusters_of, mean_se
 from data import animals, dataset, get_tokenizer
@@ -113,7 +114,7 @@ def test_an_exported_reward_model_is_opened_by_transformers(start, capsys):
 
 
 def test_an_export_with_the_vocabulary_of_gpt2_is_a_start(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(common.checkpoints, "get_tokenizer",  # GPT-2's would have to be fetched
+    monkeypatch.setattr(common.models, "get_tokenizer",  # GPT-2's would have to be fetched
                         lambda name: SimpleNamespace(name=name))
     model = make_model(vocab_size=50257, n_layer=1, n_embd=8)
     save_checkpoint(str(tmp_path), 1, model, make_optimizer(model, 1e-3), sft.Config(), "gpt2")

@@ -16,7 +16,8 @@ import finegrained
 import ppo
 import reward
 import sft
-from common.checkpoints import load_model, save_checkpoint
+from common.checkpoints import save_checkpoint
+from common.models import load_model
 from common.optim import make_optimizer
 from data import animals, dataset, get_tokenizer
 from data.segments import decode_with_ends, segments, sentences

@@ -19,7 +19,7 @@ from common.checkpoints import save_checkpoint
 from common.frontier import (MIN_ESS, best_of, best_of_kl, best_of_kl_without_ties, extrapolate, frontier, gap,
                              optimum_at, tilt)
 from common.optim import make_optimizer
-from common.plots import shrinking_means
+from common.curves import shrinking_means
 from data import get_tokenizer
 from engine.packing import pack, per_sequence
 

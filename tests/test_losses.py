@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from conftest import make_model, random_groups
 
 import dpo
-from common.checkpoints import load_model
-from common.scoring import pair_accuracy
+from common.models import load_model
+from common.scoring import logp_groups, logp_of_batches, pair_accuracy
 from data import encode_groups, get_tokenizer
 from dpo import dpo_loss
 from engine.packing import pack, per_sequence
@@ -173,10 +173,12 @@ def test_ipo_may_average_over_tokens(start):
         here("dpo", start, "c", "--ipo_average")
 
 
-def test_ipo_average_holds_for_held_out_responses_too():
-    """The rewards of the final table are differences of what the loss takes: means over 2, 3 and 1 tokens."""
-    groups = [([1], [[5, 6], [5, 6, 7]]), ([1], [[8]])]
-    sums = torch.tensor([-4.0, -6.0, -3.0])
-    for average, expected in ((True, [-2.0, -2.0, -3.0]), (False, sums.tolist())):
-        run = SimpleNamespace(cfg=SimpleNamespace(ipo_average=average), logp_groups=lambda policy, groups: sums)
-        assert dpo.logp_of_responses(None, groups, run).tolist() == expected
+def test_held_out_responses_and_the_reference_average_as_the_loss_does():
+    """Means over 2, 3, 1 and 2 tokens of -2 each: in what the final table takes, and in what is precomputed."""
+    pairs = [([1], [[5, 6], [5, 6, 7]]), ([1], [[8], [5, 6]])]
+    policy = SimpleNamespace(device="cpu", logprobs=lambda batch: torch.full((len(batch.sequence),), -2.0))
+    progress = SimpleNamespace(show=lambda text: None)
+    for average, expected in ((True, [-2.0, -2.0, -2.0, -2.0]), (False, [-4.0, -6.0, -2.0, -4.0])):
+        assert logp_groups(policy, pairs, average=average).tolist() == expected
+        precomputed = logp_of_batches(policy, pairs, [[1, 0]], 100, progress, average)
+        assert precomputed.flatten().tolist() == expected

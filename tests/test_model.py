@@ -16,9 +16,9 @@ from conftest import SHARED, make_model, random_groups
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import model as model_module
-from common.checkpoints import load_model_only, template_of_checkpoint
+from common.models import load_model_only, template_of_checkpoint
 from data import get_tokenizer
-from engine import decode, files, logprobs, weights
+from engine import config_json, decode, files, logprobs, weights
 from engine.decode import next_logits, sample
 from engine.logprobs import CHUNK, TokenLogprobs
 from engine.onednn import onednn_weights
@@ -435,10 +435,10 @@ def test_a_config_that_describes_another_function_is_refused_by_name(key, value,
 
 def test_every_key_that_transformers_gpt2_reads_is_on_a_list():
     transformers = pytest.importorskip("transformers")
-    known = {"model_type", "layer_norm_epsilon", "transformers_version", *weights.CONFIG_KEYS, *weights.FIXED_KEYS, *weights.IGNORED_KEYS}
+    known = {"model_type", "layer_norm_epsilon", "transformers_version", *config_json.CONFIG_KEYS, *config_json.FIXED_KEYS, *config_json.IGNORED_KEYS}
     of_gpt2 = set(transformers.GPT2Config().to_dict()) - set(transformers.PretrainedConfig().to_dict())
     assert len(of_gpt2) > 15 and not of_gpt2 - known
-    assert not weights.FIXED_KEYS.keys() & weights.IGNORED_KEYS
+    assert not config_json.FIXED_KEYS.keys() & config_json.IGNORED_KEYS
 
 
 def test_a_folder_with_a_vocabulary_that_is_not_gpt2s_is_refused(tmp_path):

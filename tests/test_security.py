@@ -19,7 +19,8 @@ import evaluate
 import finegrained
 import ppo
 import sample
-from common.checkpoints import is_finished, load_checkpoint, load_model, load_to_resume
+from common.checkpoints import is_finished, load_checkpoint, load_to_resume
+from common.models import load_model
 from common.run import Run
 from data import dataset, get_tokenizer, hh, imdb, qa_feedback, tldr
 from engine import files, weights

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import SHARED, feedback, free_port, make_model, on_two_processes
 
-import common.checkpoints
+import common.models
 import common.run
 import dpo
 import evaluate
@@ -24,11 +24,12 @@ import reward
 import sample
 import sft
 from common.batches import shuffled_batches
-from common.checkpoints import load_checkpoint, load_model, save_checkpoint
+from common.checkpoints import load_checkpoint, save_checkpoint
+from common.models import load_model
 from common.optim import make_optimizer
 from common.options import parse
 from common.sharding import unshard_model
-from common.run import run_dir
+from common.prerequisites import run_dir
 from data import animals, dataset, encode_pairs, get_tokenizer
 from engine.packing import pack, per_sequence
 
@@ -169,7 +170,7 @@ def test_a_kl_that_runs_away_is_said_once(start, small_world, capsys):
 
 
 def test_settings_that_ppo_cannot_run_get_one_line(start, small_world, monkeypatch):
-    monkeypatch.setattr(common.checkpoints, "get_tokenizer",  # GPT-2's would have to be fetched
+    monkeypatch.setattr(common.models, "get_tokenizer",  # GPT-2's would have to be fetched
                         lambda name: SimpleNamespace(name=name) if name == "gpt2" else get_tokenizer(name))
     model = make_model(vocab_size=get_tokenizer("animals").n_vocab, n_layer=1, n_embd=16, block_size=32)
     model.set_scalar_heads(1)
@@ -397,7 +398,7 @@ def test_an_sft_model_of_other_data_is_not_taken(start, monkeypatch):
         (start / folder).mkdir()
         (start / folder / "train.jsonl").write_text(content)
     shape = dict(n_layer=1, n_head=2, n_embd=16, device="cpu")
-    monkeypatch.setattr(common.checkpoints, "dataset", lambda *args: animals)  # whose tokenizer need not be fetched
+    monkeypatch.setattr(common.models, "dataset", lambda *args: animals)  # whose tokenizer need not be fetched
     sft.train(sft.Config(**shape, data="birds/train.jsonl", steps=1, batch_size=4, eval_n=0))
     with pytest.raises(SystemExit, match="^out/sft-train: this model was trained on another file than fish/train.jsonl is now; to use it all the same, "
                                          "name it with --init=out/sft-train; or train another: python sft.py --out=FOLDER …$"):

@@ -23,7 +23,8 @@ import sample
 import sft
 import simpo
 from common import grids
-from common.checkpoints import load_checkpoint, load_model, load_reward_model, load_weights, save_checkpoint
+from common.checkpoints import load_checkpoint, load_weights, save_checkpoint
+from common.models import load_model, load_reward_model
 from common.optim import make_optimizer
 from data import animals, encode_groups, get_tokenizer
 from data.schema import Comparison

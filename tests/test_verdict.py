@@ -17,7 +17,8 @@ import evaluate
 import ppo
 import reward
 import simpo
-from common.checkpoints import load_checkpoint, load_model
+from common.checkpoints import load_checkpoint
+from common.models import load_model
 from common.options import RunConfig, parse
 from common.preferences import calibration_slope, differences, preference_row
 from common.run import Run

@@ -20,9 +20,9 @@ has the numbers of each answer and pair, page.py writes template.html with them.
 import json
 
 import evaluate
-from common.checkpoints import load_reward_model, template_of_checkpoint
 from common.dist import print0
 from common.files import append_to, write_atomically
+from common.models import load_reward_model, template_of_checkpoint
 from data.turns import apply_template
 from tokens.models import check_reference, load_subject, with_reference
 from tokens.numbers import Setting, answer_rows, held_out_pairs, pair_rows

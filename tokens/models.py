@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import finegrained
 import ppo
-from common.checkpoints import (checkpoint_files, is_finished, load_checkpoint, load_model, load_reward_model,
-                                load_weights)
+from common.checkpoints import checkpoint_files, is_finished, load_checkpoint, load_weights
 from common.digests import weights_digest
 from common.dist import print0
-from common.run import run_dir
+from common.models import load_model, load_reward_model
+from common.prerequisites import run_dir
 from engine.weights import PRETRAINED
 from model import GPT, GPTConfig
 
