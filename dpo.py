@@ -20,13 +20,14 @@ In comments, log π/π_ref (y|x) is short for log π_θ(y|x)/π_ref(y|x), a sum 
     python dpo.py                                           the animals world, from scratch, SFT included
     python dpo.py hh                                        Anthropic's HH-RLHF, GPT-2
     python dpo.py tldr                                      summaries of Reddit posts
-    python dpo.py imdb                                      one point of Figure 2; first steps: data/imdb.py
+    python dpo.py imdb                                      one point of Figure 2; before it: data/imdb.py
     python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons: recipe hh, with β 0.3
 
-With --init=gpt2, π_ref is GPT-2 itself; without --init, an SFT model of the same data, trained first. DPO in
+π_ref is the initial policy, unless --ref names another model. The initial policy is --init; by default it is
+the SFT model that sft.py makes of the same data with the same recipe, trained first if it is missing. DPO in
 rounds, each on new pairs sampled from the current policy, is a loop in the shell: docs/using.md.
 
-Left out: the SFT term that some add to the loss. This page differs from the authors' code: AdamW instead of
+Left out: the SFT term that some add to the loss. This file differs from the authors' code: AdamW instead of
 RMSprop, a cosine decay of the learning rate instead of a constant, gradients clipped at norm 1 instead of 10,
 GPT-2 instead of larger models.
 """
@@ -59,20 +60,20 @@ class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, �
 
 
 # Config's defaults are for the animals world, a small data set with a known true reward. A recipe replaces
-# some of them: `python dpo.py hh`. With --data=FILE and no recipe, it is hh.
+# some of them: `python dpo.py hh`. --data=FILE without a recipe uses hh.
 RECIPES = {
-    # arXiv:2305.18290 App. B: β 0.1, lr 1e-6, batches of 64, 150 steps of warm-up. One epoch of 160,800 pairs
+    # arXiv:2305.18290 App. B: β 0.1, lr 1e-6, batches of 64, 150 steps of warm-up. One epoch
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
-    # App. B: β 0.5 on TL;DR, all else as above. One epoch of 92,858 pairs
+    # App. B: β 0.5 on TL;DR, all else as for hh. One epoch
     "tldr": dict(data="tldr", beta=0.5, steps=1450, max_len=640, lr=1e-6, warmup=150, ckpt_every=500,
                  eval_n=64),
-    # App. C.1: the pairs that sample.py makes, 6 for each of 25,000 prefixes, of which a tenth is held out.
-    # One epoch. Figure 2 uses β = 0.05, 0.1, 1 and 5
+    # App. C.1: the pairs that sample.py makes, 6 for each of 25,000 prefixes. We hold out a tenth of
+    # the prefixes. One epoch. Figure 2 uses β = 0.05, 0.1, 1 and 5
     "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", beta=0.1, steps=2100, max_len=136, lr=1e-6,
                  warmup=150, ckpt_every=500, eval_n=64),
 }
 
-CONSOLE = ["loss", "accuracy", "margin", "chosen_logp", "rejected_logp", "grad_norm"]  # log.jsonl has all
+CONSOLE = ["loss", "accuracy", "margin", "chosen_logp", "rejected_logp", "grad_norm"]  # log.jsonl has more
 
 
 def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, beta, label_smoothing=0.0,
@@ -86,10 +87,12 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
         ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17, whose τ is β: pulls h
                                                                 towards 1/(2β). Log-probs are sums over
                                                                 tokens, as in the paper; its authors later
-                                                                recommended means: --ipo_average
+                                                                recommended means (--ipo_average), with
+                                                                which h and 1/(2β) are per token
         hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409: an unbiased estimate of the
-                                                                loss without noise; unbounded below
+                                                                loss without noise, if ε is the true share;
+                                                                unbounded below
     Returns three tensors (B,): the losses, and the implicit rewards β log π/π_ref of the chosen and of the
     rejected responses, without gradient.
     """
@@ -145,12 +148,14 @@ def train(cfg):
     # tokens; a response that is still too long loses its end, EOS included.
     policy, _ = run.load_model(init)  # _ is its tokenizer, which run keeps for encode_pairs
     pairs = run.encode_pairs(run.data.comparisons("train"))
-    batches = run.shuffled_batches(pairs)  # for each step a list of cfg.batch_size indices into pairs
+    # For each step exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its last,
+    # incomplete batch.
+    batches = run.shuffled_batches(pairs)
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
 
-    # The first eval_n validation comparisons, two responses each, for the table at the end: as text, and as
-    # groups (prompt_ids, [response_ids, …]).
+    # The first eval_n validation comparisons, for the table at the end: held_out as text, held_out_groups the
+    # same as token ids, (prompt_ids, [response_ids, …]).
     held_out, held_out_groups = run.held_out_comparisons()
 
     # The reference π_ref: the initial policy, or the model that --ref names. `policy` still has its initial
@@ -161,7 +166,7 @@ def train(cfg):
         ref_policy = copy.deepcopy(policy).requires_grad_(False)
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
     ref_policy = run.prepare(ref_policy)
-    # log π_ref(y|x) of each of the S held-out responses: (S,)
+    # log π_ref(y|x) of each of the S held-out responses, in the order of held_out: (S,)
     held_out_ref_logp = run.logp_groups(ref_policy, held_out_groups, cfg.ipo_average)
 
     # π_ref is frozen, so by default its log-probs are computed once, before training, for all pairs that
@@ -184,9 +189,9 @@ def train(cfg):
         metrics = Metrics()
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into pairs, with at most cfg.micro_tokens tokens in total; a longer pair is a micro-batch
-        # by itself. With several processes, each works through its own share of the batch, in the same number
-        # of micro-batches.
+        # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Several
+        # processes split the batch evenly. All run the same number of micro-batches, never an empty one,
+        # because the processes of a sharded model call forward and backward together.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp = pair_logp(
                 policy, [pairs[i] for i in indices], cfg.ipo_average)  # (b,) each
@@ -204,7 +209,7 @@ def train(cfg):
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
-            # For the log: `add` sums them up, without gradient.
+            # For the log: `add` detaches each and sums it up.
             metrics.add(loss=losses, accuracy=correct, margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
@@ -213,17 +218,19 @@ def train(cfg):
         # processes' gradients are summed, not averaged. (A sharded model has summed them in backward().)
         # Then clip, step, clear; a gradient that is not finite skips the step.
         sync_gradients(policy)
-        lr = cfg.lr * run.lr_schedule(step)
+        lr = cfg.lr * run.lr_schedule(step)  # the schedule is a factor from 0 to 1
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Log the batch means: the sums over all processes, divided by the batch size. Save a checkpoint
-        # every ckpt_every steps, after the last, and on Ctrl-C; then the program ends here.
+        # every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one too, and the program
+        # ends here, without the table below.
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
     # Two tables, each with a row for the reference and one for the policy.
     # - Answers to prompts of the test split: KL, length and, with the data's true reward or --reward_model,
-    #   reward and win rate against the reference. (If ref_policy is None, `report` loads it again.)
+    #   reward and win rate against the reference. (With precompute_ref, ref_policy is None here, and `report`
+    #   loads it again by its name.)
     # - The validation comparisons: how often the implicit rewards β log π/π_ref rank the responses correctly.
     #   Those of the reference are all 0, so all of its pairs tie, and its accuracy is 0.5.
     del optimizer  # frees memory for the evaluation

@@ -12,7 +12,7 @@ the prompt once for all of them. The loss averages over these pairs:
     L(θ) = −E_x [ 1/(K choose 2) Σ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]                             (eq. 1)
 
 Eq. 1 sees differences only: a constant added to all scores of a prompt changes nothing. So at the end, as
-in InstructGPT, the bias is shifted so that demonstrations score 0 on average. This page adds three things:
+in InstructGPT, the bias is shifted so that demonstrations score 0 on average. This file adds three things:
 
 - a small term center_coef · (2 r̄)², with r̄ the mean score of a prompt's K responses. Eq. 1 leaves r̄ free,
   so it could differ from prompt to prompt, and PPO's value model would have to learn it. The term holds it
@@ -29,7 +29,7 @@ in InstructGPT, the bias is shifted so that demonstrations score 0 on average. T
 
 Without --init it starts from the SFT model of the same data, and trains that first if it is missing.
 
-Left out: graded preference labels, ensembles, models that read a whole conversation turn by turn.
+Left out: graded preference labels, ensembles, a score for every turn of a conversation.
 """
 from dataclasses import dataclass
 from typing import Annotated
@@ -50,30 +50,32 @@ from engine.packing import pack
 @dataclass
 class Config(RunConfig):
     k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9)
-    margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m), a constant (arXiv:2307.09288 eq. 2)
+    margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m); by rating in arXiv:2307.09288 eq. 2
     center_coef: NonNegativeFloat = 0.01  # weight of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1600           # optimizer steps
     batch_size: PositiveInt = 16        # prompts per step, each with its K responses, over all processes
-    micro_tokens: PositiveInt = 1024    # tokens per forward pass at most; larger batches accumulate gradients
+    micro_tokens: PositiveInt = 1024    # tokens per forward pass at most (a longer group goes alone)
     lr: NonNegativeFloat = 2e-3         # peak learning rate
     warmup: NonNegativeInt = 20         # steps of linear warm-up, before the cosine to 0
     val_every: PositiveInt = 800        # steps between validations
     log_every: PositiveInt = 50         # steps between lines on the console
     ckpt_every: PositiveInt = 100       # steps between checkpoints
-    eval_n: NonNegativeInt = 1000       # number of validation comparisons, and of demonstrations to center on
+    eval_n: NonNegativeInt = 1000       # validation comparisons, and training demonstrations to center on
 
 
+# The defaults above are for the animals world. --data=FILE without a recipe uses hh.
 RECIPES = {
     # Our choice, for GPT-2: one epoch of hh's 160,800 pairs
     "hh": dict(data="hh", k=2, steps=2500, batch_size=64, micro_tokens=16384, max_len=512, lr=1e-5,
                warmup=100, val_every=250, log_every=10, ckpt_every=500),
+    # Our choice, for GPT-2
     "qa_feedback": dict(data="qa_feedback", k=4, steps=500, batch_size=16, micro_tokens=16384, max_len=1024,
                         lr=1e-5, warmup=20, val_every=100, log_every=10, ckpt_every=100),
     # arXiv:2009.01325 B.1, its 1.3B model: batch 64, lr 1.5e-5; one epoch of the 92,858 released pairs
     "tldr": dict(data="tldr", k=2, steps=1450, batch_size=64, micro_tokens=16384, max_len=640, lr=1.5e-5,
                  warmup=50, val_every=250, log_every=10, ckpt_every=500),
-    # positive and negative reviews, two epochs of 12,500 pairs. All share one prompt, so there is no drift
-    # between prompts, and no center_coef
+    # Positive against negative reviews, two epochs of 12,500 pairs. All share one prompt, so their mean score
+    # cannot differ between prompts, and center_coef is 0
     "imdb": dict(data="imdb", k=2, center_coef=0.0, steps=390, batch_size=64, micro_tokens=16384, max_len=136,
                  lr=1e-5, warmup=20, val_every=100, log_every=10, ckpt_every=100),
 }
@@ -100,8 +102,8 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
     to; rank (S,): 0 is best, equal ranks tie and form no pair. A pair's loss is −log σ(r_w − r_l − margin).
     Each group with a pair adds center_coef · (2 r̄)², with r̄ the mean of its scores. (Not the sum over pairs
     of (r_w + r_l)²: that is (K − 2) Σ r_i² + (Σ r_i)², whose first term, for K > 2, shrinks the differences.)
-    Returns the loss and the accuracy, both means over groups. A group's accuracy is the share of its pairs
-    with r_w > r_l, equal scores counting one half.
+    Returns the loss and the accuracy, both means over the groups that have a pair. A group's accuracy is the
+    share of its pairs with r_w > r_l, equal scores counting one half.
     """
     losses, accuracies = [], []
     for group_scores, group_rank in split_by_group(scores, group, rank):
@@ -113,13 +115,13 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
         losses.append(pair_losses.mean() + centering)  # without ties, the mean is eq. 1's 1/(K choose 2)
         right = (r_w > r_l).float() + 0.5 * (r_w == r_l).float()
         accuracies.append(right.mean())
-    if not losses:  # no pairs at all, which happens in finegrained.py: a zero that backward() accepts
+    if not losses:  # no pairs at all, as can happen in finegrained.py: a zero that backward() accepts
         return 0 * scores.sum(), 0 * scores.detach().sum()
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
 
 def score_gap(scores, group, rank):
-    """The mean of r_w − r_l over each group's pairs, one per group (at least one pair each), for the log."""
+    """The mean of r_w − r_l over each group's pairs, for the log. Every group must have a pair."""
     gaps = []
     for group_scores, group_rank in split_by_group(scores.detach(), group, rank):
         r_w, r_l = ranked_pairs(group_scores, group_rank)
@@ -136,14 +138,13 @@ def group_and_rank(comparisons, device="cpu"):
     return torch.tensor(group, device=device), torch.tensor(rank, device=device)
 
 
-def center_scores(reward_model, scores):
-    """Moves the bias so that the mean of these scores (S,) becomes 0. Returns their standard deviation."""
+def shift_bias(reward_model, shift):
+    """Adds a number to all scores of a reward model, in place."""
     # A state dict's tensors share memory with the parameters, so changing one in place changes the model. (In
     # a sharded model, the attribute scalar_head.bias may be a gathered copy.)
     bias = reward_model.state_dict()["scalar_head.bias"]
     with torch.no_grad():
-        bias -= scores.mean().item()
-    return scores.std().item()
+        bias += shift
 
 
 def train(cfg):
@@ -151,7 +152,7 @@ def train(cfg):
     run = Run("reward", cfg)  # the device, the folder, the log and the checkpoints
     init = cfg.init or run.train_if_missing("sft")
 
-    # init may be a policy, or another reward model, since its head is replaced anyway.
+    # init may be a policy or a reward model: its head is replaced either way.
     reward_model, tokenizer = run.load_model(init, require_policy=False)
     reward_model.set_scalar_heads(1)  # a new head with random weights, bias 0
     reward_model = run.prepare(reward_model)  # moved to the device; sharded or compiled if asked for
@@ -164,20 +165,23 @@ def train(cfg):
     comparisons = data.comparisons("train", cfg.k)
     comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # not those whose responses all tie
     groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], cfg.max_len)
-    # Identical responses teach nothing: prints how many pairs are identical, and exits if all are.
+    # Pairs whose responses are identical after cutting teach nothing. Prints how many there are, and exits if
+    # all are.
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
     validation, validation_groups = run.held_out_comparisons(cfg.k)
-    batches = run.shuffled_batches(groups)  # for each step a list of indices into groups
+    # For each step exactly batch_size indices into groups. Each epoch is shuffled anew, and drops its last,
+    # incomplete batch.
+    batches = run.shuffled_batches(groups)
     run.print0(f"reward: {len(groups)} comparisons of {cfg.data}, {init} -> {run.out} on {run.device}")
     # Prints the first comparison, with the tokens marked where scores are read, and warns if the data look
     # wrong.
     last_tokens = [[len(response) - 1] for response in groups[0][1]]
     run.show_data(groups, [f"rank {rank}" for rank in comparisons[0].ranks], last_tokens)
 
-    # The scores of the untrained head, near chance, for the table at the end. They are computed now, since
-    # with --resume, run.start_or_resume below loads weights that are trained already.
+    # The untrained head's scores of all S validation responses, near chance, for the table at the end: (S,),
+    # without gradient. (With --resume, run.start_or_resume below replaces the initial weights.)
     scores_before = run.score_groups(reward_model, validation_groups)
-    # β2 is 0.99, not 0.95 as elsewhere: a longer memory for the noisy gradients of few comparisons.
+    # β2 is 0.99, not the 0.95 of the other stages: a longer memory for noisy gradients.
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
     checkpoint = run.start_or_resume(reward_model, optimizer)  # the last checkpoint, or {}; sets run.start
 
@@ -185,9 +189,9 @@ def train(cfg):
         metrics = Metrics()
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into groups, with at most cfg.micro_tokens tokens in total; a longer group is a
-        # micro-batch by itself. With several processes, each works through its own share of the batch, in the
-        # same number of micro-batches.
+        # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone).
+        # Several processes split the batch evenly. All run the same number of micro-batches, never an empty
+        # one, because the processes of a sharded model call forward and backward together.
         for indices in run.micro_batches(batches[step], groups):
             # r(x, y) of every response, group by group; the responses to one prompt do not see each other.
             batch = pack([groups[i] for i in indices]).to(run.device)
@@ -204,8 +208,8 @@ def train(cfg):
             n_groups = len(indices)
             (loss * n_groups / cfg.batch_size).backward()
 
-            # For the log: `add` sums up the elements, without gradient; mean(batch_size), below, divides. The
-            # logged margin is that of the scores, r_w − r_l, not --margin.
+            # For the log: `add` detaches and sums the elements; mean(batch_size), below, divides. The loss
+            # includes the centering term. The logged margin is r_w − r_l, not --margin.
             metrics.add(loss=loss * n_groups, accuracy=accuracy * n_groups,
                         margin=score_gap(scores, group, rank))
 
@@ -213,7 +217,7 @@ def train(cfg):
         # processes' gradients are summed, not averaged. (A sharded model has summed them in backward().)
         # Then clip, step, clear; a gradient that is not finite skips the step.
         sync_gradients(reward_model)
-        lr = cfg.lr * run.lr_schedule(step)
+        lr = cfg.lr * run.lr_schedule(step)  # the schedule is a factor from 0 to 1
         grad_norm = optimizer_step(reward_model, optimizer, lr, cfg.grad_clip)
 
         # 3. Log the batch means over all processes. Every val_every steps, and after the last, also log the
@@ -227,22 +231,23 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), val_accuracy=val_accuracy,
                 lr=lr, grad_norm=grad_norm)
 
-        # 4. Save a checkpoint every ckpt_every steps, and on Ctrl-C; then the program ends here. The last one
-        # is saved below, after the scores are centered.
+        # 4. Save a checkpoint every ckpt_every steps. On Ctrl-C, save_if_due saves one too, and the program
+        # ends here. The last checkpoint is saved below, once the scores are centered.
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, reward_model, optimizer)
 
     # Center the scores: shift the bias so that training demonstrations (the best responses, if the data have
-    # only comparisons) score 0 on average. Only a finished run's checkpoint has score_std. If a finished run
-    # is resumed, as to print its table again, its scores are centered already.
-    was_centered = run.start == cfg.steps and "score_std" in checkpoint
-    if was_centered:
+    # only comparisons) score 0 on average. A finished run that is resumed with the same --steps, to print its
+    # table again, has been centered. With more --steps it has trained further, and is centered anew.
+    if run.start == cfg.steps and "score_std" in checkpoint:
         score_std = checkpoint["score_std"]
     else:
         demonstrations = data.demonstrations("train")[:max(2, cfg.eval_n)]  # a standard deviation needs two
         examples = [(prompt, [response]) for prompt, response in demonstrations]
         demonstration_groups = encode_groups(tokenizer, examples, cfg.max_len)
-        score_std = center_scores(reward_model, run.score_groups(reward_model, demonstration_groups))
+        scores = run.score_groups(reward_model, demonstration_groups)
+        score_std = scores.std().item()
+        shift_bias(reward_model, -scores.mean().item())
         run.save(cfg.steps, reward_model, optimizer, score_std=score_std)
 
     # The final table: how well the scores order held-out comparisons, before training and after.

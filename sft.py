@@ -2,7 +2,7 @@
 
 The language-model loss on demonstrations, taken over the tokens of the response only:
 
-    L(θ) = −Σ_(x,y) Σ_t log π_θ(y_t | x, y_<t) / Σ_(x,y) |y|            with Σ_(x,y) over the whole batch
+    L(θ) = −Σ_(x,y) Σ_t log π_θ(y_t | x, y_<t) / Σ_(x,y) |y|       both sums over the batch, |y| in tokens
 
 The EOS that ends a response is one of its tokens, so the model learns when to stop. (A response that was cut
 at max_len has none.)
@@ -15,8 +15,8 @@ The result is π_SFT. By default every later stage starts from it, and PPO and D
     python sft.py tldr                           Reddit posts and their TL;DRs; also qa_feedback and imdb
     python sft.py --data=mine.jsonl              your own file (data/jsonl.py), with the settings of recipe hh
 
-Left out: dropout, and choosing the checkpoint by a reward model's score, both in the paper (App. C.1). The
-paper's cosine ends at 10% of the peak and has no warm-up; ours ends at 0.
+Left out: dropout, and choosing the checkpoint by a reward model's score, both in the paper (App. C.1). Its
+learning rate falls to 10% of the peak, without a warm-up, over 16 epochs; ours warms up, and falls to 0.
 """
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class Config(RunConfig):  # all other options: common/options.py
     init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], hub:OWNER/NAME, a run's or HF folder
     steps: PositiveInt = 1500       # optimizer steps
     batch_size: PositiveInt = 16    # groups per step; a group is a prompt with up to four demonstrations
-    lr: NonNegativeFloat = 4e-3     # peak learning rate
+    lr: NonNegativeFloat = 4e-3     # peak learning rate, for a tiny new model; far too high for GPT-2
     warmup: NonNegativeInt = 20     # steps of linear warm-up, before the cosine to 0
     val_every: PositiveInt = 100    # steps between validation losses
     log_every: PositiveInt = 50     # steps between lines on the console
@@ -48,11 +48,11 @@ RECIPES = {
                val_every=200, log_every=10, ckpt_every=500, eval_n=64),
     "qa_feedback": dict(data="qa_feedback", init="gpt2", steps=300, batch_size=32, max_len=1024, lr=2e-5,
                         warmup=20, val_every=100, log_every=10, ckpt_every=100, eval_n=64),
-    # arXiv:2009.01325 B.1, its 1.3B model: batch 128, one epoch of 116,722, lr 6.35e-5.
-    # Posts have up to 512 tokens
+    # Batch, epochs and lr: arXiv:2009.01325 B.1, for 1.3B parameters; one epoch of 116,722 demonstrations.
+    # max_len: 512 tokens of a post, 128 of its summary
     "tldr": dict(data="tldr", init="gpt2", steps=910, batch_size=128, max_len=640, lr=6.35e-5, warmup=50,
                  val_every=200, log_every=10, ckpt_every=200, eval_n=64),
-    # arXiv:2305.18290 C.1: gpt2-large, about one epoch; a prefix of up to 8 tokens and 128 more
+    # arXiv:2305.18290 C.1: gpt2-large, about one epoch. max_len: 8 tokens of a prefix, 128 of a response
     "imdb": dict(data="imdb", init="gpt2-large", steps=350, batch_size=64, max_len=136, lr=2e-5, warmup=20,
                  val_every=100, log_every=10, ckpt_every=100, eval_n=64),
 }
@@ -77,7 +77,7 @@ def group_by_prompt(demonstrations):
 
 
 def sft_loss(logprobs, n_tokens):
-    """−Σ log π(y_t | x, y_<t) / n_tokens, over a micro-batch: its part of the batch's mean loss.
+    """A micro-batch's share of the batch's mean loss: −Σ log π(y_t | x, y_<t) / n_tokens.
 
     logprobs (N,): one per response token of this micro-batch. n_tokens: response tokens in the whole batch.
     """
@@ -85,7 +85,7 @@ def sft_loss(logprobs, n_tokens):
 
 
 def count_response_tokens(groups):
-    """How many response tokens, EOS included, the groups (token ids) have: the tokens that carry loss."""
+    """The number of response tokens in groups of token ids, EOS included: those that carry loss."""
     total = 0
     for _, responses in groups:
         total += sum(map(len, responses))
@@ -93,7 +93,10 @@ def count_response_tokens(groups):
 
 
 def validation_loss(policy, groups, run):
-    """The loss on held-out demonstrations; None if there are none. Every process computes all of it."""
+    """The mean loss per token on held-out demonstrations, without gradient; None if there are none.
+
+    They are few, so every process computes all of it rather than a share.
+    """
     if not groups:
         return None
     logp = run.logp_groups(policy, groups)  # log π(y|x) of each response, summed over its tokens
@@ -109,11 +112,13 @@ def train(cfg):
     run.print0(f"sft: {n_parameters / 1e6:.1f}M parameters on {run.device}, {cfg.data} -> {run.out}")
 
     # Demonstrations: a prompt x and one or more responses y, as token ids with the EOS at the end of y.
-    # If a prompt and its longest response exceed max_len, the prompt loses its beginning, but keeps at least
-    # max_len // 2 tokens; a response that is still too long loses its end, EOS included.
+    # If a prompt and its longest response exceed max_len, the prompt loses its beginning, but is never cut
+    # below max_len // 2 tokens; a response that is still too long loses its end, EOS included.
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
-    batches = run.shuffled_batches(groups)  # for each step a list of indices, the same after --resume
+    # For each step exactly batch_size indices into groups. Each epoch is shuffled anew, and drops its last,
+    # incomplete batch.
+    batches = run.shuffled_batches(groups)
     run.show_data(groups)  # prints the first example, and warns if the data look wrong
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     run.start_or_resume(policy, optimizer)  # with --resume, continues from the last checkpoint
@@ -123,12 +128,12 @@ def train(cfg):
         n_tokens = count_response_tokens([groups[i] for i in batches[step]])  # of the whole batch
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into groups, with at most cfg.micro_tokens tokens in total; a group larger than that is a
-        # micro-batch by itself. With several processes, each works through its own share of the batch, in
-        # the same number of micro-batches.
+        # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone).
+        # Several processes split the batch evenly. All run the same number of micro-batches, never an empty
+        # one, because the processes of a sharded model call forward and backward together.
         for indices in run.micro_batches(batches[step], groups):
-            # Packed into rows: a response sees its prompt and its own tokens, and nothing of another
-            # response, nor of another group in its row.
+            # Packed into rows: a response sees its prompt and its own tokens, but no other response and no
+            # other group in its row.
             micro_batch = pack([groups[i] for i in indices]).to(run.device)
             logprobs = policy.logprobs(micro_batch)  # log π(y_t | x, y_<t) of every response token: (N,)
             loss = sft_loss(logprobs, n_tokens)
@@ -139,7 +144,7 @@ def train(cfg):
         # processes' gradients are summed, not averaged. (A sharded model has summed them in backward().)
         # Then clip, step, clear; a gradient that is not finite skips the step.
         sync_gradients(policy)
-        lr = cfg.lr * run.lr_schedule(step)
+        lr = cfg.lr * run.lr_schedule(step)  # the schedule is a factor from 0 to 1
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Every val_every steps, and after the last, the loss on the validation split.
@@ -148,12 +153,13 @@ def train(cfg):
             val_loss = validation_loss(policy, validation, run)
 
         # 4. Log; the mean loss is the sum over all processes, divided by n_tokens. Save a checkpoint every
-        # ckpt_every steps, after the last, and on Ctrl-C; then the program ends here.
+        # ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one too, and the program ends
+        # here, without the table below.
         run.log(step + 1, **metrics.mean(n_tokens), val_loss=val_loss, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
-    # The final table, on prompts of the test split: the answers of the model before training (loaded again;
-    # with --init=scratch, the same random weights) and after, and their reward where it is known.
+    # The final table: answers to prompts of the test split before and after training, with their reward where
+    # one is known. The model before is loaded again; with scratch, the same seed gives the same weights.
     del optimizer  # frees memory for the evaluation
     evaluate.report(run, policy, cfg.init)
     return policy

@@ -11,15 +11,18 @@ The length |y| is in tokens, with the EOS unless the response was cut. There is 
 holds only one model in memory. But nothing keeps the policy near its start either; the paper relies on a
 small learning rate, diverse data and the robustness of large models.
 
-In our runs responses become too short (docs/results.md): 1/|y| gives each token of a short response, its EOS
-included, more weight than a token of a long one. So we sample some responses during training and log their
-length. The SFT term of the authors' code counters this: sft_weight · Σ −log π(y_w|x) / Σ |y_w|, sums over the
-batch. It weights all tokens equally. The paper's main runs and our recipes for real data have sft_weight 0.
+In our runs on the animals world, responses become too short with this loss alone (docs/results.md). We have
+not isolated the reason; 1/|y| gives each token of a short chosen response, its EOS included, more weight than
+a token of a long one. The SFT term of the authors' code counters this:
+sft_weight · Σ −log π(y_w|x) / Σ |y_w|, with both sums over the batch, so every chosen token has the same
+weight. The paper's main runs have sft_weight 0, and so do our recipes for real data: watch the length of
+responses, which are sampled during training.
 
     python simpo.py                                the animals world, from scratch: SFT first, then SimPO
-    python simpo.py hh                             Anthropic's HH-RLHF, GPT-2
-    python simpo.py tldr                           summaries of Reddit posts; imdb: see data/imdb.py
-    python simpo.py --data=mine.jsonl --init=gpt2  your own comparisons, with the settings of the recipe hh
+    python simpo.py hh                             Anthropic's HH-RLHF: SFT of GPT-2, then SimPO
+    python simpo.py tldr                           summaries of Reddit posts
+    python simpo.py imdb                           film reviews; data/imdb.py: what to run first
+    python simpo.py --data=mine.jsonl --init=gpt2  your own comparisons, without SFT: recipe hh
     python simpo.py --beta=10 --gamma_beta_ratio=0.3    the authors' scripts give γ/β; here γ = 0.3 · 10 = 3
 
 Left out: the hinge loss of the authors' code.
@@ -72,9 +75,9 @@ def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma
         h = β/|y_w| log π(y_w|x) − β/|y_l| log π(y_l|x) − γ
 
     With the label smoothing ε of the authors' code it is −(1−ε) log σ(h) − ε log σ(−h): the second term
-    negates all of h, γ included. Log-probs (B,), summed over response tokens, in nats; lengths (B,) in
-    tokens. Returns three tensors (B,): the losses, and the rewards β/|y| log π(y|x) of the chosen and of the
-    rejected responses, without gradient.
+    negates all of h, γ included. Log-probs are (B,), summed over response tokens, in nats; lengths are (B,),
+    in tokens. Returns three tensors (B,): the losses, and the rewards β/|y| log π(y|x) of the chosen and of
+    the rejected responses, without gradient.
     """
     chosen_reward = beta / chosen_len * chosen_logp        # β/|y_w| log π(y_w|x)
     rejected_reward = beta / rejected_len * rejected_logp  # β/|y_l| log π(y_l|x)
@@ -127,18 +130,21 @@ def train(cfg):
     # the longer response exceed max_len, the prompt loses its beginning, but keeps at least max_len // 2
     # tokens; a response that is still too long loses its end, EOS included.
     pairs = run.encode_pairs(run.data.comparisons("train"))
-    batches = run.shuffled_batches(pairs)  # for each step a list of cfg.batch_size indices into pairs
+    # For each step exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its last,
+    # incomplete batch.
+    batches = run.shuffled_batches(pairs)
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
     # Validation prompts to watch the length on. One longer than half of what the model can read loses its
     # beginning, to leave room for the response.
     sample_prompts = evaluate.encode_cut(run.data.prompts("validation")[:cfg.sample_n], policy, tokenizer)
 
-    # The first eval_n validation comparisons, two responses each, for the table at the end: as text, and as
-    # groups (prompt_ids, [response_ids, …]). The rewards of their S responses before training are computed
-    # now, since with --resume, run.start_or_resume below loads weights that are trained already.
+    # The first eval_n validation comparisons, for the table at the end: held_out as text, held_out_groups the
+    # same as token ids, (prompt_ids, [response_ids, …]).
     held_out, held_out_groups = run.held_out_comparisons()
-    rewards_before = cfg.beta * run.logp_groups(policy, held_out_groups, average=True)  # (S,), β/|y| log π
+    # The rewards β/|y| log π(y|x) of all S held-out responses before training, in the order of held_out.
+    # (With --resume, run.start_or_resume below replaces the initial weights.)
+    rewards_before = cfg.beta * run.logp_groups(policy, held_out_groups, average=True)
 
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     run.start_or_resume(policy, optimizer, CONSOLE)  # with --resume, continues from the last checkpoint
@@ -148,9 +154,9 @@ def train(cfg):
         mean_chosen_len = mean_chosen_length([pairs[i] for i in batches[step]])  # for the SFT term below
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into pairs, with at most cfg.micro_tokens tokens in total; a longer pair is a micro-batch
-        # by itself. With several processes, each works through its own share of the batch, in the same number
-        # of micro-batches.
+        # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Several
+        # processes split the batch evenly. All run the same number of micro-batches, never an empty one,
+        # because the processes of a sharded model call forward and backward together.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(
                 policy, [pairs[i] for i in indices])  # (b,) each
@@ -171,7 +177,7 @@ def train(cfg):
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
-            # For the log: `add` sums them up, without gradient. The loss is that of eq. 6 plus the SFT term;
+            # For the log: `add` detaches each and sums it up. The loss is that of eq. 6 plus the SFT term;
             # the margin is that of the rewards, not γ.
             metrics.add(loss=total_losses, simpo_loss=losses, sft_loss=sft_losses, accuracy=correct,
                         margin=chosen_reward - rejected_reward,
@@ -182,7 +188,7 @@ def train(cfg):
         # processes' gradients are summed, not averaged. (A sharded model has summed them in backward().)
         # Then clip, step, clear; a gradient that is not finite skips the step.
         sync_gradients(policy)
-        lr = cfg.lr * run.lr_schedule(step)
+        lr = cfg.lr * run.lr_schedule(step)  # the schedule is a factor from 0 to 1
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Every sample_every steps, sample responses to see their length. The noise is the same each time,
@@ -194,7 +200,8 @@ def train(cfg):
             lengths = length_statistics(responses, tokenizer.eot_token)
 
         # 4. Log the batch means: the sums over all processes, divided by the batch size. Save a checkpoint
-        # every ckpt_every steps, after the last, and on Ctrl-C; then the program ends here.
+        # every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one too, and the program
+        # ends here, without the table below.
         run.log(step + 1, **metrics.mean(cfg.batch_size), **lengths, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 

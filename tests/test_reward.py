@@ -9,7 +9,7 @@ from conftest import make_model, random_groups
 from common.scoring import score_groups
 from data.schema import Comparison
 from engine.packing import pack
-from reward import center_scores, group_and_rank, ranked_pairs, ranking_loss
+from reward import group_and_rank, ranked_pairs, ranking_loss, shift_bias
 
 
 def nll(x):
@@ -114,14 +114,15 @@ def test_loss_of_a_packed_group_is_that_of_its_pairs_one_by_one():
     torch.testing.assert_close(together, torch.stack(means).mean(), atol=1e-5, rtol=0)
 
 
-def test_centring_sets_the_mean_of_the_demonstrations_to_0():
+def test_a_shifted_bias_shifts_every_score():
+    """The mean of demonstrations becomes 0; nothing else changes."""
     model = make_model()
     model.set_scalar_heads(1)
     groups = random_groups()
     before = score_groups(model, groups)
-    std = center_scores(model, score_groups(model, groups, micro_tokens=40))
+    shift_bias(model, -score_groups(model, groups, micro_tokens=40).mean().item())
     after = score_groups(model, groups)
-    assert abs(after.mean()) < 1e-5 and std == pytest.approx(before.std().item(), abs=1e-5)
+    assert abs(after.mean()) < 1e-5 and after.std().item() == pytest.approx(before.std().item(), abs=1e-5)
     torch.testing.assert_close(after, before - before.mean(), atol=1e-5, rtol=0)
 
 
