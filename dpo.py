@@ -5,13 +5,14 @@ RLHF maximizes E[r(x, y)] − β KL(π ‖ π_ref) (eq. 3). Its optimum has a cl
     π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x)                                                      (eq. 4)
     r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x)                                                 (eq. 5)
 
-A policy is a reward model in disguise. The Bradley–Terry model gives the probability that y_w is preferred to
+Z(x), the sum that makes π* a distribution, cannot be computed. But up to a term that depends on x alone, a
+policy is a reward model in disguise. The Bradley–Terry model gives the probability that y_w is preferred to
 y_l:
 
     P(y_w ≻ y_l | x) = σ( r(x, y_w) − r(x, y_l) )                                                   (eq. 1)
 
-With eq. 5 for r, the unknown β log Z(x) cancels. So the likelihood of comparisons can be maximized over the
-policy directly, without a reward model and without sampling:
+With eq. 5 for r, β log Z(x) cancels. So we can maximize the likelihood of comparisons over the policy
+directly, without a reward model and without sampling:
 
     L(θ) = −E log σ( β log π_θ(y_w|x)/π_ref(y_w|x) − β log π_θ(y_l|x)/π_ref(y_l|x) )                (eq. 7)
 
@@ -20,16 +21,16 @@ In comments, log π/π_ref (y|x) is short for log π_θ(y|x)/π_ref(y|x), a sum 
     python dpo.py                                           the animals world, from scratch, SFT included
     python dpo.py hh                                        Anthropic's HH-RLHF, GPT-2
     python dpo.py tldr                                      summaries of Reddit posts
-    python dpo.py imdb                                      one point of Figure 2; before it: data/imdb.py
+    python dpo.py imdb                                      one point of Figure 2; first follow data/imdb.py
     python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons: recipe hh, with β 0.3
 
 π_ref is the initial policy, unless --ref names another model. The initial policy is --init; by default it is
 the SFT model that sft.py makes of the same data with the same recipe, trained first if it is missing. DPO in
 rounds, each on new pairs sampled from the current policy, is a loop in the shell: docs/using.md.
 
-Left out: the SFT term that some add to the loss. This file differs from the authors' code: AdamW instead of
-RMSprop, a cosine decay of the learning rate instead of a constant, gradients clipped at norm 1 instead of 10,
-GPT-2 instead of larger models.
+Left out: the SFT term that some implementations add. This file differs from the authors' code: AdamW instead
+of RMSprop, a cosine decay of the learning rate instead of a constant, gradients clipped at norm 1 instead of
+10, GPT-2 instead of larger models.
 """
 import copy
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ from engine.packing import pack, per_sequence
 class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, …) are in common/options.py
     beta: PositiveFloat = 1.0       # β, the weight of the KL: a larger β keeps the policy closer to π_ref
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # eq. 7 or a variant, see dpo_loss
-    label_smoothing: LabelNoise = 0.0  # ε: the share of labels assumed to be flipped, for sigmoid and robust
+    label_smoothing: LabelNoise = 0.0  # ε < ½: the share of labels assumed flipped, for sigmoid and robust
     ipo_average: bool = False       # with ipo: log-probs are means over tokens instead of sums
     ref: str | None = None          # π_ref, named as in --init; None: the initial policy
     precompute_ref: bool = True     # compute π_ref's log-probs before training; False: at each step
@@ -117,7 +118,8 @@ def pair_logp(policy, pairs, average=False):
     """log π(y_w|x) and log π(y_l|x), summed over response tokens or, with `average`, averaged: (B,) each.
 
     pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The prompt and its two responses are packed into
-    one row, so the prompt goes through the model once; the responses do not see each other.
+    one row, so the prompt goes through the model once. Each response sees the prompt and itself, and its
+    positions go on from the prompt's: the log-probs are those of two separate rows.
     """
     batch = pack(pairs).to(policy.device)
     logprobs = policy.logprobs(batch)       # (N,): one per response token
@@ -128,7 +130,7 @@ def pair_logp(policy, pairs, average=False):
 
 
 def check_settings(cfg):
-    """Exits with one line if two options contradict each other."""
+    """Exits with one line if two options do not go together."""
     if cfg.label_smoothing and cfg.loss_type not in ("sigmoid", "robust"):
         raise SystemExit(f"--label_smoothing={cfg.label_smoothing:g} has no effect with "
                          f"--loss_type={cfg.loss_type}; only sigmoid and robust use it")
@@ -140,23 +142,19 @@ def train(cfg):
     """Trains with DPO, after training the SFT model if that is missing. Returns the trained policy."""
     check_settings(cfg)
     run = Run("dpo", cfg)  # the device, the folder, the log and the checkpoints
-    init = cfg.init or run.train_if_missing("sft")  # by default the SFT model of the same data
+    init = cfg.init or run.train_if_missing("sft")  # its name; by default the SFT model of the same data
+    policy, _ = run.load_model(init)  # and its tokenizer, which is not needed here: run keeps it
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
     # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
-    # the longer response exceed max_len, the prompt loses its beginning, but keeps at least max_len // 2
-    # tokens; a response that is still too long loses its end, EOS included.
-    policy, _ = run.load_model(init)  # _ is its tokenizer, which run keeps for encode_pairs
+    # the longer response have more than max_len tokens, the prompt is cut from the left, to no fewer than
+    # max_len // 2; a response that is still too long loses its end, EOS included.
     pairs = run.encode_pairs(run.data.comparisons("train"))
     # For each step exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its last,
     # incomplete batch.
     batches = run.shuffled_batches(pairs)
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
-
-    # The first eval_n validation comparisons, for the table at the end: held_out as text, held_out_groups the
-    # same as token ids, (prompt_ids, [response_ids, …]).
-    held_out, held_out_groups = run.held_out_comparisons()
 
     # The reference π_ref: the initial policy, or the model that --ref names. `policy` still has its initial
     # weights here; with --resume, run.start_or_resume below loads those of the last checkpoint.
@@ -166,11 +164,10 @@ def train(cfg):
         ref_policy = copy.deepcopy(policy).requires_grad_(False)
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
     ref_policy = run.prepare(ref_policy)
-    # log π_ref(y|x) of each of the S held-out responses, in the order of held_out: (S,)
-    held_out_ref_logp = run.logp_groups(ref_policy, held_out_groups, cfg.ipo_average)
 
     # π_ref is frozen, so by default its log-probs are computed once, before training, for all pairs that
-    # `batches` visits, in the same micro-batches as in training. Several processes share the work.
+    # `batches` visits: row i is that of pairs[i]. Each pair is computed in the micro-batch in which training
+    # first meets it, so both round alike. With several processes, they share the work.
     if cfg.precompute_ref:
         ref_logp = run.logp_of_batches(ref_policy, pairs, batches, cfg.ipo_average)  # (len(pairs), 2)
         ref_policy = None  # frees its memory
@@ -189,9 +186,9 @@ def train(cfg):
         metrics = Metrics()
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Several
-        # processes split the batch evenly. All run the same number of micro-batches, never an empty one,
-        # because the processes of a sharded model call forward and backward together.
+        # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). With
+        # several processes, each takes an equal share of the batch, in as many micro-batches as the others,
+        # since all of them must call the forward pass of a sharded model in step.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp = pair_logp(
                 policy, [pairs[i] for i in indices], cfg.ipo_average)  # (b,) each
@@ -205,18 +202,18 @@ def train(cfg):
 
             # The policy's accuracy as a reward model: is the chosen response's reward higher? A tie counts
             # one half. Without --ref, π is π_ref before the first update, so all pairs tie, and the first
-            # accuracy is 0.5 (exactly on a CPU; on a GPU, rounding may break ties).
+            # accuracy is 0.5 (exactly on a CPU; on a GPU, rounding may break ties; there is no dropout).
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
-            # For the log: `add` detaches each and sums it up.
+            # For the log: `add` detaches each and adds up its sum.
             metrics.add(loss=losses, accuracy=correct, margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
         # 2. One optimizer step on the whole batch. Each loss was divided by the whole batch's size, so the
-        # processes' gradients are summed, not averaged. (A sharded model has summed them in backward().)
-        # Then clip, step, clear; a gradient that is not finite skips the step.
+        # processes' gradients are summed, not averaged. (With a sharded model, backward() has summed them
+        # already.) Then clip, step and clear the gradients; if they are not finite, the step is skipped.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)  # the schedule is a factor from 0 to 1
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
@@ -229,16 +226,18 @@ def train(cfg):
 
     # Two tables, each with a row for the reference and one for the policy.
     # - Answers to prompts of the test split: KL, length and, with the data's true reward or --reward_model,
-    #   reward and win rate against the reference. (With precompute_ref, ref_policy is None here, and `report`
-    #   loads it again by its name.)
-    # - The validation comparisons: how often the implicit rewards β log π/π_ref rank the responses correctly.
-    #   Those of the reference are all 0, so all of its pairs tie, and its accuracy is 0.5.
+    #   reward and win rate against the reference.
+    # - The first eval_n validation comparisons: how often the implicit rewards β log π/π_ref rank the
+    #   responses correctly. The reference's are all 0, so all of its pairs tie, and its accuracy is 0.5.
     del optimizer  # frees memory for the evaluation
-    held_out_logp = run.logp_groups(policy, held_out_groups, cfg.ipo_average)
+    if ref_policy is None:
+        ref_policy = run.load_frozen(cfg.ref or init)
+    held_out, groups = run.held_out_comparisons()  # as text, and the same as token ids
+    held_out_logp = run.logp_groups(policy, groups, cfg.ipo_average)  # (S,), of every response, in this order
+    held_out_ref_logp = run.logp_groups(ref_policy, groups, cfg.ipo_average)
     rewards = cfg.beta * (held_out_logp - held_out_ref_logp)
-    rewards_of_reference = torch.zeros_like(rewards)  # β log π_ref/π_ref
     evaluate.report(run, policy, cfg.ref or init, ref_policy, cfg.reward_model,
-                    preferences=(held_out, rewards_of_reference, rewards))
+                    preferences=(held_out, torch.zeros_like(rewards), rewards))
     return policy
 
 

@@ -1,6 +1,6 @@
 """Fine-Grained RLHF (Wu et al. 2023, arXiv:2306.01693): a reward for each segment, along each of three axes.
 
-Three reward models, one per axis (relevance, factuality, completeness), replace the one number per response.
+Three reward models, one per axis (relevance, factuality, completeness), replace the one reward per response.
 Each judges segments of the length that suits its axis. With the response y cut into L_k segments by the k-th
 reward model, the reward at token t is
 
@@ -22,14 +22,14 @@ and 1. Factuality has two, the sentences: the second has label 0, the first has 
 irrelevant.
 
 Left out:
-  - the paper's filter of error spans shorter than five words (its code has it for relevance only)
+  - dropping error spans shorter than five words, as the paper does (its code: for relevance only)
   - the separator tokens of its reward models: a causal model can be read at a segment's last token
   - three separate reward models by default: three heads share one trunk; --share_trunk=False trains three
   - hiding the passages from the relevance model, as the authors' code does
   - completeness labels from matching passages (see data/qa_feedback.py)
   - settings of the authors' code that the recipe qa_feedback does not use: sampling at τ = 0.7 from the 20
-    likeliest tokens, four responses to a prompt, whitened rewards, a value loss of weight 1, gradients that
-    are not clipped, SFT on other questions, and sentences found with spaCy
+    likeliest tokens, four responses to a prompt, whitened rewards, a value loss of weight 1, unclipped
+    gradients, SFT on other questions, and sentences found with spaCy
 """
 import os
 from dataclasses import dataclass, replace
@@ -141,7 +141,7 @@ class Feedback:
     clusters: list | None = None  # of each group's prompt, for standard errors
 
 
-def load_feedback(data, split, axes, tokenizer, max_len, most=None):
+def load_feedback(data, split, axes, tokenizer, max_len, limit=None):
     """The feedback of a split: {"spans": Feedback, "comparisons": Feedback}, or only the one that axes need.
 
     An example longer than max_len loses the beginning of its prompt, and if that is not enough the end of its
@@ -150,14 +150,14 @@ def load_feedback(data, split, axes, tokenizer, max_len, most=None):
     """
     feedback = {}
     if "relevance" in axes or "factuality" in axes:
-        examples = data.spans(split)[:most]
+        examples = data.spans(split)[:limit]
         groups = encode_groups(tokenizer, [(prompt, [response]) for prompt, response, _ in examples], max_len)
         marks = [span_marks(tokenizer, group, spans, axes) for group, (_, _, spans) in zip(groups, examples)]
         clusters = clusters_of(data, [prompt for prompt, _, _ in examples])
         feedback["spans"] = Feedback(groups, marks, clusters)
     if "completeness" in axes:
-        comparisons = data.completeness(split)[:most]
-        comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # skips those whose responses all tie
+        comparisons = data.completeness(split)[:limit]
+        comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # drop those whose responses all tie
         groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], max_len)
         marks = [rank_marks(group, c.ranks) for group, c in zip(groups, comparisons)]
         clusters = clusters_of(data, [c.prompt for c in comparisons])
@@ -253,8 +253,8 @@ def judge(models, batch, marks):
 def reward_losses(scores, marks, axes):
     """The summed loss and the number of correct judgements of each axis: dicts. scores: (M,), one per mark.
 
-    Relevance and factuality: the cross-entropy of σ(score) with the label, over segments. Completeness:
-    −log σ(r_w − r_l), the mean over a comparison's pairs, over comparisons.
+    Relevance and factuality: the sum over segments of the cross-entropy of σ(score) with the label.
+    Completeness: the sum over comparisons of the mean of −log σ(r_w − r_l) over the comparison's pairs.
     """
     losses, right = {}, {}
     for k, axis in enumerate(axes):
@@ -281,8 +281,8 @@ def judgements(models, feedback, axes, micro_tokens):
 
     The marks and scores are in the order of the indices, and for each group in the order of feedback.marks.
     """
-    # Every process may call this with groups of its own. (If the model is sharded, all processes must run it
-    # equally often, so all_micro_batches cuts more finely where that is needed. No group comes twice.)
+    # Processes may have different groups. All must run a sharded model equally often, so all_micro_batches
+    # cuts further where a process has too few micro-batches; no group comes twice.
     for indices in batches.all_micro_batches(feedback.groups, micro_tokens, models[0]):
         groups = [feedback.groups[i] for i in indices]
         batch, marks = pack_marks(groups, [feedback.marks[i] for i in indices], axes, models[0].device)
@@ -318,7 +318,7 @@ def train_rewards(cfg, init, axes):
     check_feedback(feedback, axes, run)
     groups, marks = [], []
     step_batches = [[] for _ in range(cfg.steps)]  # for each step a list of indices into groups
-    # A comparison has about four responses, so a quarter as many are about as much to read.
+    # A comparison has about four responses, so a quarter as many comparisons have about as many tokens.
     batch_sizes = {"spans": cfg.batch_size, "comparisons": cfg.batch_size // 4}
     for kind, source in feedback.items():
         first = len(groups)  # where this source begins in groups
@@ -330,7 +330,8 @@ def train_rewards(cfg, init, axes):
         marks += source.marks
     sizes = ", ".join(f"{len(source.groups)} {kind}" for kind, source in feedback.items())
     run.print0(f"finegrained: {sizes} of {cfg.data}, {init} -> {run.out} on {run.device}")
-    # Prints the first response, with the tokens marked at which it is judged; warns if the data look wrong.
+    # Prints the first group, with a mark at the tokens of its first response at which that is judged, and
+    # warns if the data look wrong.
     first_marks = [mark.token for mark in marks[0]]
     run.show_data(groups, loss_tokens=[first_marks])
 
@@ -475,9 +476,9 @@ def load_or_train(folder, axes, init, cfg):
         checkpoint = checkpoints.load_checkpoint(folder)
         if checkpoint.get("axes") != axes:
             raise SystemExit(f"{folder}: not a reward model for {', '.join(axes)} "
-                             "(finegrained.py trains one, in another folder)")
+                             "(with another --reward_models=FOLDER, finegrained.py trains them there)")
         if checkpoint["step"] == checkpoint["config"]["steps"]:
-            return checkpoint
+            return checkpoint  # finished: used as it is, whatever --reward_steps says now
     dist.print0(f"no finished reward model for {', '.join(axes)} in {folder}: training it first")
     # The settings: reward.py's recipe, then --reward_steps and the like.
     settings = {"recipe": cfg.recipe, **reward.RECIPES.get(cfg.recipe, {})}
@@ -506,6 +507,7 @@ def finegrained_reward(reward_models, tokenizer, cfg):
         return score.sign()
 
     def reward_fn(prompts, responses):
+        """B prompts and responses, lists of token ids -> r_t of every response token, 0 elsewhere: (B, R)."""
         # Segment: cut each response, differently for each axis. An axis of weight 0 is skipped.
         marks = []
         for response in responses:
@@ -542,7 +544,7 @@ def train(cfg):
     init = cfg.init or run.train_if_missing("sft")
 
     # The three reward models, then PPO from their rewards.
-    _, tokenizer = run.load_model(init)  # only for its tokenizer; ppo.train loads the model itself
+    tokenizer = run.load_model(init)[1]  # only the tokenizer is kept; ppo.train loads the model itself
     reward_models = load_rewards(cfg, init, tokenizer)
     reward_models.models = [run.prepare(model) for model in reward_models.models]
     reward_fn = finegrained_reward(reward_models, tokenizer, cfg)

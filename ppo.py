@@ -12,7 +12,7 @@ iteration has seven steps. Each has its own section below, and is marked with it
     2. evaluate_tokens log π, log π_ref, V and the exact KL at every token
     3. dense_reward    the reward minus each token's KL penalty: Ziegler et al. 2019, arXiv:1909.08593 eq. 2
     4. compute_gae     advantages and returns: Schulman et al. 2015, arXiv:1506.02438 eq. 16;
-                       without a value model rloo_advantages or grpo_advantages, of K responses
+                       without a value model: rloo_advantages or grpo_advantages, which compare K responses
     5. update          epochs of clipped minibatch updates: Schulman et al. 2017, arXiv:1707.06347 eq. 7
     6. AdaptiveKL      adapts β so that the KL approaches a target, if one is set: arXiv:1909.08593 §2.2
     7. statistics      log, and save a checkpoint
@@ -25,21 +25,21 @@ model's hidden states at the s_t, (N, n_embd), which predict the batch's N respo
 `grids.to_grid` turns a flat array (N,) into a grid, and grid[mask] turns it back.
 
     python ppo.py                         the animals world, from scratch: SFT and reward model first
-    python ppo.py --reward=gold           against the true reward: a programmatic verifier
+    python ppo.py --reward=gold           the true reward, from a program: a verifier
     python ppo.py --advantage=rloo --k=8  without a value model: eight responses to each prompt
     python ppo.py hh --init=out/sft-hh    Anthropic's HH-RLHF, GPT-2
     python ppo.py tldr                    summaries of Reddit posts; likewise imdb
 
 Or call train(cfg, reward_fn) with your own reward. If yours takes two texts, wrap it: text_reward(function,
-tokenizer). In general, reward_fn(prompts, responses), two lists of lists of token ids, returns the reward of
-each response token, (B, R) numbers with R the length of the longest response, and 0 after a response's end.
-PPO then clips it, with --reward_clip, and subtracts missing_eos_penalty where a response did not end, and the
-KL penalty everywhere.
-With several processes, each calls it for its own share of the prompts.
+tokenizer). In general, reward_fn(prompts, responses) takes two lists of B lists of token ids, and returns a
+(B, R) tensor: the reward of each response token, and 0 after a response's end. R is the length of the longest
+of these responses. With several processes, each calls it for its own share of the prompts. PPO then clips
+rewards, with --reward_clip, and subtracts missing_eos_penalty where a response did not end, and the KL
+penalty everywhere.
 
 Left out: an entropy bonus, GRPO's KL in the loss (here it is in the reward), and asynchronous generation.
-The pretraining text of eq. 2 is replaced by demonstrations, as a mean over their tokens, so γ is not the
-paper's 27.8.
+The pretraining text of eq. 2 is replaced by demonstrations, with a mean over their tokens as the loss, so γ
+is not comparable with the paper's 27.8.
 """
 import copy
 import time
@@ -182,14 +182,14 @@ def rollout(policy, prompts, reward_fn, tokenizer, cfg):
     prompts = grids.repeat_each(prompts, cfg.k)
     sampler = sharding.sampling_copy(policy)  # in bfloat16 on CUDA; on a CPU the policy itself
     # One uniform number per token decides what is sampled, by inverting the CDF. Every process draws all of
-    # them, so that the random states stay equal, and uses its share. In float64, since the steps of a
-    # float32, 2⁻²⁴, would pass over most of the rarest tokens.
+    # them, so that the random states stay equal, and uses its share. In float64, because torch.rand's float32
+    # numbers are multiples of 2⁻²⁴: most tokens rarer than that could never be sampled.
     noise = torch.rand(len(prompts), cfg.max_new_tokens, dtype=torch.float64)
     my_prompts = dist.process_share(prompts)  # whole groups of K rows (check_settings sees to that)
     my_responses, my_logprobs = sampler.generate(
         my_prompts, cfg.max_new_tokens, cfg.temperature, eos=tokenizer.eot_token,
         noise=dist.process_share(noise), return_logprobs=True)
-    with torch.random.fork_rng(devices=[]):  # what reward_fn draws must not advance our random state
+    with torch.random.fork_rng(devices=[]):  # what reward_fn draws must not advance our (CPU's) random state
         my_rewards = grids.check_reward(reward_fn(my_prompts, my_responses), my_responses, tokenizer)
 
     # Gather the episodes of all processes. Their grids differ in width, so rewards travel as lists without
@@ -217,8 +217,8 @@ def reward_model_reward(reward_model, cfg):
 def text_reward(function, tokenizer):
     """A reward_fn from function(prompt, response) -> a number, of two texts: on the response's last token.
 
-    A verifier needs no more than this, nor does the true reward: text_reward(data.gold, tokenizer). The
-    tokenizer is the policy's: data.get_tokenizer("gpt2") for GPT-2.
+    A verifier needs no more than this, nor does the true reward: text_reward(run.data.gold, tokenizer). The
+    tokenizer is the policy's; for GPT-2, `from data import get_tokenizer` and get_tokenizer("gpt2").
     """
     def reward_fn(prompts, responses):
         rewards = []
@@ -326,8 +326,8 @@ def masked_var(x, mask):
 def whiten(x, mask, shift_mean=True):
     """Scales x (B, R) to unit variance over the mask, and to mean 0 if shift_mean; 0 off the mask.
 
-    Without shift_mean, the mean μ is kept: x/σ + (1 − 1/σ) μ. Each token then gets the same constant, and a
-    longer response more of it in total.
+    Without shift_mean, the mean μ is kept: x/σ + (1 − 1/σ) μ. This adds the constant (1 − 1/σ) μ to every
+    token, so a longer response gets more of it in total.
     """
     mean = masked_mean(x, mask)
     white = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
@@ -458,18 +458,19 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
     for minibatches in epochs:
         for minibatch in minibatches:
             metrics = Metrics()
-            n_tokens = episodes.mask[episodes.rows(minibatch)].sum().to(run.device)
+            minibatch_tokens = episodes.mask[episodes.rows(minibatch)].sum().to(run.device)
 
-            # Policy and value loss are divided by the tokens of the whole minibatch. So gradients and metrics
-            # add up, first over the micro-batches of this process's share (lists of indices into groups, of
-            # at most cfg.micro_tokens tokens), then over the processes.
+            # Each process takes an equal share of the minibatch, in micro-batches: lists of indices into
+            # groups, of at most cfg.micro_tokens tokens. All have equally many, since all of them must call
+            # the forward pass of a sharded model in step.
             for indices in run.micro_batches(minibatch, groups):
                 batch = pack([groups[i] for i in indices]).to(run.device)
                 # The same responses with what steps 2 and 4 gave them: old.logprobs is log π_old.
                 old = episodes.select(episodes.rows(indices), run.device)
-                # The losses below are means over the tokens of these responses. Times weight, each is their
-                # part of the mean over the whole minibatch.
-                weight = old.mask.sum() / n_tokens
+                # The losses below are means over the tokens of these responses. Times weight, their share of
+                # the minibatch's tokens, they add up to the minibatch's mean, over micro-batches and
+                # processes, and so do the gradients.
+                weight = old.mask.sum() / minibatch_tokens
 
                 # PPO's eq. 7, the clipped surrogate. First log π(y_t|s_t) under the current weights, back on
                 # the grid.
@@ -501,14 +502,15 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                     (cfg.ptx_coef * loss).backward()
                     metrics.add(ptx_loss=loss)
 
-            # Sum the gradients over the processes, and the metrics: each is a part of the minibatch's mean.
+            # Sum the gradients over the processes, and the metrics, which are then the same numbers in every
+            # process.
             dist.sync_gradients(models.policy)
             if "value" in optimizers:
                 dist.sync_gradients(models.value_model)
             step_metrics = metrics.total()
 
             # The policy has moved far enough from the one that sampled: throw this gradient away, and
-            # start a new rollout.
+            # start a new rollout. All processes decide alike.
             if cfg.stop_kl is not None and step_metrics["approx_kl"] > cfg.stop_kl:
                 for optimizer in optimizers.values():
                     optimizer.zero_grad(set_to_none=True)
@@ -681,7 +683,7 @@ def train(cfg, reward_fn=None):
     # Four models: the policy π, its reference π_ref, the value model V (for GAE), and the reward model r.
     models, tokenizer = load_models(run, init, reward_fn is not None)
     if reward_fn is None:
-        if models.reward_model:
+        if models.reward_model is not None:
             reward_fn = reward_model_reward(models.reward_model, cfg)
         else:
             reward_fn = text_reward(data.gold, tokenizer)
@@ -760,10 +762,11 @@ def train(cfg, reward_fn=None):
         # 6. The KL controller moves β for the next iteration, if there is a target.
         kl_controller.update(episodes.kl.sum(1).mean().item(), cfg.batch_size)
 
-        # 7. Log, show samples, and save a checkpoint when one is due or when Ctrl-C asked for it.
+        # 7. Log, show samples, and save a checkpoint when one is due. On Ctrl-C, save_if_due saves one too,
+        # and the program ends here.
         stats = statistics(episodes, kl_coef, data, tokenizer)
         run.log(step + 1, tokens=episodes.n_tokens, **stats, **losses, lr=lrs["policy"],
-                rollout_s=rollout_s, evaluate_s=evaluate_s, update_s=update_s)  # of step 1, 2 to 4, and 5
+                rollout_s=rollout_s, evaluate_s=evaluate_s, update_s=update_s)  # steps 1, 2 to 4, and 5
         if stats["kl"] > RUNAWAY_KL * stats["response_len"] and not warned:
             warned = True
             run.print0("warning: the KL to the reference is running away: "
@@ -779,7 +782,7 @@ def train(cfg, reward_fn=None):
     # The policy and its reference on held-out prompts. Both are sampled at the run's temperature τ, at which
     # PPO trained. The scores are the reward model's own, without --normalize_reward.
     del optimizers, checkpoint  # frees memory for the evaluation
-    reward_model_folder = cfg.reward_model if models.reward_model else None
+    reward_model_folder = None if models.reward_model is None else cfg.reward_model
     evaluate.report(run, models.policy, init, models.ref_policy, reward_model_folder, cfg.temperature)
     return models.policy
 

@@ -11,13 +11,15 @@ the prompt once for all of them. The loss averages over these pairs:
 
     L(θ) = −E_x [ 1/(K choose 2) Σ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]                             (eq. 1)
 
-Eq. 1 sees differences only: a constant added to all scores of a prompt changes nothing. So at the end, as
-in InstructGPT, the bias is shifted so that demonstrations score 0 on average. This file adds three things:
+Eq. 1 sees differences only, so it leaves free each prompt's mean score, and with it the zero of the scale.
+The zero is set at the end, as in InstructGPT: one shift of the bias makes demonstrations score 0 on average.
+This file adds three things:
 
 - a small term center_coef · (2 r̄)², with r̄ the mean score of a prompt's K responses. Eq. 1 leaves r̄ free,
-  so it could differ from prompt to prompt, and PPO's value model would have to learn it. The term holds it
-  near 0, and leaves the differences alone. At K = 2, (2 r̄)² = (r_w + r_l)², as in arXiv:2312.09244.
-- the standard deviation of the demonstrations' scores, saved with the weights so that PPO can divide by it.
+  so it could differ from prompt to prompt, and PPO's value model would have to learn it. During training the
+  term holds all of them near 0, and does not pull on the differences; the final shift moves all by one
+  constant. At K = 2, (2 r̄)² = (r_w + r_l)², as in arXiv:2312.09244.
+- the standard deviation of the demonstrations' scores, saved with the weights for PPO to divide scores by.
 - on request, a margin that r_w has to win by (--margin).
 
     python reward.py                                the animals world; trains its SFT model first
@@ -49,8 +51,8 @@ from engine.packing import pack
 
 @dataclass
 class Config(RunConfig):
-    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9)
-    margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m); by rating in arXiv:2307.09288 eq. 2
+    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); own files: all
+    margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m), a constant (arXiv:2307.09288 eq. 2)
     center_coef: NonNegativeFloat = 0.01  # weight of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1600           # optimizer steps
     batch_size: PositiveInt = 16        # prompts per step, each with its K responses, over all processes
@@ -74,8 +76,8 @@ RECIPES = {
     # arXiv:2009.01325 B.1, its 1.3B model: batch 64, lr 1.5e-5; one epoch of the 92,858 released pairs
     "tldr": dict(data="tldr", k=2, steps=1450, batch_size=64, micro_tokens=16384, max_len=640, lr=1.5e-5,
                  warmup=50, val_every=250, log_every=10, ckpt_every=500),
-    # Positive against negative reviews, two epochs of 12,500 pairs. All share one prompt, so their mean score
-    # cannot differ between prompts, and center_coef is 0
+    # Positive against negative reviews, two epochs of 12,500 pairs. All share one prompt, so there is no
+    # difference between prompts to remove, and center_coef is 0
     "imdb": dict(data="imdb", k=2, center_coef=0.0, steps=390, batch_size=64, micro_tokens=16384, max_len=136,
                  lr=1e-5, warmup=20, val_every=100, log_every=10, ckpt_every=100),
 }
@@ -140,11 +142,10 @@ def group_and_rank(comparisons, device="cpu"):
 
 def shift_bias(reward_model, shift):
     """Adds a number to all scores of a reward model, in place."""
-    # A state dict's tensors share memory with the parameters, so changing one in place changes the model. (In
-    # a sharded model, the attribute scalar_head.bias may be a gathered copy.)
+    # A state dict's tensors share memory with the parameters, so changing one in place changes the model.
+    # (Not reward_model.scalar_head.bias itself: in a sharded model, that may be a temporary, gathered copy.)
     bias = reward_model.state_dict()["scalar_head.bias"]
-    with torch.no_grad():
-        bias += shift
+    bias += shift
 
 
 def train(cfg):
@@ -158,23 +159,24 @@ def train(cfg):
     reward_model = run.prepare(reward_model)  # moved to the device; sharded or compiled if asked for
 
     # Comparisons: a prompt and its K ranked responses. `groups` has the same ones, in the same order, as
-    # token ids: (prompt_ids, [response_ids, …]). If the prompt and its longest response exceed max_len, the
-    # prompt loses its beginning, but keeps at least max_len // 2 tokens; a response that is still too long
-    # loses its end.
+    # token ids: (prompt_ids, [response_ids, …]). If a prompt and its longest response have more than max_len
+    # tokens, the prompt is cut from the left, to no fewer than max_len // 2; a response that is still too
+    # long loses its end, EOS included.
     data = run.data
     comparisons = data.comparisons("train", cfg.k)
-    comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # not those whose responses all tie
+    comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # drop those whose responses all tie
     groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], cfg.max_len)
-    # Pairs whose responses are identical after cutting teach nothing. Prints how many there are, and exits if
-    # all are.
+    # Pairs whose responses are identical after cutting teach nothing. They are kept; this prints how many
+    # there are, and exits if there are no others.
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
+    # The first eval_n validation comparisons, and the same as token ids
     validation, validation_groups = run.held_out_comparisons(cfg.k)
     # For each step exactly batch_size indices into groups. Each epoch is shuffled anew, and drops its last,
     # incomplete batch.
     batches = run.shuffled_batches(groups)
     run.print0(f"reward: {len(groups)} comparisons of {cfg.data}, {init} -> {run.out} on {run.device}")
-    # Prints the first comparison, with the tokens marked where scores are read, and warns if the data look
-    # wrong.
+    # Prints the first comparison, with a mark at each response's last token, where its score is read, and
+    # warns if the data look wrong.
     last_tokens = [[len(response) - 1] for response in groups[0][1]]
     run.show_data(groups, [f"rank {rank}" for rank in comparisons[0].ranks], last_tokens)
 
@@ -190,8 +192,8 @@ def train(cfg):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone).
-        # Several processes split the batch evenly. All run the same number of micro-batches, never an empty
-        # one, because the processes of a sharded model call forward and backward together.
+        # With several processes, each takes an equal share of the batch, in as many micro-batches as the
+        # others, since all of them must call the forward pass of a sharded model in step.
         for indices in run.micro_batches(batches[step], groups):
             # r(x, y) of every response, group by group; the responses to one prompt do not see each other.
             batch = pack([groups[i] for i in indices]).to(run.device)
@@ -214,8 +216,8 @@ def train(cfg):
                         margin=score_gap(scores, group, rank))
 
         # 2. One optimizer step on the whole batch. Each loss was divided by the whole batch's size, so the
-        # processes' gradients are summed, not averaged. (A sharded model has summed them in backward().)
-        # Then clip, step, clear; a gradient that is not finite skips the step.
+        # processes' gradients are summed, not averaged. (With a sharded model, backward() has summed them
+        # already.) Then clip, step and clear the gradients; if they are not finite, the step is skipped.
         sync_gradients(reward_model)
         lr = cfg.lr * run.lr_schedule(step)  # the schedule is a factor from 0 to 1
         grad_norm = optimizer_step(reward_model, optimizer, lr, cfg.grad_clip)
@@ -237,8 +239,8 @@ def train(cfg):
             run.save_if_due(step + 1, reward_model, optimizer)
 
     # Center the scores: shift the bias so that training demonstrations (the best responses, if the data have
-    # only comparisons) score 0 on average. A finished run that is resumed with the same --steps, to print its
-    # table again, has been centered. With more --steps it has trained further, and is centered anew.
+    # only comparisons) score 0 on average. Only the last checkpoint of a run has score_std. If it was resumed
+    # and no step was taken since, its scores are centered already.
     if run.start == cfg.steps and "score_std" in checkpoint:
         score_std = checkpoint["score_std"]
     else:
@@ -250,7 +252,8 @@ def train(cfg):
         shift_bias(reward_model, -scores.mean().item())
         run.save(cfg.steps, reward_model, optimizer, score_std=score_std)
 
-    # The final table: how well the scores order held-out comparisons, before training and after.
+    # The final table, which save_rows writes to eval.json: how well the scores order the validation
+    # comparisons, before training and after. Below it, three comparisons with their scores.
     run.print0(f"\ndemonstrations score 0 ± {score_std:.3f}")
     if validation:
         scores = run.score_groups(reward_model, validation_groups)

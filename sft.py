@@ -15,8 +15,8 @@ The result is π_SFT. By default every later stage starts from it, and PPO and D
     python sft.py tldr                           Reddit posts and their TL;DRs; also qa_feedback and imdb
     python sft.py --data=mine.jsonl              your own file (data/jsonl.py), with the settings of recipe hh
 
-Left out: dropout, and choosing the checkpoint by a reward model's score, both in the paper (App. C.1). Its
-learning rate falls to 10% of the peak, without a warm-up, over 16 epochs; ours warms up, and falls to 0.
+Left out, though in the paper (App. C.1): dropout, and choosing the checkpoint by a reward model's score. The
+schedule differs: the paper trains for 16 epochs, without a warm-up and down to 10% of the peak learning rate.
 """
 from dataclasses import dataclass
 
@@ -32,7 +32,7 @@ from engine.packing import pack
 
 @dataclass
 class Config(RunConfig):  # all other options: common/options.py
-    init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], hub:OWNER/NAME, a run's or HF folder
+    init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], hub:OWNER/NAME, or a folder
     steps: PositiveInt = 1500       # optimizer steps
     batch_size: PositiveInt = 16    # groups per step; a group is a prompt with up to four demonstrations
     lr: NonNegativeFloat = 4e-3     # peak learning rate, for a tiny new model; far too high for GPT-2
@@ -48,11 +48,12 @@ RECIPES = {
                val_every=200, log_every=10, ckpt_every=500, eval_n=64),
     "qa_feedback": dict(data="qa_feedback", init="gpt2", steps=300, batch_size=32, max_len=1024, lr=2e-5,
                         warmup=20, val_every=100, log_every=10, ckpt_every=100, eval_n=64),
-    # Batch, epochs and lr: arXiv:2009.01325 B.1, for 1.3B parameters; one epoch of 116,722 demonstrations.
-    # max_len: 512 tokens of a post, 128 of its summary
+    # From arXiv:2009.01325 B.1: batch size, one epoch (116,722 demonstrations), and lr, there for 1.3B
+    # parameters; the warm-up is ours. max_len: 512 tokens for the post, 128 for the summary
     "tldr": dict(data="tldr", init="gpt2", steps=910, batch_size=128, max_len=640, lr=6.35e-5, warmup=50,
                  val_every=200, log_every=10, ckpt_every=200, eval_n=64),
-    # arXiv:2305.18290 C.1: gpt2-large, about one epoch. max_len: 8 tokens of a prefix, 128 of a response
+    # From arXiv:2305.18290 C.1: gpt2-large, about one epoch. Batch size, lr and warm-up are ours. max_len:
+    # 8 tokens for the prefix, 128 for the response
     "imdb": dict(data="imdb", init="gpt2-large", steps=350, batch_size=64, max_len=136, lr=2e-5, warmup=20,
                  val_every=100, log_every=10, ckpt_every=100, eval_n=64),
 }
@@ -61,7 +62,7 @@ MAX_RESPONSES = 4  # per group; a prompt with more responses gets several groups
 
 
 def group_by_prompt(demonstrations):
-    """[(prompt, response), …] -> [(prompt, [response, …]), …], to compute a prompt once for its responses.
+    """[(prompt, response), …] -> [(prompt, [response, …]), …], so that a prompt is computed once for all.
 
     A micro-batch never splits a group; MAX_RESPONSES keeps a prompt with many responses from making a group
     too large.
@@ -95,11 +96,11 @@ def count_response_tokens(groups):
 def validation_loss(policy, groups, run):
     """The mean loss per token on held-out demonstrations, without gradient; None if there are none.
 
-    They are few, so every process computes all of it rather than a share.
+    Every process computes all of it, rather than a share.
     """
     if not groups:
         return None
-    logp = run.logp_groups(policy, groups)  # log π(y|x) of each response, summed over its tokens
+    logp = run.logp_groups(policy, groups)  # log π(y|x) of each response, in micro-batches, under no_grad
     return -logp.double().sum().item() / count_response_tokens(groups)
 
 
@@ -112,8 +113,8 @@ def train(cfg):
     run.print0(f"sft: {n_parameters / 1e6:.1f}M parameters on {run.device}, {cfg.data} -> {run.out}")
 
     # Demonstrations: a prompt x and one or more responses y, as token ids with the EOS at the end of y.
-    # If a prompt and its longest response exceed max_len, the prompt loses its beginning, but is never cut
-    # below max_len // 2 tokens; a response that is still too long loses its end, EOS included.
+    # If a prompt and the longest response of its group have more than max_len tokens, the prompt is cut from
+    # the left, to no fewer than max_len // 2; a response that is still too long loses its end, EOS included.
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
     # For each step exactly batch_size indices into groups. Each epoch is shuffled anew, and drops its last,
@@ -129,8 +130,8 @@ def train(cfg):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone).
-        # Several processes split the batch evenly. All run the same number of micro-batches, never an empty
-        # one, because the processes of a sharded model call forward and backward together.
+        # With several processes, each takes an equal share of the batch, in as many micro-batches as the
+        # others, since all of them must call the forward pass of a sharded model in step.
         for indices in run.micro_batches(batches[step], groups):
             # Packed into rows: a response sees its prompt and its own tokens, but no other response and no
             # other group in its row.
@@ -141,8 +142,8 @@ def train(cfg):
             metrics.add(loss=-logprobs)  # summed over tokens, without gradient; divided in step 4
 
         # 2. One optimizer step on the whole batch. Each loss was divided by the whole batch's tokens, so the
-        # processes' gradients are summed, not averaged. (A sharded model has summed them in backward().)
-        # Then clip, step, clear; a gradient that is not finite skips the step.
+        # processes' gradients are summed, not averaged. (With a sharded model, backward() has summed them
+        # already.) Then clip, step and clear the gradients; if they are not finite, the step is skipped.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)  # the schedule is a factor from 0 to 1
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)

@@ -1,28 +1,32 @@
 """Simple Preference Optimization (Meng, Xia and Chen 2024, arXiv:2405.14734): DPO without a reference model.
 
 DPO's reward of a response is β log π/π_ref, a sum over its tokens. But generation uses only the policy's own
-log-probs, so SimPO leaves π_ref out. A longer response has a lower total log-prob, so SimPO divides by its
-length |y|: the reward is β times the mean log-prob (eq. 4). The chosen response should win by at least γ:
+log-probs, so SimPO leaves π_ref out. A sum of log-probs falls with every token added, so it would favor short
+responses; SimPO divides by the length |y|: the reward is β times the mean log-prob (eq. 4). The chosen
+response should win by at least γ:
 
     r(x, y) = β/|y| log π_θ(y|x)
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
 
-The length |y| is in tokens, with the EOS unless the response was cut. There is no reference, so training
-holds only one model in memory. But nothing keeps the policy near its start either; the paper relies on a
-small learning rate, diverse data and the robustness of large models.
+The length |y| is in tokens, with the EOS unless the response was cut. Without a reference, training holds
+only one model in memory. But nothing in the loss keeps the policy near its start either; the paper relies on
+a small learning rate, diverse data and the robustness of large models.
 
-In our runs on the animals world, responses become too short with this loss alone (docs/results.md). We have
-not isolated the reason; 1/|y| gives each token of a short chosen response, its EOS included, more weight than
-a token of a long one. The SFT term of the authors' code counters this:
-sft_weight · Σ −log π(y_w|x) / Σ |y_w|, with both sums over the batch, so every chosen token has the same
-weight. The paper's main runs have sft_weight 0, and so do our recipes for real data: watch the length of
-responses, which are sampled during training.
+In our runs on the animals world, a small synthetic data set, responses become too short with this loss alone
+(docs/results.md). We have not isolated the reason. One candidate: 1/|y| gives each token of a short chosen
+response, its EOS included, more weight than a token of a long one. An SFT term, as in the authors' code but
+over the whole batch, keeps the length up:
+
+    sft_weight · Σ −log π_θ(y_w|x) / Σ |y_w|                                       both sums over the batch
+
+Within this term every chosen token has the same weight. The paper's main runs have sft_weight 0, as have our
+recipes for real data. There, watch response_len in the log: responses are sampled during training for this.
 
     python simpo.py                                the animals world, from scratch: SFT first, then SimPO
     python simpo.py hh                             Anthropic's HH-RLHF: SFT of GPT-2, then SimPO
     python simpo.py tldr                           summaries of Reddit posts
-    python simpo.py imdb                           film reviews; data/imdb.py: what to run first
-    python simpo.py --data=mine.jsonl --init=gpt2  your own comparisons, without SFT: recipe hh
+    python simpo.py imdb                           film reviews, after the steps in data/imdb.py
+    python simpo.py --data=mine.jsonl --init=gpt2  your own comparisons, without SFT; settings of hh
     python simpo.py --beta=10 --gamma_beta_ratio=0.3    the authors' scripts give γ/β; here γ = 0.3 · 10 = 3
 
 Left out: the hinge loss of the authors' code.
@@ -44,8 +48,8 @@ from engine.packing import pack, per_sequence
 @dataclass
 class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, …) are in common/options.py
     beta: PositiveFloat = 2.0       # β of eq. 6: the scale of the mean log-prob
-    gamma: NonNegativeFloat = 1.0   # γ of eq. 6: the margin that the chosen response must win by
-    gamma_beta_ratio: NonNegativeFloat | None = None  # γ/β, as the authors' scripts give it; overrides gamma
+    gamma: NonNegativeFloat = 1.0   # γ of eq. 6: the margin that the chosen response should win by
+    gamma_beta_ratio: NonNegativeFloat | None = None  # γ/β, as the authors' scripts give it; replaces gamma
     sft_weight: NonNegativeFloat = 0.5  # weight of the SFT term, the mean −log π per chosen token
     label_smoothing: LabelNoise = 0.0  # ε, as in the authors' code: see simpo_loss
     reward_model: str | None = None  # a run of reward.py, for scores and win rates in the final table
@@ -66,7 +70,7 @@ RECIPES = {
                  lr=1e-6, warmup=150, sample_every=250, ckpt_every=500, eval_n=64),
 }
 
-CONSOLE = ["loss", "accuracy", "margin", "chosen_logp", "response_len", "grad_norm"]  # log.jsonl has all
+CONSOLE = ["loss", "accuracy", "margin", "chosen_logp", "response_len", "grad_norm"]  # log.jsonl has more
 
 
 def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma, label_smoothing=0.0):
@@ -90,7 +94,8 @@ def pair_logp(policy, pairs):
     """log π(y_w|x), log π(y_l|x), |y_w| and |y_l|: (B,) each. Log-probs are summed over response tokens.
 
     pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The prompt and its two responses are packed into
-    one row, so the prompt goes through the model once; the responses do not see each other.
+    one row, so the prompt goes through the model once. Each response sees the prompt and itself, and its
+    positions go on from the prompt's: the log-probs are those of two separate rows.
     """
     batch = pack(pairs).to(policy.device)
     logprobs = policy.logprobs(batch)     # (N,): one per response token
@@ -105,7 +110,7 @@ def mean_chosen_length(pairs):
 
 
 def length_statistics(responses, eos):
-    """Early signs that responses shrink to nothing, or no longer end. responses: lists of token ids.
+    """Early signs of responses that shrink to nothing, or no longer end. responses: lists of token ids.
 
     response_len: mean length in tokens, EOS included; empty: the share of responses that are nothing but the
     EOS; unfinished: the share that reached the limit of new tokens before an EOS.
@@ -120,15 +125,16 @@ def length_statistics(responses, eos):
 def train(cfg):
     """Trains with SimPO, after training the SFT model if that is missing. Returns the trained policy."""
     run = Run("simpo", cfg)  # the device, the folder, the log and the checkpoints
-    init = cfg.init or run.train_if_missing("sft")  # by default the SFT model of the same data
+    init = cfg.init or run.train_if_missing("sft")  # its name; by default the SFT model of the same data
     gamma = cfg.gamma if cfg.gamma_beta_ratio is None else cfg.gamma_beta_ratio * cfg.beta
 
     policy, tokenizer = run.load_model(init)
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
+
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
     # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
-    # the longer response exceed max_len, the prompt loses its beginning, but keeps at least max_len // 2
-    # tokens; a response that is still too long loses its end, EOS included.
+    # the longer response have more than max_len tokens, the prompt is cut from the left, to no fewer than
+    # max_len // 2; a response that is still too long loses its end, EOS included.
     pairs = run.encode_pairs(run.data.comparisons("train"))
     # For each step exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its last,
     # incomplete batch.
@@ -139,24 +145,18 @@ def train(cfg):
     # beginning, to leave room for the response.
     sample_prompts = evaluate.encode_cut(run.data.prompts("validation")[:cfg.sample_n], policy, tokenizer)
 
-    # The first eval_n validation comparisons, for the table at the end: held_out as text, held_out_groups the
-    # same as token ids, (prompt_ids, [response_ids, …]).
-    held_out, held_out_groups = run.held_out_comparisons()
-    # The rewards β/|y| log π(y|x) of all S held-out responses before training, in the order of held_out.
-    # (With --resume, run.start_or_resume below replaces the initial weights.)
-    rewards_before = cfg.beta * run.logp_groups(policy, held_out_groups, average=True)
-
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     run.start_or_resume(policy, optimizer, CONSOLE)  # with --resume, continues from the last checkpoint
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()
-        mean_chosen_len = mean_chosen_length([pairs[i] for i in batches[step]])  # for the SFT term below
+        # For the SFT term below, over the whole batch of all processes
+        mean_chosen_len = mean_chosen_length([pairs[i] for i in batches[step]])
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Several
-        # processes split the batch evenly. All run the same number of micro-batches, never an empty one,
-        # because the processes of a sharded model call forward and backward together.
+        # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). With
+        # several processes, each takes an equal share of the batch, in as many micro-batches as the others,
+        # since all of them must call the forward pass of a sharded model in step.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(
                 policy, [pairs[i] for i in indices])  # (b,) each
@@ -167,7 +167,7 @@ def train(cfg):
 
             # The SFT term: the mean of −log π over all tokens of the batch's chosen responses is
             # Σ −log π(y_w|x) / Σ |y_w|, and Σ |y_w| = batch_size · mean |y_w|. So each pair contributes
-            # −log π(y_w|x) / mean |y_w|, and the sum is divided by batch_size, like that of eq. 6.
+            # −log π(y_w|x) / mean |y_w|, and the sum over pairs is divided by batch_size, as for eq. 6.
             sft_losses = -chosen_logp / mean_chosen_len
             total_losses = losses + cfg.sft_weight * sft_losses
             (total_losses.sum() / cfg.batch_size).backward()
@@ -177,40 +177,45 @@ def train(cfg):
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
-            # For the log: `add` detaches each and sums it up. The loss is that of eq. 6 plus the SFT term;
-            # the margin is that of the rewards, not γ.
+            # For the log: `add` detaches each and adds up its sum. The loss is that of eq. 6 plus the SFT
+            # term; the margin is that of the rewards, not γ.
             metrics.add(loss=total_losses, simpo_loss=losses, sft_loss=sft_losses, accuracy=correct,
                         margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
         # 2. One optimizer step on the whole batch. Each loss was divided by the whole batch's size, so the
-        # processes' gradients are summed, not averaged. (A sharded model has summed them in backward().)
-        # Then clip, step, clear; a gradient that is not finite skips the step.
+        # processes' gradients are summed, not averaged. (With a sharded model, backward() has summed them
+        # already.) Then clip, step and clear the gradients; if they are not finite, the step is skipped.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)  # the schedule is a factor from 0 to 1
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Every sample_every steps, sample responses to see their length. The noise is the same each time,
-        # so only the policy differs. (Every process samples all of them.) At other steps the values are None,
-        # and the console leaves them blank.
-        lengths = {"response_len": None, "empty": None, "unfinished": None}
+        # 3. Every sample_every steps, and after the last, sample responses of at most 128 tokens to see their
+        # length. The seed is the same each time, so only the policy differs. Every process samples all of
+        # them. At other steps the values are None, and the console leaves them blank.
+        sample_stats = {"response_len": None, "empty": None, "unfinished": None}
         if sample_prompts and ((step + 1) % cfg.sample_every == 0 or step + 1 == cfg.steps):
             responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token, max_new_tokens=128)
-            lengths = length_statistics(responses, tokenizer.eot_token)
+            sample_stats = length_statistics(responses, tokenizer.eot_token)
 
         # 4. Log the batch means: the sums over all processes, divided by the batch size. Save a checkpoint
         # every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one too, and the program
         # ends here, without the table below.
-        run.log(step + 1, **metrics.mean(cfg.batch_size), **lengths, lr=lr, grad_norm=grad_norm)
+        run.log(step + 1, **metrics.mean(cfg.batch_size), **sample_stats, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
-    # Two tables, each with a row for the policy before training and one for after: its answers to prompts of
-    # the test split (`report` loads `init` again), and how often its rewards β/|y| log π rank the responses
-    # of the validation comparisons correctly.
+    # Two tables, each with a row for the policy before training, loaded again, and one for after.
+    # - Answers to prompts of the test split: KL, length and, with the data's true reward or --reward_model,
+    #   reward and win rate against the policy before.
+    # - The first eval_n validation comparisons: how often the rewards β/|y| log π rank the responses
+    #   correctly.
     del optimizer  # frees memory for the evaluation
-    rewards = cfg.beta * run.logp_groups(policy, held_out_groups, average=True)
-    evaluate.report(run, policy, init, reward_model=cfg.reward_model,
+    before = run.load_frozen(init)
+    held_out, groups = run.held_out_comparisons()  # as text, and the same as token ids
+    rewards_before = cfg.beta * run.logp_groups(before, groups, average=True)  # β/|y| log π of every response
+    rewards = cfg.beta * run.logp_groups(policy, groups, average=True)
+    evaluate.report(run, policy, init, before, cfg.reward_model,
                     preferences=(held_out, rewards_before, rewards))
     return policy
 

@@ -102,6 +102,11 @@ class Run:
         self.digests["ref"] = weights_digest(reference)
         return reference.requires_grad_(False)
 
+    def load_frozen(self, name):
+        """Loads a model to compare with, frozen and on the device."""
+        model, _ = load_model(name, self.cfg)
+        return model.requires_grad_(False).to(self.device)
+
     def adopt_template(self, init):
         """If the model `init` was trained on turns, this run's prompts are written as turns too."""
         if template_of_checkpoint(init) == "turns":

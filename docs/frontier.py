@@ -1,6 +1,7 @@
 """Every point of the frontier in docs/results.md: each method as a curve, over seeds of the whole pipeline.
 
-    python docs/frontier.py 0 1 2
+    python docs/frontier.py 0 1 2          # the methods' curves
+    python docs/frontier.py 0 1 2 --all    # and SimPO in rounds, a fixed reference, GRPO, RLOO on gold
 
 The first seed makes all points; the others make those that the table has errors for. A run that is finished
 is skipped, so this may be stopped and started again, and `python docs/frontier.py 0` and `… 1` may run side
@@ -36,6 +37,7 @@ class Point:
     label: str | None = ""    # in the picture; None: not drawn
     beta: float | None = None  # the price of a nat, in units of gold
     every_seed: bool = True   # or only the first
+    extra: bool = False       # only with --all
 
 
 # The labels are σ(LABEL_SCALE · difference of gold), so the rewards that DPO fits and the reward model's
@@ -69,8 +71,10 @@ def dpo_round(i, kind, label=""):
     ref = f"--ref={{out}}/sft --beta={FIXED_BETA}" if kind == "fixed" else f"--beta={MOVING_BETA}"
     beta = FIXED_BETA / LABEL_SCALE if kind == "fixed" else MOVING_BETA / i / LABEL_SCALE
     train = f"dpo.py animals --data={pairs} --init={last} {ref} --lr=5e-4 --steps=300 --eval_n=0"
-    return [Point(f"{kind}{i}.jsonl", rank_answers(last, i, pairs), every_seed=kind == "moving"),
-            Point(f"{kind}{i}", train, f"DPO in rounds, {kind} reference", label, beta, kind == "moving")]
+    method = f"DPO in rounds, {kind} reference"
+    is_fixed = kind == "fixed"
+    return [Point(f"{kind}{i}.jsonl", rank_answers(last, i, pairs), every_seed=not is_fixed, extra=is_fixed),
+            Point(f"{kind}{i}", train, method, label, beta, every_seed=not is_fixed, extra=is_fixed)]
 
 
 def simpo_round(i, label=""):
@@ -78,9 +82,9 @@ def simpo_round(i, label=""):
     last = "{out}/sft" if i == 1 else f"{{out}}/simpo-round{i - 1}"
     pairs = "{out}/moving1.jsonl" if i == 1 else f"{{out}}/simpo-round{i}.jsonl"
     train = f"simpo.py animals --data={pairs} --init={last} --steps=200 --eval_n=0"
-    points = [Point(f"simpo-round{i}", train, "SimPO in rounds", label)]
+    points = [Point(f"simpo-round{i}", train, "SimPO in rounds", label, extra=True)]
     if i > 1:
-        points.insert(0, Point(f"simpo-round{i}.jsonl", rank_answers(last, i, pairs)))
+        points.insert(0, Point(f"simpo-round{i}.jsonl", rank_answers(last, i, pairs), extra=True))
     return points
 
 
@@ -107,13 +111,13 @@ POINTS = [
     Point("rloo", "ppo.py --advantage=rloo --k=8 --init={out}/sft --reward_model={out}/reward",
           "RLOO", "RLOO", 0.1 / LABEL_SCALE),
     Point("grpo", "ppo.py --advantage=grpo --k=8 --init={out}/sft --reward_model={out}/reward",
-          "GRPO", None, 0.1 / LABEL_SCALE),
+          "GRPO", None, 0.1 / LABEL_SCALE, extra=True),
     Point("ppo-gold", "ppo.py --reward=gold --kl_coef=0.05 --init={out}/sft",
           "PPO on gold", "PPO on gold", 0.05),
     Point("rloo-gold", "ppo.py --reward=gold --kl_coef=0.05 --advantage=rloo --k=8 --init={out}/sft",
-          "RLOO on gold", None, 0.05),
+          "RLOO on gold", None, 0.05, extra=True),
     Point("grpo-gold", "ppo.py --reward=gold --kl_coef=0.05 --advantage=grpo --k=8 --init={out}/sft",
-          "GRPO on gold", None, 0.05),
+          "GRPO on gold", None, 0.05, extra=True),
     Point("finegrained", "finegrained.py --init={out}/sft --reward_models={out}/rewards", "fine-grained",
           "fine-grained"),
     # Over-optimization: a reward model that was stopped early, and no price on KL.
@@ -205,13 +209,16 @@ def markdown(rows, optimum):
 
 
 def main():
-    seeds = sys.argv[1:] or ["0", "1", "2"]
+    with_extras = "--all" in sys.argv
+    seeds = [argument for argument in sys.argv[1:] if argument != "--all"] or ["0", "1", "2"]
     if not all(seed.isdigit() for seed in seeds):
         raise SystemExit(__doc__)
     tables = {}  # {seed: {name of a point: its row}}
     frontiers = []  # of each seed: the rows of the optimum and of best-of-n
     for seed in seeds:
-        points = [point for point in POINTS if point.every_seed or seed == seeds[0]]
+        points = [point for point in POINTS if with_extras or not point.extra]
+        if seed != seeds[0]:
+            points = [point for point in points if point.every_seed]
         for point in points:
             run(seed, point)
         shown = [point for point in points if point.method]
