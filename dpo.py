@@ -5,18 +5,19 @@ RLHF maximizes E[r(x, y)] − β KL(π ‖ π_ref) (eq. 3). Its optimum has a cl
     π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x)                                                      (eq. 4)
     r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x)                                                 (eq. 5)
 
-Z(x), the sum that makes π* a distribution, cannot be computed. But up to a term that depends on x alone, a
-policy is a reward model in disguise. The Bradley–Terry model gives the probability that y_w is preferred to
-y_l:
+Z(x) is a sum over all possible responses, too many to compute. But up to this term, which depends on x alone,
+a policy is a reward model in disguise. The Bradley–Terry model gives the probability that y_w is preferred
+to y_l:
 
     P(y_w ≻ y_l | x) = σ( r(x, y_w) − r(x, y_l) )                                                   (eq. 1)
 
-With eq. 5 for r, β log Z(x) cancels. So we can maximize the likelihood of comparisons over the policy
+Substitute eq. 5 for r, and β log Z(x) cancels. So we can maximize the likelihood of comparisons over the policy
 directly, without a reward model and without sampling:
 
     L(θ) = −E log σ( β log π_θ(y_w|x)/π_ref(y_w|x) − β log π_θ(y_l|x)/π_ref(y_l|x) )                (eq. 7)
 
-In comments, log π/π_ref (y|x) is short for log π_θ(y|x)/π_ref(y|x), a sum over the tokens of y.
+In comments, log π/π_ref (y|x) is short for log π_θ(y|x)/π_ref(y|x), a sum over the tokens of y (or, with
+--ipo_average, a mean).
 
     python dpo.py                                           the animals world, from scratch, SFT included
     python dpo.py hh                                        Anthropic's HH-RLHF, GPT-2
@@ -25,8 +26,8 @@ In comments, log π/π_ref (y|x) is short for log π_θ(y|x)/π_ref(y|x), a sum 
     python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons: recipe hh, with β 0.3
 
 π_ref is the initial policy, unless --ref names another model. The initial policy is --init; by default it is
-the SFT model that sft.py makes of the same data with the same recipe, trained first if it is missing. DPO in
-rounds, each on new pairs sampled from the current policy, is a loop in the shell: docs/using.md.
+the SFT model that sft.py makes of the same data with the same recipe, trained first if it is missing. For
+DPO in rounds, each on new pairs sampled from the current policy, see the loop in docs/using.md.
 
 Left out: the SFT term that some implementations add. This file differs from the authors' code: AdamW instead
 of RMSprop, a cosine decay of the learning rate instead of a constant, gradients clipped at norm 1 instead of
@@ -56,7 +57,7 @@ class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, �
     ipo_average: bool = False       # with ipo: log-probs are means over tokens instead of sums
     ref: str | None = None          # π_ref, named as in --init; None: the initial policy
     precompute_ref: bool = True     # compute π_ref's log-probs before training; False: at each step
-    reward_model: str | None = None  # a run of reward.py, for scores and win rates in the final table
+    reward_model: str | None = None  # a run of reward.py, for scores and win rates in the final tables
     lr: NonNegativeFloat = 1e-3     # peak learning rate: reached by a linear warm-up, then half a cosine to 0
 
 
@@ -65,7 +66,7 @@ class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, �
 RECIPES = {
     # arXiv:2305.18290 App. B: β 0.1, lr 1e-6, batches of 64, 150 steps of warm-up. One epoch
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
-    # App. B: β 0.5 on TL;DR, all else as for hh. One epoch
+    # App. B: β 0.5 on TL;DR, lr, batches and warm-up as for hh. One epoch
     "tldr": dict(data="tldr", beta=0.5, steps=1450, max_len=640, lr=1e-6, warmup=150, ckpt_every=500,
                  eval_n=64),
     # App. C.1: the pairs that sample.py makes, 6 for each of 25,000 prefixes. We hold out a tenth of
@@ -82,7 +83,7 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
     """DPO, arXiv:2305.18290 eq. 7, and its variants.
 
     All log-probs are (B,), summed over response tokens (with --ipo_average, means over them).
-    With h = log π/π_ref (y_w|x) − log π/π_ref (y_l|x), and ε the label smoothing:
+    With h = log π/π_ref (y_w|x) − log π/π_ref (y_l|x), and ε = label_smoothing:
         sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0, otherwise cDPO (Mitchell 2023,
                                                                 ericmitchell.ai/cdpo.pdf eq. 3)
         ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17, whose τ is β: pulls h
@@ -119,7 +120,8 @@ def pair_logp(policy, pairs, average=False):
 
     pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The prompt and its two responses are packed into
     one row, so the prompt goes through the model once. Each response sees the prompt and itself, and its
-    positions go on from the prompt's: the log-probs are those of two separate rows.
+    positions continue from the prompt's, so the log-probs equal those of two separate rows. (For π_ref,
+    response_logp in common/scoring.py computes the same: change both alike.)
     """
     batch = pack(pairs).to(policy.device)
     logprobs = policy.logprobs(batch)       # (N,): one per response token
@@ -130,7 +132,7 @@ def pair_logp(policy, pairs, average=False):
 
 
 def check_settings(cfg):
-    """Exits with one line if two options do not go together."""
+    """Exits with one line if two options are incompatible."""
     if cfg.label_smoothing and cfg.loss_type not in ("sigmoid", "robust"):
         raise SystemExit(f"--label_smoothing={cfg.label_smoothing:g} has no effect with "
                          f"--loss_type={cfg.loss_type}; only sigmoid and robust use it")
@@ -143,12 +145,12 @@ def train(cfg):
     check_settings(cfg)
     run = Run("dpo", cfg)  # the device, the folder, the log and the checkpoints
     init = cfg.init or run.train_if_missing("sft")  # its name; by default the SFT model of the same data
-    policy, _ = run.load_model(init)  # and its tokenizer, which is not needed here: run keeps it
+    policy, _ = run.load_model(init)  # the second value is the tokenizer, which run keeps too
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
     # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
-    # the longer response have more than max_len tokens, the prompt is cut from the left, to no fewer than
-    # max_len // 2; a response that is still too long loses its end, EOS included.
+    # the longer response have more than max_len tokens, the prompt loses its beginning, but keeps its last
+    # max_len // 2 tokens. If that is not enough, the response loses its end, EOS included.
     pairs = run.encode_pairs(run.data.comparisons("train"))
     # For each step exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its last,
     # incomplete batch.
@@ -159,7 +161,7 @@ def train(cfg):
     # The reference π_ref: the initial policy, or the model that --ref names. `policy` still has its initial
     # weights here; with --resume, run.start_or_resume below loads those of the last checkpoint.
     if cfg.ref:
-        ref_policy = run.load_reference(cfg.ref, policy)  # of the same shape and tokenizer, or it exits
+        ref_policy = run.load_reference(cfg.ref, policy)  # frozen; exits if it has another shape or tokenizer
     else:
         ref_policy = copy.deepcopy(policy).requires_grad_(False)
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
@@ -167,7 +169,7 @@ def train(cfg):
 
     # π_ref is frozen, so by default its log-probs are computed once, before training, for all pairs that
     # `batches` visits: row i is that of pairs[i]. Each pair is computed in the micro-batch in which training
-    # first meets it, so both round alike. With several processes, they share the work.
+    # first meets it, so that π and π_ref round alike. A resumed run computes them again.
     if cfg.precompute_ref:
         ref_logp = run.logp_of_batches(ref_policy, pairs, batches, cfg.ipo_average)  # (len(pairs), 2)
         ref_policy = None  # frees its memory
@@ -186,9 +188,8 @@ def train(cfg):
         metrics = Metrics()
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). With
-        # several processes, each takes an equal share of the batch, in as many micro-batches as the others,
-        # since all of them must call the forward pass of a sharded model in step.
+        # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Under
+        # torchrun, each process works through its own part of the batch.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp = pair_logp(
                 policy, [pairs[i] for i in indices], cfg.ipo_average)  # (b,) each
@@ -206,21 +207,21 @@ def train(cfg):
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
-            # For the log: `add` detaches each and adds up its sum.
+            # For the log: `add` detaches each, and sums it up over the batch.
             metrics.add(loss=losses, accuracy=correct, margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
-        # 2. One optimizer step on the whole batch. Each loss was divided by the whole batch's size, so the
-        # processes' gradients are summed, not averaged. (With a sharded model, backward() has summed them
-        # already.) Then clip, step and clear the gradients; if they are not finite, the step is skipped.
+        # 2. One optimizer step on the whole batch: sum the gradients over the processes (a sum, since each
+        # loss was divided by the size of the whole batch), then clip, step and clear. If a gradient is not
+        # finite, the step is skipped.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)  # the schedule is a factor from 0 to 1
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Log the batch means: the sums over all processes, divided by the batch size. Save a checkpoint
         # every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one too, and the program
-        # ends here, without the table below.
+        # ends here, without the tables below.
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
@@ -232,12 +233,14 @@ def train(cfg):
     del optimizer  # frees memory for the evaluation
     if ref_policy is None:
         ref_policy = run.load_frozen(cfg.ref or init)
-    held_out, groups = run.held_out_comparisons()  # as text, and the same as token ids
-    held_out_logp = run.logp_groups(policy, groups, cfg.ipo_average)  # (S,), of every response, in this order
-    held_out_ref_logp = run.logp_groups(ref_policy, groups, cfg.ipo_average)
-    rewards = cfg.beta * (held_out_logp - held_out_ref_logp)
+    # comparisons as text, groups the same as token ids, (prompt_ids, [response_ids, …]): S responses in all
+    comparisons, groups = run.held_out_comparisons()
+    logp = run.logp_groups(policy, groups, cfg.ipo_average)  # (S,), without gradient
+    logp_of_reference = run.logp_groups(ref_policy, groups, cfg.ipo_average)
+    rewards = cfg.beta * (logp - logp_of_reference)
+    rewards_of_reference = torch.zeros_like(rewards)
     evaluate.report(run, policy, cfg.ref or init, ref_policy, cfg.reward_model,
-                    preferences=(held_out, torch.zeros_like(rewards), rewards))
+                    preferences=(comparisons, rewards_of_reference, rewards))
     return policy
 
 

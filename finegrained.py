@@ -370,8 +370,8 @@ def train_rewards(cfg, init, axes):
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, model, optimizer, axes=axes)
 
-    # R_3 is normalized by the mean and standard deviation of its scores on the first eval_n training
-    # comparisons (at least two, for a standard deviation).
+    # R_3 is normalized by the mean and standard deviation of its scores on the first center_n training
+    # comparisons.
     mean, std = 0.0, 1.0
     if "completeness" in axes:
         mean, std = completeness_normalizer(model, feedback["comparisons"], axes, cfg)
@@ -386,8 +386,7 @@ def train_rewards(cfg, init, axes):
 
 def completeness_normalizer(model, feedback, axes, cfg):
     """The mean and standard deviation of the completeness scores of some comparisons."""
-    n = max(2, cfg.eval_n)
-    some = Feedback(feedback.groups[:n], feedback.marks[:n])
+    some = Feedback(feedback.groups[:cfg.center_n], feedback.marks[:cfg.center_n])
     scores = torch.cat([scores for _, _, scores in judgements([model], some, axes, cfg.micro_tokens)])
     return scores.mean().item(), scores.std().item()
 

@@ -1,8 +1,8 @@
 """The reward model: the second stage of InstructGPT (Ouyang et al. 2022, arXiv:2203.02155 §3.5).
 
 A GPT with a scalar head, r_θ(x, y). It starts from the SFT model, and the score is read at the last token of
-the response. It learns from comparisons of a better response y_w with a worse one y_l, which are assumed to
-follow the Bradley–Terry model:
+the response. A comparison is a prompt x with K ranked responses; any two of different rank are a pair, the
+better y_w and the worse y_l. Pairs are assumed to follow the Bradley–Terry model:
 
     P(y_w ≻ y_l | x) = σ( r(x, y_w) − r(x, y_l) )
 
@@ -17,8 +17,9 @@ This file adds three things:
 
 - a small term center_coef · (2 r̄)², with r̄ the mean score of a prompt's K responses. Eq. 1 leaves r̄ free,
   so it could differ from prompt to prompt, and PPO's value model would have to learn it. During training the
-  term holds all of them near 0, and does not pull on the differences; the final shift moves all by one
-  constant. At K = 2, (2 r̄)² = (r_w + r_l)², as in arXiv:2312.09244.
+  term holds every prompt's r̄ near 0, so that all prompts share one level, and does not pull on the
+  differences within a prompt; the final shift moves the level. At K = 2, (2 r̄)² = (r_w + r_l)², as in
+  arXiv:2312.09244.
 - the standard deviation of the demonstrations' scores, saved with the weights for PPO to divide scores by.
 - on request, a margin that r_w has to win by (--margin).
 
@@ -51,7 +52,7 @@ from engine.packing import pack
 
 @dataclass
 class Config(RunConfig):
-    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); own files: all
+    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); your file: all
     margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m), a constant (arXiv:2307.09288 eq. 2)
     center_coef: NonNegativeFloat = 0.01  # weight of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1600           # optimizer steps
@@ -62,7 +63,8 @@ class Config(RunConfig):
     val_every: PositiveInt = 800        # steps between validations
     log_every: PositiveInt = 50         # steps between lines on the console
     ckpt_every: PositiveInt = 100       # steps between checkpoints
-    eval_n: NonNegativeInt = 1000       # validation comparisons, and training demonstrations to center on
+    eval_n: NonNegativeInt = 1000       # number of validation comparisons
+    center_n: Annotated[int, AtLeast(2)] = 1000  # number of training demonstrations to center the scores on
 
 
 # The defaults above are for the animals world. --data=FILE without a recipe uses hh.
@@ -103,7 +105,7 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
     A group is a prompt with its ranked responses. scores (S,); group (S,): the group each response belongs
     to; rank (S,): 0 is best, equal ranks tie and form no pair. A pair's loss is −log σ(r_w − r_l − margin).
     Each group with a pair adds center_coef · (2 r̄)², with r̄ the mean of its scores. (Not the sum over pairs
-    of (r_w + r_l)²: that is (K − 2) Σ r_i² + (Σ r_i)², whose first term, for K > 2, shrinks the differences.)
+    of (r_w + r_l)²: without ties that is (Σ r_i)² + (K − 2) Σ r_i², and the second term shrinks differences.)
     Returns the loss and the accuracy, both means over the groups that have a pair. A group's accuracy is the
     share of its pairs with r_w > r_l, equal scores counting one half.
     """
@@ -143,7 +145,8 @@ def group_and_rank(comparisons, device="cpu"):
 def shift_bias(reward_model, shift):
     """Adds a number to all scores of a reward model, in place."""
     # A state dict's tensors share memory with the parameters, so changing one in place changes the model.
-    # (Not reward_model.scalar_head.bias itself: in a sharded model, that may be a temporary, gathered copy.)
+    # (Not reward_model.scalar_head.bias itself: in a sharded model, that may be a temporary, gathered copy.
+    # A compiled model has the same keys.)
     bias = reward_model.state_dict()["scalar_head.bias"]
     bias += shift
 
@@ -160,8 +163,8 @@ def train(cfg):
 
     # Comparisons: a prompt and its K ranked responses. `groups` has the same ones, in the same order, as
     # token ids: (prompt_ids, [response_ids, …]). If a prompt and its longest response have more than max_len
-    # tokens, the prompt is cut from the left, to no fewer than max_len // 2; a response that is still too
-    # long loses its end, EOS included.
+    # tokens, the prompt loses its beginning, but keeps its last max_len // 2 tokens. If that is not enough,
+    # the response loses its end, EOS included.
     data = run.data
     comparisons = data.comparisons("train", cfg.k)
     comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # drop those whose responses all tie
@@ -180,8 +183,8 @@ def train(cfg):
     last_tokens = [[len(response) - 1] for response in groups[0][1]]
     run.show_data(groups, [f"rank {rank}" for rank in comparisons[0].ranks], last_tokens)
 
-    # The untrained head's scores of all S validation responses, near chance, for the table at the end: (S,),
-    # without gradient. (With --resume, run.start_or_resume below replaces the initial weights.)
+    # The untrained head's scores of all S validation responses, for the table at the end: (S,), without
+    # gradient. (With --resume, run.start_or_resume below replaces the initial weights.)
     scores_before = run.score_groups(reward_model, validation_groups)
     # β2 is 0.99, not the 0.95 of the other stages: a longer memory for noisy gradients.
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
@@ -192,8 +195,7 @@ def train(cfg):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone).
-        # With several processes, each takes an equal share of the batch, in as many micro-batches as the
-        # others, since all of them must call the forward pass of a sharded model in step.
+        # Under torchrun, each process works through its own part of the batch.
         for indices in run.micro_batches(batches[step], groups):
             # r(x, y) of every response, group by group; the responses to one prompt do not see each other.
             batch = pack([groups[i] for i in indices]).to(run.device)
@@ -210,14 +212,14 @@ def train(cfg):
             n_groups = len(indices)
             (loss * n_groups / cfg.batch_size).backward()
 
-            # For the log: `add` detaches and sums the elements; mean(batch_size), below, divides. The loss
+            # For the log: `add` detaches and sums up the elements; mean(batch_size), below, divides. The loss
             # includes the centering term. The logged margin is r_w − r_l, not --margin.
             metrics.add(loss=loss * n_groups, accuracy=accuracy * n_groups,
                         margin=score_gap(scores, group, rank))
 
-        # 2. One optimizer step on the whole batch. Each loss was divided by the whole batch's size, so the
-        # processes' gradients are summed, not averaged. (With a sharded model, backward() has summed them
-        # already.) Then clip, step and clear the gradients; if they are not finite, the step is skipped.
+        # 2. One optimizer step on the whole batch: sum the gradients over the processes (a sum, since each
+        # loss was divided by the size of the whole batch), then clip, step and clear. If a gradient is not
+        # finite, the step is skipped.
         sync_gradients(reward_model)
         lr = cfg.lr * run.lr_schedule(step)  # the schedule is a factor from 0 to 1
         grad_norm = optimizer_step(reward_model, optimizer, lr, cfg.grad_clip)
@@ -239,12 +241,12 @@ def train(cfg):
             run.save_if_due(step + 1, reward_model, optimizer)
 
     # Center the scores: shift the bias so that training demonstrations (the best responses, if the data have
-    # only comparisons) score 0 on average. Only the last checkpoint of a run has score_std. If it was resumed
-    # and no step was taken since, its scores are centered already.
+    # only comparisons) score 0 on average. The last checkpoint of a finished run is centered, and has
+    # score_std; if this run resumed from it and took no further step, that stays.
     if run.start == cfg.steps and "score_std" in checkpoint:
         score_std = checkpoint["score_std"]
     else:
-        demonstrations = data.demonstrations("train")[:max(2, cfg.eval_n)]  # a standard deviation needs two
+        demonstrations = data.demonstrations("train")[:cfg.center_n]
         examples = [(prompt, [response]) for prompt, response in demonstrations]
         demonstration_groups = encode_groups(tokenizer, examples, cfg.max_len)
         scores = run.score_groups(reward_model, demonstration_groups)

@@ -2,7 +2,10 @@
 
 The language-model loss on demonstrations, taken over the tokens of the response only:
 
-    L(θ) = −Σ_(x,y) Σ_t log π_θ(y_t | x, y_<t) / Σ_(x,y) |y|       both sums over the batch, |y| in tokens
+    L(θ) = −Σ_(x,y) Σ_t log π_θ(y_t | x, y_<t) / Σ_(x,y) |y|
+
+where Σ_(x,y) runs over the demonstrations of a batch, and |y| is the number of tokens of y: a mean per token,
+to which long responses contribute more.
 
 The EOS that ends a response is one of its tokens, so the model learns when to stop. (A response that was cut
 at max_len has none.)
@@ -34,7 +37,7 @@ from engine.packing import pack
 class Config(RunConfig):  # all other options: common/options.py
     init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], hub:OWNER/NAME, or a folder
     steps: PositiveInt = 1500       # optimizer steps
-    batch_size: PositiveInt = 16    # groups per step; a group is a prompt with up to four demonstrations
+    batch_size: PositiveInt = 16    # groups per step; a group is a prompt with up to four responses
     lr: NonNegativeFloat = 4e-3     # peak learning rate, for a tiny new model; far too high for GPT-2
     warmup: NonNegativeInt = 20     # steps of linear warm-up, before the cosine to 0
     val_every: PositiveInt = 100    # steps between validation losses
@@ -43,17 +46,17 @@ class Config(RunConfig):  # all other options: common/options.py
 
 
 RECIPES = {
-    # Our choice, for GPT-2
+    # hh and qa_feedback: our own settings, for GPT-2
     "hh": dict(data="hh", init="gpt2", steps=2000, batch_size=64, max_len=512, lr=2e-5, warmup=100,
                val_every=200, log_every=10, ckpt_every=500, eval_n=64),
     "qa_feedback": dict(data="qa_feedback", init="gpt2", steps=300, batch_size=32, max_len=1024, lr=2e-5,
                         warmup=20, val_every=100, log_every=10, ckpt_every=100, eval_n=64),
-    # From arXiv:2009.01325 B.1: batch size, one epoch (116,722 demonstrations), and lr, there for 1.3B
-    # parameters; the warm-up is ours. max_len: 512 tokens for the post, 128 for the summary
+    # From arXiv:2009.01325 B.1: batches of 128, about one epoch (of 116,722 demonstrations), and lr, which
+    # the paper uses for 1.3B parameters. The warm-up is ours. max_len: 512 for a post, 128 for its summary
     "tldr": dict(data="tldr", init="gpt2", steps=910, batch_size=128, max_len=640, lr=6.35e-5, warmup=50,
                  val_every=200, log_every=10, ckpt_every=200, eval_n=64),
     # From arXiv:2305.18290 C.1: gpt2-large, about one epoch. Batch size, lr and warm-up are ours. max_len:
-    # 8 tokens for the prefix, 128 for the response
+    # 8 tokens for a prefix, 128 for its response
     "imdb": dict(data="imdb", init="gpt2-large", steps=350, batch_size=64, max_len=136, lr=2e-5, warmup=20,
                  val_every=100, log_every=10, ckpt_every=100, eval_n=64),
 }
@@ -96,7 +99,7 @@ def count_response_tokens(groups):
 def validation_loss(policy, groups, run):
     """The mean loss per token on held-out demonstrations, without gradient; None if there are none.
 
-    Every process computes all of it, rather than a share.
+    For simplicity, every process computes all of it.
     """
     if not groups:
         return None
@@ -112,9 +115,10 @@ def train(cfg):
     n_parameters = sum(p.numel() for p in policy.parameters())
     run.print0(f"sft: {n_parameters / 1e6:.1f}M parameters on {run.device}, {cfg.data} -> {run.out}")
 
-    # Demonstrations: a prompt x and one or more responses y, as token ids with the EOS at the end of y.
-    # If a prompt and the longest response of its group have more than max_len tokens, the prompt is cut from
-    # the left, to no fewer than max_len // 2; a response that is still too long loses its end, EOS included.
+    # Groups: a prompt x and one to four responses y, as token ids with the EOS at the end of y.
+    # If a prompt and the longest response of its group have more than max_len tokens, the prompt loses its
+    # beginning, but keeps its last max_len // 2 tokens. If that is not enough, the response loses its end,
+    # EOS included.
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
     # For each step exactly batch_size indices into groups. Each epoch is shuffled anew, and drops its last,
@@ -130,8 +134,7 @@ def train(cfg):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone).
-        # With several processes, each takes an equal share of the batch, in as many micro-batches as the
-        # others, since all of them must call the forward pass of a sharded model in step.
+        # Under torchrun, each process works through its own part of the batch.
         for indices in run.micro_batches(batches[step], groups):
             # Packed into rows: a response sees its prompt and its own tokens, but no other response and no
             # other group in its row.
@@ -141,9 +144,9 @@ def train(cfg):
             loss.backward()
             metrics.add(loss=-logprobs)  # summed over tokens, without gradient; divided in step 4
 
-        # 2. One optimizer step on the whole batch. Each loss was divided by the whole batch's tokens, so the
-        # processes' gradients are summed, not averaged. (With a sharded model, backward() has summed them
-        # already.) Then clip, step and clear the gradients; if they are not finite, the step is skipped.
+        # 2. One optimizer step on the whole batch: sum the gradients over the processes (a sum, since each
+        # loss was divided by the tokens of the whole batch), then clip, step and clear. If a gradient is not
+        # finite, the step is skipped.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)  # the schedule is a factor from 0 to 1
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
@@ -160,7 +163,7 @@ def train(cfg):
         run.save_if_due(step + 1, policy, optimizer)
 
     # The final table: answers to prompts of the test split before and after training, with their reward where
-    # one is known. The model before is loaded again; with scratch, the same seed gives the same weights.
+    # one is known. The initial model is loaded again; with scratch, the same seed gives the same weights.
     del optimizer  # frees memory for the evaluation
     evaluate.report(run, policy, cfg.init)
     return policy

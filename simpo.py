@@ -1,9 +1,10 @@
 """Simple Preference Optimization (Meng, Xia and Chen 2024, arXiv:2405.14734): DPO without a reference model.
 
 DPO's reward of a response is β log π/π_ref, a sum over its tokens. But generation uses only the policy's own
-log-probs, so SimPO leaves π_ref out. A sum of log-probs falls with every token added, so it would favor short
-responses; SimPO divides by the length |y|: the reward is β times the mean log-prob (eq. 4). The chosen
-response should win by at least γ:
+log-probs, so SimPO leaves π_ref out. A sum of log-probs falls with every token: where the chosen response is
+the longer one, training must inflate the probabilities of its tokens to make it win (without the division
+below, the paper's models write long, repetitive responses). So SimPO divides by the length |y|: the reward is
+β times the mean log-prob (eq. 4). The chosen response should win by at least γ:
 
     r(x, y) = β/|y| log π_θ(y|x)
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
@@ -14,13 +15,14 @@ a small learning rate, diverse data and the robustness of large models.
 
 In our runs on the animals world, a small synthetic data set, responses become too short with this loss alone
 (docs/results.md). We have not isolated the reason. One candidate: 1/|y| gives each token of a short chosen
-response, its EOS included, more weight than a token of a long one. An SFT term, as in the authors' code but
-over the whole batch, keeps the length up:
+response, its EOS included, more weight than a token of a long one. Adding an SFT term, as the authors' code
+can, keeps the length up. Theirs is a mean over the tokens of a micro-batch, ours over those of the batch:
 
-    sft_weight · Σ −log π_θ(y_w|x) / Σ |y_w|                                       both sums over the batch
+    sft_weight · ( −Σ log π_θ(y_w|x) ) / ( Σ |y_w| )
 
 Within this term every chosen token has the same weight. The paper's main runs have sft_weight 0, as have our
-recipes for real data. There, watch response_len in the log: responses are sampled during training for this.
+recipes for real data. With those, watch response_len and unfinished in the log: responses of at most 128
+tokens are sampled during training for that purpose.
 
     python simpo.py                                the animals world, from scratch: SFT first, then SimPO
     python simpo.py hh                             Anthropic's HH-RLHF: SFT of GPT-2, then SimPO
@@ -52,7 +54,7 @@ class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, �
     gamma_beta_ratio: NonNegativeFloat | None = None  # γ/β, as the authors' scripts give it; replaces gamma
     sft_weight: NonNegativeFloat = 0.5  # weight of the SFT term, the mean −log π per chosen token
     label_smoothing: LabelNoise = 0.0  # ε, as in the authors' code: see simpo_loss
-    reward_model: str | None = None  # a run of reward.py, for scores and win rates in the final table
+    reward_model: str | None = None  # a run of reward.py, for scores and win rates in the final tables
     lr: NonNegativeFloat = 3e-4     # peak learning rate: reached by a linear warm-up, then half a cosine to 0
     sample_every: PositiveInt = 50  # steps between samples, to watch the length
     sample_n: NonNegativeInt = 64   # number of validation prompts to answer; 0 turns sampling off
@@ -95,7 +97,7 @@ def pair_logp(policy, pairs):
 
     pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The prompt and its two responses are packed into
     one row, so the prompt goes through the model once. Each response sees the prompt and itself, and its
-    positions go on from the prompt's: the log-probs are those of two separate rows.
+    positions continue from the prompt's, so the log-probs equal those of two separate rows.
     """
     batch = pack(pairs).to(policy.device)
     logprobs = policy.logprobs(batch)     # (N,): one per response token
@@ -133,15 +135,15 @@ def train(cfg):
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
     # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
-    # the longer response have more than max_len tokens, the prompt is cut from the left, to no fewer than
-    # max_len // 2; a response that is still too long loses its end, EOS included.
+    # the longer response have more than max_len tokens, the prompt loses its beginning, but keeps its last
+    # max_len // 2 tokens. If that is not enough, the response loses its end, EOS included.
     pairs = run.encode_pairs(run.data.comparisons("train"))
     # For each step exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its last,
     # incomplete batch.
     batches = run.shuffled_batches(pairs)
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
-    # Validation prompts to watch the length on. One longer than half of what the model can read loses its
+    # Validation prompts to watch the length on. A prompt longer than half of the model's context loses its
     # beginning, to leave room for the response.
     sample_prompts = evaluate.encode_cut(run.data.prompts("validation")[:cfg.sample_n], policy, tokenizer)
 
@@ -150,13 +152,12 @@ def train(cfg):
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()
-        # For the SFT term below, over the whole batch of all processes
+        # The SFT term below divides by this mean. It is over the whole batch, all processes included.
         mean_chosen_len = mean_chosen_length([pairs[i] for i in batches[step]])
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). With
-        # several processes, each takes an equal share of the batch, in as many micro-batches as the others,
-        # since all of them must call the forward pass of a sharded model in step.
+        # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Under
+        # torchrun, each process works through its own part of the batch.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(
                 policy, [pairs[i] for i in indices])  # (b,) each
@@ -177,23 +178,23 @@ def train(cfg):
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
-            # For the log: `add` detaches each and adds up its sum. The loss is that of eq. 6 plus the SFT
-            # term; the margin is that of the rewards, not γ.
+            # For the log: `add` detaches each, and sums it up over the batch. The loss is that of eq. 6
+            # plus the SFT term; the margin is that of the rewards, not γ.
             metrics.add(loss=total_losses, simpo_loss=losses, sft_loss=sft_losses, accuracy=correct,
                         margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
-        # 2. One optimizer step on the whole batch. Each loss was divided by the whole batch's size, so the
-        # processes' gradients are summed, not averaged. (With a sharded model, backward() has summed them
-        # already.) Then clip, step and clear the gradients; if they are not finite, the step is skipped.
+        # 2. One optimizer step on the whole batch: sum the gradients over the processes (a sum, since each
+        # loss was divided by the size of the whole batch), then clip, step and clear. If a gradient is not
+        # finite, the step is skipped.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)  # the schedule is a factor from 0 to 1
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Every sample_every steps, and after the last, sample responses of at most 128 tokens to see their
-        # length. The seed is the same each time, so only the policy differs. Every process samples all of
-        # them. At other steps the values are None, and the console leaves them blank.
+        # length. `respond` has a seed of its own, so only the policy differs from time to time. At other
+        # steps the values are None, and the console leaves them blank.
         sample_stats = {"response_len": None, "empty": None, "unfinished": None}
         if sample_prompts and ((step + 1) % cfg.sample_every == 0 or step + 1 == cfg.steps):
             responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token, max_new_tokens=128)
@@ -201,22 +202,23 @@ def train(cfg):
 
         # 4. Log the batch means: the sums over all processes, divided by the batch size. Save a checkpoint
         # every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one too, and the program
-        # ends here, without the table below.
+        # ends here, without the tables below.
         run.log(step + 1, **metrics.mean(cfg.batch_size), **sample_stats, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
-    # Two tables, each with a row for the policy before training, loaded again, and one for after.
+    # Two tables, each with a row for the initial policy, loaded again, and one for the trained one.
     # - Answers to prompts of the test split: KL, length and, with the data's true reward or --reward_model,
-    #   reward and win rate against the policy before.
+    #   reward and win rate against the initial policy.
     # - The first eval_n validation comparisons: how often the rewards β/|y| log π rank the responses
     #   correctly.
     del optimizer  # frees memory for the evaluation
-    before = run.load_frozen(init)
-    held_out, groups = run.held_out_comparisons()  # as text, and the same as token ids
-    rewards_before = cfg.beta * run.logp_groups(before, groups, average=True)  # β/|y| log π of every response
+    initial_policy = run.load_frozen(init)
+    # comparisons as text, groups the same as token ids, (prompt_ids, [response_ids, …]): S responses in all
+    comparisons, groups = run.held_out_comparisons()
+    rewards_before = cfg.beta * run.logp_groups(initial_policy, groups, average=True)  # (S,), β/|y| log π
     rewards = cfg.beta * run.logp_groups(policy, groups, average=True)
-    evaluate.report(run, policy, init, before, cfg.reward_model,
-                    preferences=(held_out, rewards_before, rewards))
+    evaluate.report(run, policy, init, initial_policy, cfg.reward_model,
+                    preferences=(comparisons, rewards_before, rewards))
     return policy
 
 

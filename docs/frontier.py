@@ -1,12 +1,14 @@
 """Every point of the frontier in docs/results.md: each method as a curve, over seeds of the whole pipeline.
 
     python docs/frontier.py 0 1 2          # the methods' curves
-    python docs/frontier.py 0 1 2 --all    # and SimPO in rounds, a fixed reference, GRPO, RLOO on gold
+    python docs/frontier.py 0 1 2 --all    # and SimPO in rounds, a fixed reference, GRPO, RLOO on gold,
+                                           # and over-optimization
 
 The first seed makes all points; the others make those that the table has errors for. A run that is finished
 is skipped, so this may be stopped and started again, and `python docs/frontier.py 0` and `… 1` may run side
-by side. When all of these seeds are done, it prints the table and draws frontier.png and overoptimization.png
-(which needs matplotlib). Everything lies in out/frontier/SEED. ± is the standard error over seeds.
+by side. When all of these seeds are done, it prints the table and draws frontier.png, with --all also
+overoptimization.png (which needs matplotlib). Everything lies in out/frontier/SEED. ± is the standard error
+over seeds.
 """
 import json
 import math
@@ -70,7 +72,7 @@ def dpo_round(i, kind, label=""):
     pairs = f"{{out}}/{kind}{i}.jsonl"
     ref = f"--ref={{out}}/sft --beta={FIXED_BETA}" if kind == "fixed" else f"--beta={MOVING_BETA}"
     beta = FIXED_BETA / LABEL_SCALE if kind == "fixed" else MOVING_BETA / i / LABEL_SCALE
-    train = f"dpo.py animals --data={pairs} --init={last} {ref} --lr=5e-4 --steps=300 --eval_n=0"
+    train = f"dpo.py animals --data={pairs} --init={last} {ref} --lr=5e-4 --steps=300"
     method = f"DPO in rounds, {kind} reference"
     is_fixed = kind == "fixed"
     return [Point(f"{kind}{i}.jsonl", rank_answers(last, i, pairs), every_seed=not is_fixed, extra=is_fixed),
@@ -81,7 +83,7 @@ def simpo_round(i, label=""):
     """Round i of SimPO, likewise; the pairs of its first round are those of DPO's."""
     last = "{out}/sft" if i == 1 else f"{{out}}/simpo-round{i - 1}"
     pairs = "{out}/moving1.jsonl" if i == 1 else f"{{out}}/simpo-round{i}.jsonl"
-    train = f"simpo.py animals --data={pairs} --init={last} --steps=200 --eval_n=0"
+    train = f"simpo.py animals --data={pairs} --init={last} --steps=200"
     points = [Point(f"simpo-round{i}", train, "SimPO in rounds", label, extra=True)]
     if i > 1:
         points.insert(0, Point(f"simpo-round{i}.jsonl", rank_answers(last, i, pairs), extra=True))
@@ -121,9 +123,9 @@ POINTS = [
     Point("finegrained", "finegrained.py --init={out}/sft --reward_models={out}/rewards", "fine-grained",
           "fine-grained"),
     # Over-optimization: a reward model that was stopped early, and no price on KL.
-    Point("reward-weak", "reward.py --steps=300 --init={out}/sft"),
-    Point("ppo-weak", "ppo.py --kl_coef=0 --lr=5e-4 --init={out}/sft --reward_model={out}/reward-weak "
-          "--eval_n=0"),
+    Point("reward-weak", "reward.py --steps=300 --init={out}/sft", extra=True),
+    Point("ppo-weak", "ppo.py --kl_coef=0 --lr=5e-4 --init={out}/sft --reward_model={out}/reward-weak",
+          extra=True),
 ]
 COLUMNS = ["gold", "kl", "gap", "win_rate", "length", "grammar"]
 
@@ -140,6 +142,8 @@ def run(seed, point):
         if is_finished(folder):
             return
         options += [f"--seed={seed}", f"--out={folder}"]
+        if script in ("sft.py", "dpo.py", "simpo.py", "ppo.py"):
+            options.append("--eval_n=0")  # `evaluate` compares all points at the end
         if checkpoint_files(folder):
             options.append("--resume")
     os.makedirs(out, exist_ok=True)
@@ -203,7 +207,7 @@ def markdown(rows, optimum):
             cells.append("" if row[key] is None else f"{row[key]:.3f}±{row[key + '_se'] or 0:.3f}")
         cells.append(aim(point.beta, optimum))
         command = " ".join(part for part in point.command.split() if "{out}/" not in part or "--ref" in part)
-        command = command.replace("{out}", "out").replace(" --eval_n=0", "")
+        command = command.replace("{out}", "out")
         lines.append(f"| {point.name}: `python {command}` | {row['n_seeds']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -245,8 +249,9 @@ def main():
     print(markdown(rows, optimum))
     drawn = [row for point, row in rows if point.label is not None]
     plot_frontier(f"{FOLDER}/frontier.png", "gold", drawn, optimum, best)
-    weak = [f"{FOLDER}/{seed}/ppo-weak" for seed in seeds]
-    plot_overoptimization(f"{FOLDER}/overoptimization.png", weak)
+    if with_extras:
+        weak = [f"{FOLDER}/{seed}/ppo-weak" for seed in seeds]
+        plot_overoptimization(f"{FOLDER}/overoptimization.png", weak)
 
 
 if __name__ == "__main__":
