@@ -11,8 +11,8 @@ to y_l:
 
     P(y_w ≻ y_l | x) = σ( r(x, y_w) − r(x, y_l) )                                                   (eq. 1)
 
-Substitute eq. 5 for r, and β log Z(x) cancels. So we can maximize the likelihood of comparisons over the policy
-directly, without a reward model and without sampling:
+Substitute eq. 5 for r, and β log Z(x) cancels. So we can maximize the likelihood of comparisons over the
+policy directly, without a reward model and without sampling:
 
     L(θ) = −E log σ( β log π_θ(y_w|x)/π_ref(y_w|x) − β log π_θ(y_l|x)/π_ref(y_l|x) )                (eq. 7)
 
