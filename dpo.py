@@ -225,11 +225,13 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
-    # Two tables, each with a row for the reference and one for the policy.
+    # Two tables, unless eval_n is 0, each with a row for the reference and one for the policy.
     # - Answers to prompts of the test split: KL, length and, with the data's true reward or --reward_model,
     #   reward and win rate against the reference.
     # - The first eval_n validation comparisons: how often the implicit rewards β log π/π_ref rank the
     #   responses correctly. The reference's are all 0, so all of its pairs tie, and its accuracy is 0.5.
+    if cfg.eval_n == 0:
+        return policy
     del optimizer  # frees memory for the evaluation
     if ref_policy is None:
         ref_policy = run.load_frozen(cfg.ref or init)

@@ -56,7 +56,7 @@ class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, �
     label_smoothing: LabelNoise = 0.0  # ε, as in the authors' code: see simpo_loss
     reward_model: str | None = None  # a run of reward.py, for scores and win rates in the final tables
     lr: NonNegativeFloat = 3e-4     # peak learning rate: reached by a linear warm-up, then half a cosine to 0
-    sample_every: PositiveInt = 50  # steps between samples, to watch the length
+    sample_every: PositiveInt = 20  # steps between samples, to watch the length
     sample_n: NonNegativeInt = 64   # number of validation prompts to answer; 0 turns sampling off
 
 
@@ -206,11 +206,14 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), **sample_stats, lr=lr, grad_norm=grad_norm)
         run.save_if_due(step + 1, policy, optimizer)
 
-    # Two tables, each with a row for the initial policy, loaded again, and one for the trained one.
+    # Two tables, unless eval_n is 0, each with a row for the initial policy, loaded again, and one for the
+    # trained one.
     # - Answers to prompts of the test split: KL, length and, with the data's true reward or --reward_model,
     #   reward and win rate against the initial policy.
     # - The first eval_n validation comparisons: how often the rewards β/|y| log π rank the responses
     #   correctly.
+    if cfg.eval_n == 0:
+        return policy
     del optimizer  # frees memory for the evaluation
     initial_policy = run.load_frozen(init)
     # comparisons as text, groups the same as token ids, (prompt_ids, [response_ids, …]): S responses in all

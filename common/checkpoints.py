@@ -147,15 +147,20 @@ def resume(checkpoint, out, cfg, model, optimizer, digests):
     initial weights or another reference. `digests` are those of this run (common/digests.py).
     """
     compare_settings(out, cfg, checkpoint["config"], FREE_ON_RESUME)
+    check_digests(checkpoint, out, cfg, digests)
+    load_weights(model, checkpoint["model"], out)
+    load_optimizer(optimizer, checkpoint["optimizer"])
+    torch.set_rng_state(checkpoint["rng"])  # the CPU's: everything random is drawn there
+
+
+def check_digests(checkpoint, out, cfg, digests):
+    """Exits with a one-line message if the run in `out` was started with other data or weights than these."""
     stored = checkpoint.get("digests", digests)
     problems = {"data": f"--data={cfg.data} holds other data", "init": "--init names other weights",
                 "ref": "--ref names other weights"}
     for key, problem in problems.items():
         if stored.get(key) != digests.get(key):
             raise SystemExit(f"--resume: {problem} than when {out} was started")
-    load_weights(model, checkpoint["model"], out)
-    load_optimizer(optimizer, checkpoint["optimizer"])
-    torch.set_rng_state(checkpoint["rng"])  # the CPU's: everything random is drawn there
 
 
 def is_finished(out):

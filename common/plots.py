@@ -5,6 +5,7 @@ import torch
 
 from common.files import write_atomically
 
+
 def import_pyplot():
     """matplotlib's pyplot, drawing into files; exits with one line if it is not installed."""
     try:

@@ -4,7 +4,7 @@ import os
 import torch
 
 from common.batches import micro_batches, shuffled_batches
-from common.checkpoints import (checkpoint_files, load_optimizer, load_to_resume, load_weights,
+from common.checkpoints import (check_digests, checkpoint_files, load_optimizer, load_to_resume, load_weights,
                                 no_checkpoint, remove_checkpoints, resume, save_checkpoint)
 from common.device import choose_device, describe_device, prepare_model
 from common.digests import examples_digest, file_digest, weights_digest
@@ -103,9 +103,11 @@ class Run:
         return reference.requires_grad_(False)
 
     def load_frozen(self, name):
-        """Loads a model to compare with, frozen and on the device."""
+        """Loads the initial policy or the reference again, frozen and prepared, to compare with."""
         model, _ = load_model(name, self.cfg)
-        return model.requires_grad_(False).to(self.device)
+        if weights_digest(model) not in (self.digests["init"], self.digests.get("ref")):
+            print0(f"warning: {name} has changed since this run began; the tables below compare with it as it is")
+        return self.prepare(model.requires_grad_(False))
 
     def adopt_template(self, init):
         """If the model `init` was trained on turns, this run's prompts are written as turns too."""
@@ -223,6 +225,7 @@ class Run:
 
         Summed over the response's tokens or, with `average`, averaged. Pairs in no batch have 0.
         """
+        check_digests(self.checkpoint, self.out, self.cfg, self.digests)  # an error now, not after this work
         return logp_of_batches(policy, pairs, batches, self.cfg.micro_tokens, self.progress, average)
 
     def score_groups(self, reward_model, groups):

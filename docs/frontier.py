@@ -233,8 +233,9 @@ def main():
     for point in POINTS:
         if point.method:
             same = [table[point.name] for table in tables.values() if point.name in table]
-            row = mean_over_seeds(point.name, same) | {"method": point.method, "label": point.label}
-            rows.append((point, row))
+            if same:  # without --all, the extras are not made
+                row = mean_over_seeds(point.name, same) | {"method": point.method, "label": point.label}
+                rows.append((point, row))
 
     # The curve of the optimum, row by row. Its β differ between seeds by their rewards' spread, about 1%.
     optimum = []

@@ -188,7 +188,7 @@ def test_the_losses_do_not_depend_on_what_is_packed_together():
     """Padding, siblings, order: the summed losses and their gradients are those of each example alone."""
     tokenizer, axes = get_tokenizer("animals"), list(AXES)
     model = make_model(vocab_size=tokenizer.n_vocab, n_scalars=3)
-    feedback = load_feedback(animals, "validation", axes, tokenizer, 64, most=6)
+    feedback = load_feedback(animals, "validation", axes, tokenizer, 64, limit=6)
     assert list(feedback) == ["spans", "comparisons"]
     groups, marks = [], []
     for source in feedback.values():
@@ -212,7 +212,7 @@ def test_errors_of_the_accuracies_are_clustered_by_question():
     """Segments of one response, and responses to one question, are not independent."""
     tokenizer, axes = get_tokenizer("animals"), list(AXES)
     model = make_model(vocab_size=tokenizer.n_vocab, n_scalars=3)
-    feedback = load_feedback(animals, "validation", axes, tokenizer, 64, most=40)
+    feedback = load_feedback(animals, "validation", axes, tokenizer, 64, limit=40)
     assert feedback["spans"].clusters == [animals.cluster(prompt) for prompt, _, _ in animals.spans("validation")[:40]]
     by_question = accuracy_rows(model, axes, feedback, reward.Config())
     for source in feedback.values():

@@ -40,6 +40,7 @@ def fork(tmp_path_factory):
 
     page = (fork / "simpo.py").read_text()
     page = page.replace('Run("simpo", cfg)', 'Run("orpo", cfg)')
+    page = page.replace("import torch.nn.functional", "import torch\nimport torch.nn.functional", 1)
     page = page.replace("def simpo_loss(", ORPO_LOSS.lstrip("\n") + "def simpo_loss(", 1)
     before, after = page.split("            losses, chosen_reward, rejected_reward = simpo_loss(\n", 1)
     _, after = after.split("\n\n", 1)
