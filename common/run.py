@@ -106,7 +106,7 @@ class Run:
         """Loads the initial policy or the reference again, frozen and prepared, to compare with."""
         model, _ = load_model(name, self.cfg)
         if weights_digest(model) not in (self.digests["init"], self.digests.get("ref")):
-            print0(f"warning: {name} has changed since this run began; the tables below compare with it as it is")
+            print0(f"warning: {name} has changed since this run began: the tables compare with what it is")
         return self.prepare(model.requires_grad_(False))
 
     def adopt_template(self, init):
