@@ -6,8 +6,8 @@
     python evaluate.py out/sft-animals out/ppo-seed0 out/ppo-seed1 out/ppo-seed2 --mean
     python evaluate.py --curves out/sft-animals out/dpo-animals out/ppo-animals --plot=curves.png
 
-Every model answers the same prompts, at temperature 1, or at that of the runs of ppo.py that are compared.
-The columns are means over prompts (±standard error; docs/measuring.md describes both):
+Every model answers the same prompts, at temperature 1, or, if runs of ppo.py are compared, at the one that
+they were trained with. The columns are means over prompts (±standard error; docs/measuring.md has both):
 
     gold           the true reward (animals), and its parts relevance, factuality, completeness
     kl             KL(π‖π_ref) in nats per response: exact over the vocabulary at each position, summed over
@@ -16,19 +16,21 @@ The columns are means over prompts (±standard error; docs/measuring.md describe
                    the same prompt; a tie counts one half. The reward is gold, or else score
     length         tokens of a response, EOS included
     eos_rate       the share of responses that ended by themselves
-    grammar        the share of sentences that are sentences of the world (animals)
+    grammar        the share of a response's sentences that are well formed (animals)
     score          a reward model's score, if there is a reward model; never normalized
 
 gold and grammar are empty for data whose true reward is not known.
 
---frontier: max E[r] − β KL(π‖π_ref) has the optimum π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). So samples of the
-first checkpoint, π_ref, give the most reward that any method can reach at each KL. Three more numbers:
+--frontier: max E[r] − β KL(π‖π_ref) has the optimum π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). So samples of π_ref,
+the first checkpoint, weighted by exp(r/β), estimate its reward and its KL. Over all β, these are the most
+reward that any method can reach at each KL: the frontier. Each of its rows has two more columns, each
+checkpoint has one:
 
-    gap            the reward of π* at the checkpoint's KL, less the checkpoint's own: β KL(π‖π*), at the β
-                   where the two KLs are equal; gap_at_most, a bound, where the KL is beyond the frontier
-    beta           the price of KL for which a row of the frontier is the optimum
-    ess            the effective sample size of that row: how many of its n samples count; rows below MIN_ESS
-                   are left out (common/frontier.py)
+    beta           the price of KL for which this row is the optimum
+    ess            its effective sample size: how many of the samples count; rows below MIN_ESS are left out
+                   (common/frontier.py)
+    gap            how much more reward π* has at the checkpoint's own KL, which is β KL(π‖π*); or
+                   gap_at_most, an upper bound, where the frontier does not reach that KL
 
 --overoptimization: reward-model score and true reward against √KL along runs of ppo.py that differ in their
 seed, and along their mean, as in Gao et al. (2022, arXiv:2210.10760).
@@ -62,13 +64,13 @@ KEYS = ["gold", "relevance", "factuality", "completeness", "kl", "win_rate", "le
         "score"]
 MAX_NEW_TOKENS = 128
 
-# Seeds of the sampling noise. Answers that are compared with each other must not share theirs, or ties and
-# wins are correlated.
+# Seeds of the sampling noise. All models answer with the same noise. The reference's answers that the win
+# rate compares these with have another, or wins would be correlated.
 ANSWER_SEED = 0     # of every model's answers
 REFERENCE_SEED = 1  # of the reference's answers that the win rate compares them with
 FRONTIER_SEED = 2   # of the reference's samples for the frontier
 
-# Limits on the final table's memory: it must not need more than training did.
+# Limits on memory, so that the table at the end of a stage fits wherever training did
 CACHE_BYTES = 2**28      # of a key-value cache
 KL_ROWS = 64             # responses in a forward pass
 KL_TOKENS = 2048         # tokens in a forward pass
@@ -86,8 +88,8 @@ def respond(model, prompts, eos, seed=ANSWER_SEED, max_new_tokens=MAX_NEW_TOKENS
     config = model.config
     longest = max(map(len, prompts))
     max_new_tokens = min(max_new_tokens, config.block_size - longest)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # the noise is drawn by the CPU's generator
+        torch.default_generator.manual_seed(seed)
         noise = uniform_noise(len(prompts), max_new_tokens)
 
     # The key-value cache of a row: keys and values of 4 bytes.
@@ -126,7 +128,7 @@ def exact_kl(policy, ref_policy, prompts, responses, temperature=1.0):
 def slices_of_groups(prompts, responses):
     """Yields lists of groups, in order, of at most KL_ROWS responses and KL_TOKENS tokens.
 
-    A response of more tokens than that gets a list of its own.
+    A prompt and response of more tokens than that are yielded alone.
     """
     groups = []
     n_tokens = 0
@@ -142,10 +144,10 @@ def slices_of_groups(prompts, responses):
         yield groups
 
 
-def encode_cut(prompts, model, tokenizer):
-    """Encodes prompts as lists of ids, and cuts off the beginning of those over half of the context."""
-    most = (model.config.block_size + 1) // 2
-    return [ids[-most:].tolist() for ids in encode_prompts(tokenizer, prompts)]
+def encode_cut(prompts, context, tokenizer):
+    """Encodes prompts as lists of ids. Those over half of the context, in tokens, lose their beginning."""
+    room = (context + 1) // 2
+    return [ids[-room:].tolist() for ids in encode_prompts(tokenizer, prompts)]
 
 
 # -------------------------------------------------------------------------------------------------- the table
@@ -156,11 +158,16 @@ class Setting:
     data: object                # a dataset (data/__init__.py)
     tokenizer: object
     prompts: list               # of text
-    clusters: list              # of each prompt, for the standard errors
+    context: int                # tokens of a prompt and a response together: what every model can read
+    clusters: list              # for each prompt what it asks about; the standard errors are over these
     ref_policy: torch.nn.Module
     ref_rewards: list | None    # of the reference's answers that the win rate compares with, one per prompt
     reward_model: torch.nn.Module | None
     temperature: float
+
+    def max_new_tokens(self, prompts):
+        """How many tokens a response to any of these prompts, lists of ids, may have."""
+        return min(MAX_NEW_TOKENS, self.context - max(map(len, prompts), default=0))
 
 
 def evaluate_model(name, policy, setting):
@@ -168,8 +175,8 @@ def evaluate_model(name, policy, setting):
     data = setting.data
     prompts = setting.prompts
     eos = setting.tokenizer.eot_token
-    ids = encode_cut(prompts, policy, setting.tokenizer)
-    responses = respond(policy, ids, eos, ANSWER_SEED, temperature=setting.temperature)
+    ids = encode_cut(prompts, setting.context, setting.tokenizer)
+    responses = respond(policy, ids, eos, ANSWER_SEED, setting.max_new_tokens(ids), setting.temperature)
     texts = [decode(response, setting.tokenizer) for response in responses]
     kl = exact_kl(policy, setting.ref_policy, ids, responses, setting.temperature)
     columns = {
@@ -204,15 +211,16 @@ def evaluate_model(name, policy, setting):
 def reference_rewards(setting, n, seed):
     """Samples n responses of the reference per prompt -> their rewards (P, n): gold, or else the score."""
     ids = []
-    for prompt in encode_cut(setting.prompts, setting.ref_policy, setting.tokenizer):
+    for prompt in encode_cut(setting.prompts, setting.context, setting.tokenizer):
         ids += [prompt] * n
     responses = respond(setting.ref_policy, ids, setting.tokenizer.eot_token, seed,
-                        temperature=setting.temperature)
+                        setting.max_new_tokens(ids), setting.temperature)
     if hasattr(setting.data, "gold"):
         texts = [decode(response, setting.tokenizer) for response in responses]
         rewards = [setting.data.gold(setting.prompts[i // n], text) for i, text in enumerate(texts)]
         return torch.tensor(rewards, dtype=torch.float64).view(-1, n)
-    # Equal responses must tie, and scores that are computed twice may differ in their last digits.
+    # Equal responses to a prompt must tie exactly, for best-of-n. Scores that are computed twice may differ
+    # in their last digits, so each distinct response is scored once.
     keys = [(tuple(prompt), tuple(response)) for prompt, response in zip(ids, responses)]
     distinct = list(dict.fromkeys(keys))
     groups = [(list(prompt), [list(response)]) for prompt, response in distinct]
@@ -243,12 +251,13 @@ def compare(models, data, tokenizer, n, reward_model=None, template="plain", tem
     prompts = data.prompts("test")[:n]
     clusters = clusters_of(data, prompts)
     prompts = apply_template(template, prompts)
-    most = ref_policy.config.block_size // 2
-    n_cut = sum(len(ids) > most for ids in encode_prompts(tokenizer, prompts))
+    context = min(model.config.block_size for _, model in models)
+    n_cut = sum(len(ids) > (context + 1) // 2 for ids in encode_prompts(tokenizer, prompts))
     if n_cut:
         print0(f"{n_cut} of {len(prompts)} prompts lost their beginning: "
                "they take more than half of the context")
-    setting = Setting(data, tokenizer, prompts, clusters, ref_policy, None, reward_model, temperature)
+    setting = Setting(
+        data, tokenizer, prompts, context, clusters, ref_policy, None, reward_model, temperature)
     if prompts and (hasattr(data, "gold") or reward_model):
         setting.ref_rewards = reference_rewards(setting, 1, REFERENCE_SEED)[:, 0].tolist()
     rows, texts, columns = [], [], []
@@ -307,7 +316,7 @@ def report_preferences(run, init, comparisons, rewards_before, rewards_after, n_
     """
     rows = [preference_row(init, rewards_before, comparisons, run.data),
             preference_row(run.out, rewards_after, comparisons, run.data)]
-    print0(f"\n{len(comparisons)} held-out comparisons: are the better responses rewarded more?\n")
+    print0(f"\n{len(comparisons)} held-out comparisons: is the preferred response rewarded more?\n")
     print0(table(rows))
     if n_samples:
         print0(comparison_samples(rewards_after, comparisons, run.data, n_samples))
@@ -358,7 +367,8 @@ def show_frontier(args, models, rows, columns, setting):
         print("the true reward of this data is not known: the reward model's score is used instead")
         max_reward = None
     rewards = reference_rewards(setting, args.samples, FRONTIER_SEED)
-    optimum, best, dual = frontier(rewards, key, setting.clusters)
+    # A row for each β, a row for each n of best-of-n, and what `gap` needs to bound the reward at any KL
+    optimum, best_of_n, dual = frontier(rewards, key, setting.clusters)
     for row, column in zip(rows, columns):
         mean, se, is_bound = gap(dual, column[key], column["kl"], setting.clusters, max_reward)
         row |= {"gap": None, "gap_se": None, "gap_at_most": None, "gap_at_most_se": None}
@@ -367,14 +377,14 @@ def show_frontier(args, models, rows, columns, setting):
         row[name + "_se"] = se
     print(f"\nthe most {key} that any policy can have at each KL, "
           f"from {args.samples} samples per prompt of {models[0][0]}\n")
-    print(table(optimum[::10] + best))
+    print(table(optimum[::10] + best_of_n))  # every tenth β; the picture and --json have all
     print("\nhow far below it each checkpoint is, at its own KL\n")
     shown = ["checkpoint", key, "kl", "gap", "gap_at_most"]
     shown += [name + "_se" for name in shown[1:]]
     print(table([{name: row[name] for name in shown} for row in rows]))
     if args.plot:
-        plots.plot_frontier(args.plot, key, rows, optimum, best)
-    return optimum + best
+        plots.plot_frontier(args.plot, key, rows, optimum, best_of_n)
+    return optimum + best_of_n
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -436,7 +446,7 @@ def table_temperature(names, configs):
 
 
 def arguments(argv):
-    """The command line, as at the top of this page."""
+    """Parses the command line; the top of this file describes it."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
@@ -495,6 +505,7 @@ def main(argv=None):
     n_prompts = min(args.n, len(data.prompts("test")))
     if n_prompts == 0:
         raise SystemExit("no held-out prompts: nothing to evaluate")
+    # common/frontier.py cuts the samples into quarters; fewer than twice MIN_ESS would leave no row.
     if args.frontier and (n_prompts < 2 or args.samples < 2 * MIN_ESS or args.samples % 4):
         raise SystemExit(f"--frontier needs at least two prompts (--n) and {2 * MIN_ESS} --samples of each, "
                          "a multiple of 4")

@@ -38,7 +38,7 @@ SPARE = 8  # tokens sampled beyond max_len, because a text that is encoded again
 
 def answer(model, prompt, tokenizer, args):
     """Samples one answer to a prompt; both are text."""
-    ids = evaluate.encode_cut([prompt], model, tokenizer)
+    ids = evaluate.encode_cut([prompt], model.config.block_size, tokenizer)
     seed = torch.seed() % 2**32  # another answer each time
     responses = evaluate.respond(model, ids, tokenizer.eot_token, seed, args.max_new_tokens, args.temperature)
     return evaluate.decode(responses[0], tokenizer)

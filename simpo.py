@@ -145,7 +145,8 @@ def train(cfg):
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
     # Validation prompts to watch the length on. A prompt longer than half of the model's context loses its
     # beginning, to leave room for the response.
-    sample_prompts = evaluate.encode_cut(run.data.prompts("validation")[:cfg.sample_n], policy, tokenizer)
+    sample_prompts = evaluate.encode_cut(
+        run.data.prompts("validation")[:cfg.sample_n], policy.config.block_size, tokenizer)
 
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
     run.start_or_resume(policy, optimizer, CONSOLE)  # with --resume, continues from the last checkpoint

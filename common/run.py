@@ -32,11 +32,19 @@ class Run:
 
         run = Run("dpo", cfg)                      # makes out/dpo-animals, picks the device, sets the seed
         policy, tokenizer = run.load_model(init)   # a model to train, and its tokenizer
+        batches = run.shuffled_batches(pairs)      # for each step, which examples it trains on
         policy = run.prepare(policy)               # on the device, sharded or compiled if asked for
         run.start_or_resume(policy, optimizer)     # opens the log; with --resume, loads the last checkpoint
         run.micro_batches(batch, groups)           # this process's share of a batch, in pieces that fit
         run.log(step, loss=…)                      # log.jsonl and the console
         run.save_if_due(step, policy, optimizer)   # ckpt.pt; ends the process if Ctrl-C asked for it
+
+    They are called in this order, because what is encoded needs the tokenizer, and --resume compares the
+    data and the initial weights of all that came before with those of the run that it continues.
+
+    Under torchrun every process runs the whole page, with the same batches and the same random state; only
+    micro_batches gives each of them another part. What all processes must call, since they wait for each
+    other, says so.
     """
 
     def __init__(self, stage, cfg):
@@ -60,15 +68,18 @@ class Run:
             raise SystemExit(no_checkpoint(reward_model))
         # The checkpoint that this run goes on from, or an empty dict.
         self.checkpoint = load_to_resume(self.out, cfg) if cfg.resume else {}
-        # What this run is made of (common/digests.py): kept in its checkpoints, compared by --resume.
+        # What this run is made of (common/digests.py): kept in its checkpoints. --resume compares data and
+        # weights, train_if_missing compares the file.
         self.digests = {"file": file_digest(cfg.data), "data": "", "init": ""}
         self.start = 0   # steps done before this run, if it resumes another
-        self.tokens = 0  # handed out by micro_batches since the last log line
-        self.tokens_per_step = 0  # about how many, if responses that are yet to be sampled become the longest
+        self.tokens = 0  # of the batches that micro_batches shared out, since the last log line
+        # For the line that start_or_resume prints on a GPU: about how many tokens a step has, if responses
+        # that are yet to be sampled become as long as they may
+        self.tokens_per_step = 0
         self.stop_signal = StopSignal()
         self.progress = Progress()
         self.tokenizer = None
-        self.template = template_of(self.data.prompts("train"))  # of its prompts: "plain" or "turns"
+        self.template = template_of(self.data.prompts("train"))  # how prompts are written: data/turns.py
         with append_to(os.path.join(self.out, "log.jsonl")):
             pass  # a folder that cannot be written is an error now, not after the first hundred steps
         self.device = choose_device(cfg.device)
@@ -78,13 +89,16 @@ class Run:
     # -------------------------------------------------------------------------------- models
 
     def train_if_missing(self, stage):
-        """Returns the folder of another stage's run on the same data, training it first if unfinished."""
+        """Returns the folder of another stage's run on the same data, training it here first if unfinished.
+
+        Sets the seed again, so that what follows does not depend on whether anything was trained.
+        """
         return train_if_missing(stage, self.cfg)
 
     def load_model(self, init, require_policy=True):
         """Loads the model that this run trains -> a GPT on the CPU, its tokenizer.
 
-        A policy cannot start from a reward model, which is refused in one line. The run's checkpoints keep
+        Exits with one line if a policy is required and `init` is a reward model. The run's checkpoints keep
         the tokenizer's name and a digest of the model's weights.
         """
         model, self.tokenizer = load_model(init, self.cfg, require_policy)
@@ -92,7 +106,10 @@ class Run:
         return model, self.tokenizer
 
     def load_reference(self, name, policy):
-        """Loads the frozen reference policy that --ref names; it has the tokenizer and shape of `policy`."""
+        """Loads the frozen reference policy that --ref names, on the CPU: prepare it.
+
+        Exits with one line if its tokenizer or its shape is not that of `policy`.
+        """
         reference, tokenizer = load_model(name, self.cfg)
         if tokenizer.name != self.tokenizer.name:
             raise SystemExit(f"--ref={name}: its tokenizer is {tokenizer.name}, the policy's is "
@@ -125,11 +142,17 @@ class Run:
         return [ids[-room:] for ids in prompts]
 
     def load_reward_model(self, path, normalize=False):
-        """Loads a frozen reward model of this run's tokenizer; normalize: its scores get variance 1."""
+        """Loads a frozen reward model of this run's tokenizer, on the CPU: prepare it.
+
+        normalize: divide its scores by their standard deviation on demonstrations.
+        """
         return load_reward_model(path, self.tokenizer, self.cfg, normalize)
 
     def prepare(self, model):
-        """Moves a model to the device; --fsdp spreads it over the processes, and --compile compiles it."""
+        """Moves a model to the device; --fsdp spreads it over the processes, and --compile compiles it.
+
+        With --fsdp, all processes must call this. A second call changes nothing.
+        """
         return prepare_model(model, self.cfg, self.device)
 
     # -------------------------------------------------------------------------------- the loop
@@ -142,7 +165,7 @@ class Run:
         an empty dict. console: the keys of the log that the console shows, beside the step and the speed.
         """
         checkpoint = self.checkpoint
-        self.checkpoint = {}  # its memory is free once the page needs it no longer
+        self.checkpoint = {}  # so that only the page still holds it, and can free it
         if self.cfg.resume:
             resume(checkpoint, self.out, self.cfg, model, optimizer, self.digests)
             self.start = checkpoint["step"]
@@ -159,10 +182,11 @@ class Run:
         load_optimizer(optimizer, state)
 
     def shuffled_batches(self, examples, batch_size=None, steps=None, seed=None):
-        """Which examples each step trains on: cfg.steps lists of indices, shuffled anew each epoch.
+        """The examples of each step: cfg.steps lists of batch_size indices, shuffled anew each epoch.
 
-        batch_size, steps and seed are those of cfg unless given. The run's checkpoints keep a digest of the
-        examples.
+        The examples that do not fill a batch at the end of an epoch are left out of it. Exits with one line
+        if there are fewer than batch_size. batch_size, steps and seed are those of cfg unless given. The
+        run's checkpoints keep a digest of the examples.
         """
         cfg = self.cfg
         self.digests["data"] = examples_digest(examples, self.digests["data"])
@@ -172,14 +196,20 @@ class Run:
                                 cfg.seed if seed is None else seed)
 
     def lr_schedule(self, step):
-        """The learning rate at a step as a fraction of its peak: linear warm-up, then half a cosine to 0."""
+        """The learning rate at a step as a fraction of its peak: linear warm-up, then half a cosine to 0.
+
+        Steps count from 0, which already has a rate above 0.
+        """
         return lr_schedule(step, self.cfg)
 
     def micro_batches(self, batch, groups):
         """This process's share of a batch, as lists of at most cfg.micro_tokens tokens.
 
-        The batch and the lists are indices into `groups`. A prompt counts once for all of its responses.
-        Every process gets the same number of lists.
+        The batch and the lists are indices into `groups`. A prompt counts once for all of its responses; a
+        group of more tokens than that gets a list of its own, and the shortest groups come first. Every
+        process gets the same number of lists, none of them empty, since all must call the forward pass of a
+        sharded model in step; no communication is needed for that. Exits with one line if the processes
+        cannot share the batch evenly.
         """
         self.tokens += sum(group_length(groups[i]) for i in batch)
         return micro_batches(batch, groups, self.cfg.micro_tokens)
@@ -201,12 +231,15 @@ class Run:
     def encode_pairs(self, comparisons):
         """Every pair of responses that do not tie: [(prompt_ids, [chosen_ids, rejected_ids]), …].
 
-        Cut to cfg.max_len. Exits with one line if the comparisons teach nothing.
+        Cut to cfg.max_len. Exits with one line if all comparisons tie, or if all pairs hold equal responses.
         """
         return encode_pairs(self.tokenizer, comparisons, self.cfg.max_len, source=self.cfg.data)
 
     def held_out_comparisons(self, k=2):
-        """The first cfg.eval_n validation comparisons, and their groups (prompt_ids, [response_ids, …])."""
+        """The first cfg.eval_n validation comparisons, and their groups (prompt_ids, [response_ids, …]).
+
+        k: responses per comparison, where the data leave a choice.
+        """
         comparisons = []
         if hasattr(self.data, "comparisons"):
             comparisons = self.data.comparisons("validation", k)[:self.cfg.eval_n]
@@ -216,20 +249,26 @@ class Run:
     def logp_groups(self, policy, groups, average=False):
         """log π(y|x) of every response of `groups`, in their order: (S,) on the CPU, without gradient.
 
-        Summed over the response's tokens or, with `average`, averaged.
+        Summed over the response's tokens or, with `average`, averaged. Every process computes all of its
+        groups; with --fsdp, all processes must call this.
         """
         return logp_groups(policy, groups, self.cfg.micro_tokens, average)
 
     def logp_of_batches(self, policy, pairs, batches, average=False):
         """log π of both responses of every pair in the batches: (len(pairs), 2), without gradient.
 
-        Summed over the response's tokens or, with `average`, averaged. Pairs in no batch have 0.
+        Row i is that of pairs[i], computed in the micro-batch in which training first meets it; pairs in no
+        batch have 0. Summed over the response's tokens or, with `average`, averaged. All processes must call
+        this: each computes its share, and gets the whole.
         """
         check_digests(self.checkpoint, self.out, self.cfg, self.digests)  # an error now, not after this work
         return logp_of_batches(policy, pairs, batches, self.cfg.micro_tokens, self.progress, average)
 
     def score_groups(self, reward_model, groups):
-        """A reward model's score of every response of `groups`, in their order: (S,) on the CPU."""
+        """A reward model's score of every response of `groups`, in their order: (S,) on the CPU.
+
+        Every process computes all of its groups; with --fsdp, all processes must call this.
+        """
         return score_groups(reward_model, groups, self.cfg.micro_tokens)
 
     def print0(self, text):
@@ -237,9 +276,9 @@ class Run:
         print0(text)
 
     def log(self, step, tokens=None, **values):
-        """Logs the values of a step, counted from 1.
+        """Logs the values of a step, counted from 1: numbers that are the same in all processes.
 
-        tokens: how many the step took, for tokens_per_s; None: those of its micro-batches.
+        tokens: how many the step took, for tokens_per_s; None: those of the batches of its micro-batches.
         """
         self.logger(step, self.tokens if tokens is None else tokens, **values)
         self.tokens = 0
@@ -250,28 +289,30 @@ class Run:
         After a signal, it also prints the command that continues the run, and ends the process.
         All processes must call this.
         """
-        self.stop_signal.agree()
-        if step % self.cfg.ckpt_every == 0 or step == self.cfg.steps or self.stop_signal.agreed:
+        is_due = step % self.cfg.ckpt_every == 0 or step == self.cfg.steps
+        if is_due or self.stop_signal.agree():
             self.save(step, model, optimizer, **more)
         else:
-            self.stop_signal.listen()
+            self.stop_signal.catch_signals()
 
     def save(self, step, model, optimizer, **more):
-        """Saves a checkpoint now, with `more` in it, and ends the process if a signal asked for that."""
-        self.stop_signal.agree()
+        """Saves a checkpoint now, with `more` in it, and ends the process if a signal asked for that.
+
+        All processes must call this.
+        """
         save_checkpoint(self.out, step, model, optimizer, self.cfg, self.tokenizer.name,
                         template=self.template, digests=self.digests, **more)
-        if self.stop_signal.agreed:
+        if self.stop_signal.agree():
             print0(f"stopped after step {step}; continue with: {resume_command(self.cfg)}")
             raise SystemExit(128 + self.stop_signal.agreed)
         if step == self.cfg.steps:
-            self.stop_signal.ignore()
+            self.stop_signal.release_signals()
         else:
-            self.stop_signal.listen()
+            self.stop_signal.catch_signals()
 
 
 def tokens_of_batch(examples, batch_size, cfg):
-    """About how many tokens a batch has. Prompts alone get responses of cfg.max_new_tokens."""
+    """About how many tokens a batch has. Prompts alone (ppo.py) get cfg.batch_size responses in all."""
     if isinstance(examples[0], tuple):
         return batch_size * sum(map(group_length, examples)) / len(examples)
     prompt_tokens = batch_size * sum(map(len, examples)) / len(examples)

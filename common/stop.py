@@ -20,11 +20,12 @@ class StopSignal:
         self.received = None  # the signal that this process got
         self.agreed = None    # the signal that all processes stop for, after `agree`
 
-    def listen(self):
-        """Handles signals from now on: called after a step, since only then is there anything to lose."""
-        self.set_handlers(self.on_signal, self.on_signal)
+    def catch_signals(self):
+        """From now on a signal waits for the end of the step: called after one, when there is one to lose."""
+        if self.received is None:
+            self.set_handlers(self.on_signal, self.on_signal)
 
-    def ignore(self):
+    def release_signals(self):
         """Gives signals their usual meaning again: called after the last step."""
         self.set_handlers(signal.default_int_handler, signal.SIG_DFL)
 
@@ -39,12 +40,16 @@ class StopSignal:
         print0("\nstopping after this step (once more: at once)")
 
     def agree(self):
-        """Finds out whether any process got a signal; one that comes meanwhile counts the next time."""
+        """Returns the signal to stop for, if any process got one; one that comes meanwhile counts next time.
+
+        All processes must call this.
+        """
         self.agreed = self.received
         if n_processes() > 1:
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
             total = all_reduce(torch.tensor(self.agreed or 0, device=device))
             self.agreed = signal.SIGTERM if total.item() else None
+        return self.agreed
 
 
 def resume_command(cfg):

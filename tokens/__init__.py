@@ -76,9 +76,8 @@ def held_out_prompts(names, models, data, n, tokenizer):
         raise SystemExit("--page shows answers to held-out prompts, and there are none in these data")
     templates = [template_of_checkpoint(name) for name in names]
     template = "turns" if "turns" in templates else "plain"
-    policies = [policy for _, policy in models]
-    shortest = min(policies, key=lambda policy: policy.config.block_size)  # of their contexts
-    return evaluate.encode_cut(apply_template(template, texts), shortest, tokenizer)
+    context = min(policy.config.block_size for _, policy in models)
+    return evaluate.encode_cut(apply_template(template, texts), context, tokenizer)
 
 
 def shared_sampling(names, models, configs, prompts, max_new_tokens):
