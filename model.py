@@ -1,16 +1,17 @@
 """GPT-2 (Radford et al. 2019), exactly: learned positions, LayerNorm before each part, tanh-GELU, biases, a
 tied head.
 
-The textbook forms stand on this page: the transformer, log-softmax and gather (`naive_logprobs`), sampling
-by running the whole text again for each token (`naive_generate`). Training and rollouts call the fast
-forms, which give the same numbers and live in engine/:
+This file holds the textbook forms: the transformer, log-softmax and gather (`naive_logprobs`), sampling by
+running the whole text again for each token (`naive_generate`). Training and rollouts call the fast forms,
+which live in engine/ and give the same numbers, up to rounding (on CUDA, their products are in bfloat16 by
+default):
 
     model.logprobs(batch)                    log π(y_t | x, y_<t) of every response token of a packed batch
     model.states(batch)                      the hidden states that those log-probs are read from
     model.score(batch), model.values(batch)  a scalar per response (reward model), or per state (value model)
     model.generate(prompts, …)               sampling with a key-value cache
 
-Left out: dropout (preference and policy training use none), and any architecture but GPT-2's.
+Left out: dropout, and any architecture but GPT-2's.
 """
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from engine import devices
-from engine.attention import attention, block_at, compiled, packed_forward, packed_mask
+from engine.attention import block_at, compiled, packed_forward, packed_mask
 from engine.decode import generate
 from engine.logprobs import log_softmax, token_logprobs
 from engine.onednn import Linear  # nn.Linear, with faster products while sampling on a CPU
@@ -40,6 +41,11 @@ class GPTConfig:
 
 # ------------------------------------------------------------------------------------------ the transformer
 
+def causal_attention(q, k, v):
+    """softmax(q kᵀ/√D) v, in which each position sees itself and those before it. All (B, H, T, D)."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -51,7 +57,7 @@ class SelfAttention(nn.Module):
         return self.c_proj(self.heads(x, attend))
 
     def heads(self, x, attend):
-        """The heads' outputs side by side: (B, T, C) -> (B, T, C). attend: masked softmax(q kᵀ/√D) v."""
+        """The heads' outputs side by side: (B, T, C) -> (B, T, C). attend: causal_attention or the like."""
         B, T, C = x.shape
         D = C // self.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)
@@ -87,9 +93,12 @@ class Block(nn.Module):
         x = x + self.mlp(self.ln_2(x))
         return x
 
-    def forward_at(self, x, attend, positions):
-        """forward(x, attend) at some positions only: (B, T, C) -> (N, C), for `positions` (N,) in B·T."""
-        return block_at(self, x, attend, positions)
+    def forward_at(self, x, attend, places):
+        """`forward` at some places only, indices (N,) into the flattened (B·T): (B, T, C) -> (N, C).
+
+        The last block needs only the places that predict response tokens.
+        """
+        return block_at(self, x, attend, places)
 
 
 class GPT(nn.Module):
@@ -125,7 +134,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def set_scalar_heads(self, n):
-        """Replaces the scalar heads by n new ones: weights N(0, 1/(C+1)) as in arXiv:2009.01325 B.1."""
+        """Replaces the scalar heads with n new ones: weights N(0, 1/(C+1)) as in arXiv:2009.01325 B.1."""
         self.config = replace(self.config, n_scalars=n)
         self.scalar_head = None
         if n:
@@ -133,8 +142,8 @@ class GPT(nn.Module):
             nn.init.normal_(self.scalar_head.weight, std=(self.config.n_embd + 1) ** -0.5)
             nn.init.zeros_(self.scalar_head.bias)
 
-    def hidden(self, tokens, position, attend=attention):
-        """tokens, position (B, T) -> (B, T, C): the hidden states, after the last LayerNorm."""
+    def hidden(self, tokens, position, attend=causal_attention):
+        """tokens, position (B, T) or (T,) -> (B, T, C): the hidden states, after the last LayerNorm."""
         x = self.wte(tokens) + self.wpe(position)
         for block in self.h:
             x = block(x, attend)
@@ -152,16 +161,16 @@ class GPT(nn.Module):
     def naive_logprobs(self, tokens):
         """log π(tokens[t+1] | tokens[:t+1]) of each token but the first: (B, T) -> (B, T-1).
 
-        It defines `logprobs`, which gives the same numbers.
+        The reference for `logprobs`, at temperature 1.
         """
         logprobs = self(tokens[:, :-1]).log_softmax(-1)
         return logprobs.gather(2, tokens[:, 1:, None])[..., 0]
 
     @torch.no_grad()
     def naive_generate(self, prompt, noise, temperature=1.0, top_k=None, eos=None):
-        """Samples a response to one prompt, a list of ids. What `generate` equals.
+        """Samples a response to one prompt, a list of ids. The reference for `generate`.
 
-        noise: numbers from [0, 1), one per new token; each picks the token at which the CDF exceeds it.
+        noise: numbers from [0, 1), one per new token; each picks the first token at which the CDF exceeds it.
         """
         tokens = list(prompt)
         for u in noise:
@@ -181,6 +190,13 @@ class GPT(nn.Module):
 
     # --------------------------------------------------------------------------------------- packed batches
 
+    # A packed batch (engine/packing.py) has S prompts with responses, end to end in rows of T tokens:
+    #   tokens, position (B, T)   each token, and its position in its own sequence
+    #   state_index (N,)          for each response token, the place of the state that predicts it
+    #   target (N,)               that token
+    #   last (S,)                 the place of each response's last token
+    # A place is an index into the flattened (B·T).
+
     @property
     def device(self):
         return self.wte.weight.device
@@ -198,16 +214,17 @@ class GPT(nn.Module):
         self.checkpoint_blocks = checkpoint_blocks
         if compile and not self.compiled:
             self.compiled = True
+            # One kind of mask, since each kind would compile anew
             self.mask_kind = "flex" if devices.device_type(self.device) == "cuda" else "dense"
             self.packed_forward = compiled(packed_forward)
 
-    def states(self, batch, positions=None):
-        """(N, C): the hidden state that predicts each response token; or the states at `positions`."""
-        if positions is None:
-            positions = batch.state_index
+    def states(self, batch, places=None):
+        """The hidden states, after ln_f, that predict the N response tokens, or those at `places`: (N, C)."""
+        if places is None:
+            places = batch.state_index
         mask = packed_mask(batch, self.mask_kind)
         with self.autocast():
-            return self.packed_forward(self, batch.tokens, batch.position, mask, positions)
+            return self.packed_forward(self, batch.tokens, batch.position, mask, places)
 
     def token_logprobs(self, states, target, temperature=1.0):
         """log π(y_t | s_t) at temperature τ: states (N, C), target (N,) -> (N,) float32, in nats."""
@@ -241,7 +258,7 @@ class GPT(nn.Module):
                  return_logprobs=False):
         """Samples one response per prompt. prompts: B lists of token ids -> B lists of new ids, EOS included.
 
-        Temperature 0 is greedy. A response depends on its prompt and on its row of `noise`, (B,
+        Temperature 0 is greedy. A response depends only on its prompt and its row of `noise`, (B,
         max_new_tokens) uniform on [0, 1), drawn here if it is not given. With return_logprobs, returns a
         second list: the log-prob of each new token under the distribution that it was drawn from. Raises
         ValueError if a prompt is empty or leaves no room for max_new_tokens in the model's context.
@@ -267,5 +284,5 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, dir):
-        """Writes a folder in the Hugging Face format, which has no place for scalar heads."""
+        """Writes a folder in the Hugging Face format; scalar heads have no place in it, and are left out."""
         write_pretrained(dir, self.config, self.state_dict())

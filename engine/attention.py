@@ -104,12 +104,12 @@ def group_attention(q, k, v, mask):
 
 # ------------------------------------------------------------------------------------------- the forward pass
 
-def hidden_at(model, tokens, position, attend, positions=None):
-    """model.hidden at some positions only, where attend(layer, q, k, v) is the attention of a layer.
+def hidden_at(model, tokens, position, attend, places=None):
+    """model.hidden at some places only, where attend(layer, q, k, v) is the attention of a layer.
 
-    tokens: (B, T). positions: (N,) indices into B·T, for a result (N, C); None: all of them, (B, T, C).
+    tokens: (B, T). places: (N,) indices into B·T, for a result (N, C); None: all of them, (B, T, C).
 
-    In the last block, only attention needs the other positions; its projection and MLP run on `positions`
+    In the last block, only attention needs the other places; its projection and MLP run on `places`
     alone. With model.checkpoint_blocks, a block's activations are recomputed in the backward pass.
     """
     x = model.wte(tokens) + model.wpe(position)
@@ -117,10 +117,10 @@ def hidden_at(model, tokens, position, attend, positions=None):
     for layer, block in enumerate(blocks):
         x = run_block(model, block, x, partial(attend, layer))
     attend_last = partial(attend, len(blocks))
-    if positions is None:
+    if places is None:
         x = run_block(model, last, x, attend_last)
     else:
-        x = run_block(model, last.forward_at, x, attend_last, positions)
+        x = run_block(model, last.forward_at, x, attend_last, places)
     return model.ln_f(x)
 
 
@@ -132,20 +132,20 @@ def run_block(model, block, *args):
     return block(*args)
 
 
-def block_at(block, x, attend, positions):
-    """block(x, attend) at `positions` (N,), indices into B·T: (B, T, C) -> (N, C)."""
+def block_at(block, x, attend, places):
+    """block(x, attend) at `places` (N,), indices into B·T: (B, T, C) -> (N, C)."""
     heads = block.attn.heads(block.ln_1(x), attend)
-    # index_select, because the backward pass of x[positions] adds in no fixed order.
-    x = x.flatten(0, 1).index_select(0, positions)
-    heads = heads.flatten(0, 1).index_select(0, positions)
+    # index_select, because the backward pass of x[places] adds in no fixed order.
+    x = x.flatten(0, 1).index_select(0, places)
+    heads = heads.flatten(0, 1).index_select(0, places)
     x = x + block.attn.c_proj(heads)
     x = x + block.mlp(block.ln_2(x))
     return x
 
 
-def packed_forward(model, tokens, position, mask, positions):
-    """The hidden states of a packed batch at `positions`: (N, C)."""
-    return hidden_at(model, tokens, position, lambda layer, q, k, v: attention(q, k, v, mask), positions)
+def packed_forward(model, tokens, position, mask, places):
+    """The hidden states of a packed batch at `places`: (N, C)."""
+    return hidden_at(model, tokens, position, lambda layer, q, k, v: attention(q, k, v, mask), places)
 
 
 def compiled(function):
