@@ -22,8 +22,7 @@ class StopSignal:
 
     def catch_signals(self):
         """From now on a signal waits for the end of the step: called after one, when there is one to lose."""
-        if self.received is None:
-            self.set_handlers(self.on_signal, self.on_signal)
+        self.set_handlers(self.on_signal, self.on_signal)
 
     def release_signals(self):
         """Gives signals their usual meaning again: called after the last step."""
