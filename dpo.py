@@ -11,8 +11,8 @@ to y_l:
 
     P(y_w ≻ y_l | x) = σ( r(x, y_w) − r(x, y_l) )                                                   (eq. 1)
 
-Substitute eq. 5 for r, and β log Z(x) cancels. So we can maximize the likelihood of comparisons over the
-policy directly, without a reward model and without sampling:
+Substitute eq. 5 for r, and β log Z(x) cancels. Put a model π_θ in the place of π*, and we can maximize the
+likelihood of comparisons directly, without a reward model and without sampling:
 
     L(θ) = −E log σ( β log π_θ(y_w|x)/π_ref(y_w|x) − β log π_θ(y_l|x)/π_ref(y_l|x) )                (eq. 7)
 
@@ -26,7 +26,7 @@ In comments, log π/π_ref (y|x) is short for log π_θ(y|x)/π_ref(y|x), a sum 
     python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons: recipe hh, with β 0.3
 
 π_ref is the initial policy, unless --ref names another model. The initial policy is --init; by default it is
-the SFT model that sft.py makes of the same data with the same recipe, trained first if it is missing. For
+the SFT model that sft.py trains on the same data with the same recipe, first if it is missing. For
 DPO in rounds, each on new pairs sampled from the current policy, see the loop in docs/using.md.
 
 Left out: the SFT term that some implementations add. This file differs from the authors' code: AdamW instead
@@ -120,8 +120,9 @@ def pair_logp(policy, pairs, average=False):
 
     pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The prompt and its two responses are packed into
     one row, so the prompt goes through the model once. Each response sees the prompt and itself, and its
-    positions continue from the prompt's, so the log-probs equal those of two separate rows. (For π_ref,
-    response_logp in common/scoring.py computes the same: change both alike.)
+    positions continue from the prompt's, so the log-probs equal those of two separate rows. (The
+    precomputed log-probs of π_ref and the table at the end come from response_logp in common/scoring.py,
+    which computes the same: keep the two in sync.)
     """
     batch = pack(pairs).to(policy.device)
     logprobs = policy.logprobs(batch)       # (N,): one per response token
@@ -149,11 +150,11 @@ def train(cfg):
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
     # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
-    # the longer response have more than max_len tokens, the prompt loses its beginning, but keeps its last
-    # max_len // 2 tokens. If that is not enough, the response loses its end, EOS included.
+    # the longer response together exceed max_len tokens, the prompt loses its beginning, down to its last
+    # max_len // 2 tokens; then each response that is still too long loses its end, EOS included.
     pairs = run.encode_pairs(run.data.comparisons("train"))
-    # For each step exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its last,
-    # incomplete batch.
+    # One list per step, of exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its
+    # last, incomplete batch.
     batches = run.shuffled_batches(pairs)
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
@@ -207,7 +208,7 @@ def train(cfg):
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
-            # For the log: `add` detaches each, and sums it up over the batch.
+            # For the log: `add` detaches each, and adds it to the batch's sum.
             metrics.add(loss=losses, accuracy=correct, margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
@@ -219,10 +220,11 @@ def train(cfg):
         lr = cfg.lr * run.lr_schedule(step)  # the schedule is a factor from 0 to 1
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log the batch means: the sums over all processes, divided by the batch size. Save a checkpoint
-        # every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one too, and the program
-        # ends here, without the tables below.
+        # 3. Log the batch means: the sums over all processes, divided by the batch size.
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
+
+        # 4. Save a checkpoint every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one
+        # too, and exits: the tables below are not made.
         run.save_if_due(step + 1, policy, optimizer)
 
     # Two tables, unless eval_n is 0, each with a row for the reference and one for the policy.
@@ -234,14 +236,14 @@ def train(cfg):
         return policy
     del optimizer  # frees memory for the evaluation
     if ref_policy is None:
-        ref_policy = run.load_frozen(cfg.ref or init)
-    # comparisons as text, groups the same as token ids, (prompt_ids, [response_ids, …]): S responses in all
+        ref_policy = run.load_frozen(cfg.ref or init)  # freed above: load it again, and prepare it
+    # comparisons are text; groups are the same as token ids, (prompt_ids, [response_ids, …])
     comparisons, groups = run.held_out_comparisons()
-    logp = run.logp_groups(policy, groups, cfg.ipo_average)  # (S,), without gradient
+    logp = run.logp_groups(policy, groups, cfg.ipo_average)  # (S,), for all S responses in this order
     logp_of_reference = run.logp_groups(ref_policy, groups, cfg.ipo_average)
     rewards = cfg.beta * (logp - logp_of_reference)
     rewards_of_reference = torch.zeros_like(rewards)
-    evaluate.report(run, policy, cfg.ref or init, ref_policy, cfg.reward_model,
+    evaluate.report(run, policy, init=cfg.ref or init, ref_policy=ref_policy, reward_model=cfg.reward_model,
                     preferences=(comparisons, rewards_of_reference, rewards))
     return policy
 

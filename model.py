@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019), exactly: learned positions, LayerNorm before each part, tanh-GELU, biases, a
+"""GPT-2 (Radford et al. 2019): learned positions, LayerNorm before each sub-block, tanh-GELU, biases, a
 tied head.
 
 This file holds the textbook forms: the transformer, log-softmax and gather (`naive_logprobs`), sampling by
@@ -96,7 +96,7 @@ class Block(nn.Module):
     def forward_at(self, x, attend, places):
         """`forward` at some places only, indices (N,) into the flattened (B·T): (B, T, C) -> (N, C).
 
-        The last block needs only the places that predict response tokens.
+        For the last block: attention still sees all places, but c_proj and the MLP run on these alone.
         """
         return block_at(self, x, attend, places)
 
@@ -210,11 +210,11 @@ class GPT(nn.Module):
         return self.dtype or devices.default_dtype(self.device)
 
     def prepare(self, compile, checkpoint_blocks):
-        """How `states` runs: compiled, and with blocks recomputed in the backward pass to save memory."""
+        """Sets how `states` runs: compiled; with blocks recomputed in the backward pass, to save memory."""
         self.checkpoint_blocks = checkpoint_blocks
         if compile and not self.compiled:
             self.compiled = True
-            # One kind of mask, since each kind would compile anew
+            # One kind of mask, since torch.compile would compile anew for each
             self.mask_kind = "flex" if devices.device_type(self.device) == "cuda" else "dense"
             self.packed_forward = compiled(packed_forward)
 

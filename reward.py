@@ -69,7 +69,7 @@ class Config(RunConfig):
 
 # The defaults above are for the animals world. --data=FILE without a recipe uses hh.
 RECIPES = {
-    # Our choice, for GPT-2: one epoch of hh's 160,800 pairs
+    # Our choice, for GPT-2: about one epoch of hh's 160,800 pairs
     "hh": dict(data="hh", k=2, steps=2500, batch_size=64, micro_tokens=16384, max_len=512, lr=1e-5,
                warmup=100, val_every=250, log_every=10, ckpt_every=500),
     # Our choice, for GPT-2
@@ -162,9 +162,9 @@ def train(cfg):
     reward_model = run.prepare(reward_model)  # moved to the device; sharded or compiled if asked for
 
     # Comparisons: a prompt and its K ranked responses. `groups` has the same ones, in the same order, as
-    # token ids: (prompt_ids, [response_ids, …]). If a prompt and its longest response have more than max_len
-    # tokens, the prompt loses its beginning, but keeps its last max_len // 2 tokens. If that is not enough,
-    # the response loses its end, EOS included.
+    # token ids: (prompt_ids, [response_ids, …]). If a prompt and its longest response together exceed max_len
+    # tokens, the prompt loses its beginning, down to its last max_len // 2 tokens; then each response that is
+    # still too long loses its end, EOS included.
     data = run.data
     comparisons = data.comparisons("train", cfg.k)
     comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # drop those whose responses all tie
@@ -174,8 +174,8 @@ def train(cfg):
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
     # The first eval_n validation comparisons, and the same as token ids
     validation, validation_groups = run.held_out_comparisons(cfg.k)
-    # For each step exactly batch_size indices into groups. Each epoch is shuffled anew, and drops its last,
-    # incomplete batch.
+    # One list per step, of exactly batch_size indices into groups. Each epoch is shuffled anew, and drops its
+    # last, incomplete batch.
     batches = run.shuffled_batches(groups)
     run.print0(f"reward: {len(groups)} comparisons of {cfg.data}, {init} -> {run.out} on {run.device}")
     # Prints the first comparison, with a mark at each response's last token, where its score is read, and
@@ -207,7 +207,7 @@ def train(cfg):
             # small term that holds a group's mean score near 0
             loss, accuracy = ranking_loss(scores, group, rank, cfg.margin, cfg.center_coef)
 
-            # Turn the micro-batch's mean over groups into its share of the batch's mean. (Every group has a
+            # Rescale, so that the losses of the micro-batches add up to the batch's mean. (Every group has a
             # pair: those whose responses all tie were left out when the comparisons were loaded.)
             n_groups = len(indices)
             (loss * n_groups / cfg.batch_size).backward()
@@ -235,14 +235,14 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), val_accuracy=val_accuracy,
                 lr=lr, grad_norm=grad_norm)
 
-        # 4. Save a checkpoint every ckpt_every steps. On Ctrl-C, save_if_due saves one too, and the program
-        # ends here. The last checkpoint is saved below, once the scores are centered.
+        # 4. Save a checkpoint every ckpt_every steps. On Ctrl-C, save_if_due saves one too, and exits. The
+        # last checkpoint is saved below, once the scores are centered.
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, reward_model, optimizer)
 
     # Center the scores: shift the bias so that training demonstrations (the best responses, if the data have
-    # only comparisons) score 0 on average. The last checkpoint of a finished run is centered, and has
-    # score_std; if this run resumed from it and took no further step, that stays.
+    # only comparisons) score 0 on average. The last checkpoint of a finished run is centered, and only it has
+    # score_std. If this run resumed from it and has no steps left, its score_std is used again.
     if run.start == cfg.steps and "score_std" in checkpoint:
         score_std = checkpoint["score_std"]
     else:

@@ -51,8 +51,8 @@ RECIPES = {
                val_every=200, log_every=10, ckpt_every=500, eval_n=64),
     "qa_feedback": dict(data="qa_feedback", init="gpt2", steps=300, batch_size=32, max_len=1024, lr=2e-5,
                         warmup=20, val_every=100, log_every=10, ckpt_every=100, eval_n=64),
-    # From arXiv:2009.01325 B.1: batches of 128, about one epoch (of 116,722 demonstrations), and lr, which
-    # the paper uses for 1.3B parameters. The warm-up is ours. max_len: 512 for a post, 128 for its summary
+    # From arXiv:2009.01325 B.1: batches of 128, about one epoch (of 116,722 demonstrations), and the
+    # learning rate of its 1.3B model. The warm-up is ours. max_len: 512 for a post, 128 for its summary
     "tldr": dict(data="tldr", init="gpt2", steps=910, batch_size=128, max_len=640, lr=6.35e-5, warmup=50,
                  val_every=200, log_every=10, ckpt_every=200, eval_n=64),
     # From arXiv:2305.18290 C.1: gpt2-large, about one epoch. Batch size, lr and warm-up are ours. max_len:
@@ -65,7 +65,7 @@ MAX_RESPONSES = 4  # per group; a prompt with more responses gets several groups
 
 
 def group_by_prompt(demonstrations):
-    """[(prompt, response), …] -> [(prompt, [response, …]), …], so that a prompt is computed once for all.
+    """[(prompt, response), …] -> [(prompt, [response, …]), …], to read a prompt once for its responses.
 
     A micro-batch never splits a group; MAX_RESPONSES keeps a prompt with many responses from making a group
     too large.
@@ -99,7 +99,7 @@ def count_response_tokens(groups):
 def validation_loss(policy, groups, run):
     """The mean loss per token on held-out demonstrations, without gradient; None if there are none.
 
-    For simplicity, every process computes all of it.
+    For simplicity, every process computes the loss of the whole split.
     """
     if not groups:
         return None
@@ -116,13 +116,13 @@ def train(cfg):
     run.print0(f"sft: {n_parameters / 1e6:.1f}M parameters on {run.device}, {cfg.data} -> {run.out}")
 
     # Groups: a prompt x and one to four responses y, as token ids with the EOS at the end of y.
-    # If a prompt and the longest response of its group have more than max_len tokens, the prompt loses its
-    # beginning, but keeps its last max_len // 2 tokens. If that is not enough, the response loses its end,
-    # EOS included.
+    # If a prompt and the longest response of its group together exceed max_len tokens, the prompt loses its
+    # beginning, down to its last max_len // 2 tokens; then each response that is still too long loses its
+    # end, EOS included.
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
-    # For each step exactly batch_size indices into groups. Each epoch is shuffled anew, and drops its last,
-    # incomplete batch.
+    # One list per step, of exactly batch_size indices into groups. Each epoch is shuffled anew, and drops its
+    # last, incomplete batch.
     batches = run.shuffled_batches(groups)
     run.show_data(groups)  # prints the first example, and warns if the data look wrong
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
@@ -156,10 +156,11 @@ def train(cfg):
         if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
             val_loss = validation_loss(policy, validation, run)
 
-        # 4. Log; the mean loss is the sum over all processes, divided by n_tokens. Save a checkpoint every
-        # ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one too, and the program ends
-        # here, without the table below.
+        # 4. Log; the mean loss is the sum over all processes, divided by n_tokens.
         run.log(step + 1, **metrics.mean(n_tokens), val_loss=val_loss, lr=lr, grad_norm=grad_norm)
+
+        # 5. Save a checkpoint every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one
+        # too, and exits: the table below is not made.
         run.save_if_due(step + 1, policy, optimizer)
 
     # The final table: answers to prompts of the test split before and after training, with their reward where

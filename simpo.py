@@ -2,9 +2,9 @@
 
 DPO's reward of a response is β log π/π_ref, a sum over its tokens. But generation uses only the policy's own
 log-probs, so SimPO leaves π_ref out. A sum of log-probs falls with every token: where the chosen response is
-the longer one, training must inflate the probabilities of its tokens to make it win (without the division
-below, the paper's models write long, repetitive responses). So SimPO divides by the length |y|: the reward is
-β times the mean log-prob (eq. 4). The chosen response should win by at least γ:
+the longer one, training must inflate the probabilities of its tokens to make it win. So SimPO divides by the
+length |y|: the reward is β times the mean log-prob (eq. 4). Without the division, the paper's models write
+long, repetitive responses. The chosen response should win by at least γ:
 
     r(x, y) = β/|y| log π_θ(y|x)
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
@@ -14,14 +14,15 @@ only one model in memory. But nothing in the loss keeps the policy near its star
 a small learning rate, diverse data and the robustness of large models.
 
 In our runs on the animals world, a small synthetic data set, responses become too short with this loss alone
-(docs/results.md). We have not isolated the reason. One candidate: 1/|y| gives each token of a short chosen
-response, its EOS included, more weight than a token of a long one. Adding an SFT term, as the authors' code
-can, keeps the length up. Theirs is a mean over the tokens of a micro-batch, ours over those of the batch:
+(docs/results.md). We have not isolated the reason. One candidate: 1/|y| gives each token of a short response,
+its EOS included, more weight than a token of a long one. That raises the EOS of a short chosen response more
+(and lowers that of a short rejected one more; the two need not cancel). Adding an SFT term keeps the length
+up. The authors' code has one too, a mean over the tokens of a micro-batch; ours is one over the batch's:
 
     sft_weight · ( −Σ log π_θ(y_w|x) ) / ( Σ |y_w| )
 
-Within this term every chosen token has the same weight. The paper's main runs have sft_weight 0, as have our
-recipes for real data. With those, watch response_len and unfinished in the log: responses of at most 128
+Within this term every chosen token has the same weight. The paper's main runs have sft_weight 0, and so do
+our recipes for real data. With those, watch response_len and unfinished in the log: responses of at most 128
 tokens are sampled during training for that purpose.
 
     python simpo.py                                the animals world, from scratch: SFT first, then SimPO
@@ -112,7 +113,7 @@ def mean_chosen_length(pairs):
 
 
 def length_statistics(responses, eos):
-    """Early signs of responses that shrink to nothing, or no longer end. responses: lists of token ids.
+    """Early signs that responses are shrinking to nothing, or no longer end. responses: lists of token ids.
 
     response_len: mean length in tokens, EOS included; empty: the share of responses that are nothing but the
     EOS; unfinished: the share that reached the limit of new tokens before an EOS.
@@ -135,11 +136,11 @@ def train(cfg):
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
     # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
-    # the longer response have more than max_len tokens, the prompt loses its beginning, but keeps its last
-    # max_len // 2 tokens. If that is not enough, the response loses its end, EOS included.
+    # the longer response together exceed max_len tokens, the prompt loses its beginning, down to its last
+    # max_len // 2 tokens; then each response that is still too long loses its end, EOS included.
     pairs = run.encode_pairs(run.data.comparisons("train"))
-    # For each step exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its last,
-    # incomplete batch.
+    # One list per step, of exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its
+    # last, incomplete batch.
     batches = run.shuffled_batches(pairs)
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
@@ -179,7 +180,7 @@ def train(cfg):
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
-            # For the log: `add` detaches each, and sums it up over the batch. The loss is that of eq. 6
+            # For the log: `add` detaches each, and adds it to the batch's sum. The loss is that of eq. 6
             # plus the SFT term; the margin is that of the rewards, not γ.
             metrics.add(loss=total_losses, simpo_loss=losses, sft_loss=sft_losses, accuracy=correct,
                         margin=chosen_reward - rejected_reward,
@@ -194,17 +195,18 @@ def train(cfg):
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Every sample_every steps, and after the last, sample responses of at most 128 tokens to see their
-        # length. `respond` has a seed of its own, so only the policy differs from time to time. At other
-        # steps the values are None, and the console leaves them blank.
+        # length. `respond` has a seed of its own, so from one time to the next only the policy
+        # differs. At other steps the values are None, and the console leaves them blank.
         sample_stats = {"response_len": None, "empty": None, "unfinished": None}
         if sample_prompts and ((step + 1) % cfg.sample_every == 0 or step + 1 == cfg.steps):
             responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token, max_new_tokens=128)
             sample_stats = length_statistics(responses, tokenizer.eot_token)
 
-        # 4. Log the batch means: the sums over all processes, divided by the batch size. Save a checkpoint
-        # every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one too, and the program
-        # ends here, without the tables below.
+        # 4. Log the batch means: the sums over all processes, divided by the batch size.
         run.log(step + 1, **metrics.mean(cfg.batch_size), **sample_stats, lr=lr, grad_norm=grad_norm)
+
+        # 5. Save a checkpoint every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one
+        # too, and exits: the tables below are not made.
         run.save_if_due(step + 1, policy, optimizer)
 
     # Two tables, unless eval_n is 0, each with a row for the initial policy, loaded again, and one for the
@@ -217,11 +219,12 @@ def train(cfg):
         return policy
     del optimizer  # frees memory for the evaluation
     initial_policy = run.load_frozen(init)
-    # comparisons as text, groups the same as token ids, (prompt_ids, [response_ids, …]): S responses in all
+    # comparisons are text; groups are the same as token ids, (prompt_ids, [response_ids, …])
     comparisons, groups = run.held_out_comparisons()
-    rewards_before = cfg.beta * run.logp_groups(initial_policy, groups, average=True)  # (S,), β/|y| log π
+    # β/|y| log π of all S responses in this order: (S,)
+    rewards_before = cfg.beta * run.logp_groups(initial_policy, groups, average=True)
     rewards = cfg.beta * run.logp_groups(policy, groups, average=True)
-    evaluate.report(run, policy, init, initial_policy, cfg.reward_model,
+    evaluate.report(run, policy, init=init, ref_policy=initial_policy, reward_model=cfg.reward_model,
                     preferences=(comparisons, rewards_before, rewards))
     return policy
 

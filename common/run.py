@@ -39,12 +39,12 @@ class Run:
         run.log(step, loss=…)                      # log.jsonl and the console
         run.save_if_due(step, policy, optimizer)   # ckpt.pt; ends the process if Ctrl-C asked for it
 
-    They are called in this order, because what is encoded needs the tokenizer, and --resume compares the
-    data and the initial weights of all that came before with those of the run that it continues.
+    Call them in this order: encoding needs the tokenizer, and start_or_resume compares digests of the data
+    and the initial weights loaded so far with those in the checkpoint.
 
-    Under torchrun every process runs the whole page, with the same batches and the same random state; only
-    micro_batches gives each of them another part. What all processes must call, since they wait for each
-    other, says so.
+    Under torchrun every process runs the whole page and calls every method, with the same arguments: some
+    wait for the other processes. All have the same batches and the same random state; only micro_batches
+    (and logp_of_batches, inside) gives each of them a part of its own.
     """
 
     def __init__(self, stage, cfg):
@@ -106,7 +106,7 @@ class Run:
         return model, self.tokenizer
 
     def load_reference(self, name, policy):
-        """Loads the frozen reference policy that --ref names, on the CPU: prepare it.
+        """Loads the frozen reference policy that --ref names, on the CPU; pass it to `prepare`.
 
         Exits with one line if its tokenizer or its shape is not that of `policy`.
         """
@@ -120,7 +120,10 @@ class Run:
         return reference.requires_grad_(False)
 
     def load_frozen(self, name):
-        """Loads the initial policy or the reference again, frozen and prepared, to compare with."""
+        """Loads the initial policy or the reference again, frozen and prepared, to compare with.
+
+        Warns if it is not what it was when this run began.
+        """
         model, _ = load_model(name, self.cfg)
         if weights_digest(model) not in (self.digests["init"], self.digests.get("ref")):
             print0(f"warning: {name} has changed since this run began: the tables compare with what it is")
@@ -142,7 +145,7 @@ class Run:
         return [ids[-room:] for ids in prompts]
 
     def load_reward_model(self, path, normalize=False):
-        """Loads a frozen reward model of this run's tokenizer, on the CPU: prepare it.
+        """Loads a frozen reward model of this run's tokenizer, on the CPU; pass it to `prepare`.
 
         normalize: divide its scores by their standard deviation on demonstrations.
         """
@@ -151,7 +154,7 @@ class Run:
     def prepare(self, model):
         """Moves a model to the device; --fsdp spreads it over the processes, and --compile compiles it.
 
-        With --fsdp, all processes must call this. A second call changes nothing.
+        It does so in place, and returns the model. A second call changes nothing.
         """
         return prepare_model(model, self.cfg, self.device)
 
@@ -249,8 +252,8 @@ class Run:
     def logp_groups(self, policy, groups, average=False):
         """log π(y|x) of every response of `groups`, in their order: (S,) on the CPU, without gradient.
 
-        Summed over the response's tokens or, with `average`, averaged. Every process computes all of its
-        groups; with --fsdp, all processes must call this.
+        Summed over the response's tokens or, with `average`, averaged. Not shared out: every process
+        computes all of the groups.
         """
         return logp_groups(policy, groups, self.cfg.micro_tokens, average)
 
@@ -258,8 +261,8 @@ class Run:
         """log π of both responses of every pair in the batches: (len(pairs), 2), without gradient.
 
         Row i is that of pairs[i], computed in the micro-batch in which training first meets it; pairs in no
-        batch have 0. Summed over the response's tokens or, with `average`, averaged. All processes must call
-        this: each computes its share, and gets the whole.
+        batch have 0. Summed over the response's tokens or, with `average`, averaged. Each
+        process computes its share of every batch, and gets the whole. Call it before start_or_resume.
         """
         check_digests(self.checkpoint, self.out, self.cfg, self.digests)  # an error now, not after this work
         return logp_of_batches(policy, pairs, batches, self.cfg.micro_tokens, self.progress, average)
@@ -267,7 +270,7 @@ class Run:
     def score_groups(self, reward_model, groups):
         """A reward model's score of every response of `groups`, in their order: (S,) on the CPU.
 
-        Every process computes all of its groups; with --fsdp, all processes must call this.
+        Not shared out: every process computes all of the groups.
         """
         return score_groups(reward_model, groups, self.cfg.micro_tokens)
 
@@ -286,8 +289,8 @@ class Run:
     def save_if_due(self, step, model, optimizer, **more):
         """Saves a checkpoint every cfg.ckpt_every steps, at the last step, and after a signal to stop.
 
-        After a signal, it also prints the command that continues the run, and ends the process.
-        All processes must call this.
+        After a signal, it also prints the command that continues the run, and ends the process. step: how
+        many are done, as in `log`. more: further entries of the checkpoint, which start_or_resume returns.
         """
         is_due = step % self.cfg.ckpt_every == 0 or step == self.cfg.steps
         if is_due or self.stop_signal.agree():
@@ -296,10 +299,7 @@ class Run:
             self.stop_signal.catch_signals()
 
     def save(self, step, model, optimizer, **more):
-        """Saves a checkpoint now, with `more` in it, and ends the process if a signal asked for that.
-
-        All processes must call this.
-        """
+        """Saves a checkpoint now, with `more` in it, and ends the process if a signal asked for that."""
         save_checkpoint(self.out, step, model, optimizer, self.cfg, self.tokenizer.name,
                         template=self.template, digests=self.digests, **more)
         if self.stop_signal.agree():
