@@ -25,9 +25,9 @@ In comments, log π/π_ref (y|x) is short for log π_θ(y|x)/π_ref(y|x), a sum 
     python dpo.py imdb                                      one point of Figure 2; first follow data/imdb.py
     python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons: recipe hh, with β 0.3
 
-π_ref is the initial policy, unless --ref names another model. The initial policy is --init; by default it is
-the SFT model that sft.py trains on the same data with the same recipe, first if it is missing. For
-DPO in rounds, each on new pairs sampled from the current policy, see the loop in docs/using.md.
+π_ref is the initial policy, unless --ref names another model. The initial policy is --init, by default the
+SFT model of the same data and recipe, which is trained first if it is missing. For DPO in rounds, each on new
+pairs sampled from the current policy, see the loop in docs/using.md.
 
 Left out: the SFT term that some implementations add. This file differs from the authors' code: AdamW instead
 of RMSprop, a cosine decay of the learning rate instead of a constant, gradients clipped at norm 1 instead of
@@ -66,7 +66,7 @@ class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, �
 RECIPES = {
     # arXiv:2305.18290 App. B: β 0.1, lr 1e-6, batches of 64, 150 steps of warm-up. One epoch
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
-    # App. B: β 0.5 on TL;DR, lr, batches and warm-up as for hh. One epoch
+    # App. B: β is 0.5 on TL;DR; the learning rate, batches and warm-up are those of hh. One epoch
     "tldr": dict(data="tldr", beta=0.5, steps=1450, max_len=640, lr=1e-6, warmup=150, ckpt_every=500,
                  eval_n=64),
     # App. C.1: the pairs that sample.py makes, 6 for each of 25,000 prefixes. We hold out a tenth of
@@ -203,8 +203,8 @@ def train(cfg):
             (losses.sum() / cfg.batch_size).backward()
 
             # The policy's accuracy as a reward model: is the chosen response's reward higher? A tie counts
-            # one half. Without --ref, π is π_ref before the first update, so all pairs tie, and the first
-            # accuracy is 0.5 (exactly on a CPU; on a GPU, rounding may break ties; there is no dropout).
+            # one half. There is no dropout, so without --ref, π equals π_ref before the first update, all
+            # pairs tie, and the first accuracy is 0.5 (on a GPU, rounding may break ties).
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
@@ -236,7 +236,7 @@ def train(cfg):
         return policy
     del optimizer  # frees memory for the evaluation
     if ref_policy is None:
-        ref_policy = run.load_frozen(cfg.ref or init)  # freed above: load it again, and prepare it
+        ref_policy = run.load_frozen(cfg.ref or init)  # it was freed above
     # comparisons are text; groups are the same as token ids, (prompt_ids, [response_ids, …])
     comparisons, groups = run.held_out_comparisons()
     logp = run.logp_groups(policy, groups, cfg.ipo_average)  # (S,), for all S responses in this order

@@ -57,7 +57,10 @@ class SelfAttention(nn.Module):
         return self.c_proj(self.heads(x, attend))
 
     def heads(self, x, attend):
-        """The heads' outputs side by side: (B, T, C) -> (B, T, C). attend: causal_attention or the like."""
+        """The heads' outputs side by side: (B, T, C) -> (B, T, C).
+
+        attend(q, k, v): causal_attention, or attention under another mask.
+        """
         B, T, C = x.shape
         D = C // self.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)
@@ -190,8 +193,8 @@ class GPT(nn.Module):
 
     # --------------------------------------------------------------------------------------- packed batches
 
-    # A packed batch (engine/packing.py) has S prompts with responses, end to end in rows of T tokens:
-    #   tokens, position (B, T)   each token, and its position in its own sequence
+    # A packed batch (engine/packing.py) has prompts and their S responses, end to end in B rows of T tokens:
+    #   tokens, position (B, T)   each token, and its position in its own prompt and response
     #   state_index (N,)          for each response token, the place of the state that predicts it
     #   target (N,)               that token
     #   last (S,)                 the place of each response's last token
@@ -210,7 +213,10 @@ class GPT(nn.Module):
         return self.dtype or devices.default_dtype(self.device)
 
     def prepare(self, compile, checkpoint_blocks):
-        """Sets how `states` runs: compiled; with blocks recomputed in the backward pass, to save memory."""
+        """Sets whether `states` is compiled, and whether blocks are recomputed in the backward pass.
+
+        Recomputing them saves memory. A model that is compiled stays so.
+        """
         self.checkpoint_blocks = checkpoint_blocks
         if compile and not self.compiled:
             self.compiled = True

@@ -461,8 +461,8 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
             minibatch_tokens = episodes.mask[episodes.rows(minibatch)].sum().to(run.device)
 
             # Each process takes an equal share of the minibatch, in micro-batches: lists of indices into
-            # groups, of at most cfg.micro_tokens tokens. All have equally many, since all of them must call
-            # the forward pass of a sharded model in step.
+            # groups, of at most cfg.micro_tokens tokens. Each process has the same number of them, because a
+            # sharded model's forward pass needs all processes at once.
             for indices in run.micro_batches(minibatch, groups):
                 batch = pack([groups[i] for i in indices]).to(run.device)
                 # The same responses with what steps 2 and 4 gave them: old.logprobs is log π_old.
@@ -502,15 +502,14 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                     (cfg.ptx_coef * loss).backward()
                     metrics.add(ptx_loss=loss)
 
-            # Sum the gradients over the processes, and the metrics, which are then the same numbers in every
-            # process.
+            # Sum the gradients and the metrics over the processes. Every process then has the same metrics.
             dist.sync_gradients(models.policy)
             if "value" in optimizers:
                 dist.sync_gradients(models.value_model)
             step_metrics = metrics.total()
 
             # The policy has moved far enough from the one that sampled: throw this gradient away, and
-            # start a new rollout. All processes decide alike.
+            # start a new rollout. All processes make the same decision, since they have the same metrics.
             if cfg.stop_kl is not None and step_metrics["approx_kl"] > cfg.stop_kl:
                 for optimizer in optimizers.values():
                     optimizer.zero_grad(set_to_none=True)

@@ -18,8 +18,8 @@ The result is π_SFT. By default every later stage starts from it, and PPO and D
     python sft.py tldr                           Reddit posts and their TL;DRs; also qa_feedback and imdb
     python sft.py --data=mine.jsonl              your own file (data/jsonl.py), with the settings of recipe hh
 
-Left out, though in the paper (App. C.1): dropout, and choosing the checkpoint by a reward model's score. The
-schedule differs: the paper trains for 16 epochs, without a warm-up and down to 10% of the peak learning rate.
+Left out: dropout, and choosing the checkpoint by a reward model's score, which the paper does (App. C.1). It
+also trains for 16 epochs, without a warm-up, and decays the learning rate to 10% of its peak instead of 0.
 """
 from dataclasses import dataclass
 
@@ -65,10 +65,10 @@ MAX_RESPONSES = 4  # per group; a prompt with more responses gets several groups
 
 
 def group_by_prompt(demonstrations):
-    """[(prompt, response), …] -> [(prompt, [response, …]), …], to read a prompt once for its responses.
+    """[(prompt, response), …] -> groups [(prompt, [response, …]), …].
 
-    A micro-batch never splits a group; MAX_RESPONSES keeps a prompt with many responses from making a group
-    too large.
+    The model reads a prompt once for all responses of its group. A micro-batch never splits a group;
+    MAX_RESPONSES keeps a prompt with many responses from making a group too large.
     """
     responses_to = {}
     for prompt, response in demonstrations:

@@ -17,7 +17,7 @@ In our runs on the animals world, a small synthetic data set, responses become t
 (docs/results.md). We have not isolated the reason. One candidate: 1/|y| gives each token of a short response,
 its EOS included, more weight than a token of a long one. That raises the EOS of a short chosen response more
 (and lowers that of a short rejected one more; the two need not cancel). Adding an SFT term keeps the length
-up. The authors' code has one too, a mean over the tokens of a micro-batch; ours is one over the batch's:
+up. The authors' code has one too, averaged over the tokens of a micro-batch; ours averages over the batch:
 
     sft_weight · ( −Σ log π_θ(y_w|x) ) / ( Σ |y_w| )
 
@@ -195,8 +195,8 @@ def train(cfg):
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Every sample_every steps, and after the last, sample responses of at most 128 tokens to see their
-        # length. `respond` has a seed of its own, so from one time to the next only the policy
-        # differs. At other steps the values are None, and the console leaves them blank.
+        # length. `respond` uses the same seed every time, so the lengths differ only because the policy does.
+        # At other steps the values are None, and the console leaves them blank.
         sample_stats = {"response_len": None, "empty": None, "unfinished": None}
         if sample_prompts and ((step + 1) % cfg.sample_every == 0 or step + 1 == cfg.steps):
             responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token, max_new_tokens=128)

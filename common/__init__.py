@@ -22,6 +22,7 @@
     frontier.py         the most reward at each KL, and the gap to it
     standard_errors.py  means over prompts, and their errors
     tables.py           rows of numbers as text
-    plots.py            the picture of the frontier; curves.py: pictures of what runs logged
+    plots.py            the picture of the frontier
+    curves.py           pictures of what runs logged
     files.py            files that are written completely or not at all
 """

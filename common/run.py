@@ -209,10 +209,9 @@ class Run:
         """This process's share of a batch, as lists of at most cfg.micro_tokens tokens.
 
         The batch and the lists are indices into `groups`. A prompt counts once for all of its responses; a
-        group of more tokens than that gets a list of its own, and the shortest groups come first. Every
-        process gets the same number of lists, none of them empty, since all must call the forward pass of a
-        sharded model in step; no communication is needed for that. Exits with one line if the processes
-        cannot share the batch evenly.
+        group of more than cfg.micro_tokens tokens gets a list of its own, and the shortest groups come first.
+        Every process gets the same number of lists, none of them empty, because a sharded model's forward
+        pass needs all processes at once. Exits with one line if the batch cannot be shared evenly.
         """
         self.tokens += sum(group_length(groups[i]) for i in batch)
         return micro_batches(batch, groups, self.cfg.micro_tokens)
@@ -261,8 +260,8 @@ class Run:
         """log π of both responses of every pair in the batches: (len(pairs), 2), without gradient.
 
         Row i is that of pairs[i], computed in the micro-batch in which training first meets it; pairs in no
-        batch have 0. Summed over the response's tokens or, with `average`, averaged. Each
-        process computes its share of every batch, and gets the whole. Call it before start_or_resume.
+        batch have 0. Summed over the response's tokens or, with `average`, averaged. Each process computes
+        its share of every batch, and gets all of the result. Call it before start_or_resume.
         """
         check_digests(self.checkpoint, self.out, self.cfg, self.digests)  # an error now, not after this work
         return logp_of_batches(policy, pairs, batches, self.cfg.micro_tokens, self.progress, average)
@@ -281,7 +280,7 @@ class Run:
     def log(self, step, tokens=None, **values):
         """Logs the values of a step, counted from 1: numbers that are the same in all processes.
 
-        tokens: how many the step took, for tokens_per_s; None: those of the batches of its micro-batches.
+        tokens: how many the step took, for tokens_per_s; None: those of the batch that was shared out.
         """
         self.logger(step, self.tokens if tokens is None else tokens, **values)
         self.tokens = 0

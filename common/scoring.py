@@ -25,7 +25,9 @@ def logp_groups(policy, groups, micro_tokens=16384, average=False):
 def response_logp(policy, batch, average=False):
     """log π(y|x) of each response of a batch, summed over its tokens or averaged: (S,)."""
     logp = per_sequence(policy.logprobs(batch), batch)
-    return logp / batch.response_length if average else logp
+    if average:
+        logp = logp / batch.response_length
+    return logp
 
 
 @torch.no_grad()

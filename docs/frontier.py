@@ -1,6 +1,6 @@
 """Every point of the frontier in docs/results.md: each method as a curve, over seeds of the whole pipeline.
 
-    python docs/frontier.py 0 1 2          # the methods' curves
+    python docs/frontier.py 0 1 2          # a curve for each method
     python docs/frontier.py 0 1 2 --all    # and SimPO in rounds, a fixed reference, GRPO, RLOO on gold,
                                            # and over-optimization
 

@@ -6,7 +6,8 @@
     decode.py      sampling with a key-value cache
     kvcache.py     that cache, and CUDA graphs
     onednn.py      faster matrix products for sampling on a CPU
-    weights.py     GPT-2's published weights and the Hugging Face format; config_json.py: its shapes
+    weights.py     GPT-2's published weights and the Hugging Face format
+    config_json.py what that format says of a model's shape
     devices.py     what differs between cpu, cuda and mps
     files.py       downloads, and packages that only some need
 

@@ -1,4 +1,4 @@
-"""The shape of a GPT-2: that of the published models, and that in the config.json of a Hugging Face folder."""
+"""The shape of a GPT-2: of the published models, and of a Hugging Face folder, from its config.json."""
 import json
 import os
 
