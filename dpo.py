@@ -44,7 +44,7 @@ import evaluate
 from common.dist import sync_gradients
 from common.log import Metrics
 from common.optim import make_optimizer, optimizer_step
-from common.options import LabelNoise, NonNegativeFloat, PositiveFloat, RunConfig, parse
+from common.options import BelowHalf, NonNegativeFloat, PositiveFloat, RunConfig, parse
 from common.run import Run
 from engine.packing import pack, per_sequence
 
@@ -53,7 +53,7 @@ from engine.packing import pack, per_sequence
 class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, …) are in common/options.py
     beta: PositiveFloat = 1.0       # β, the weight of the KL: a larger β keeps the policy closer to π_ref
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # eq. 7 or a variant, see dpo_loss
-    label_smoothing: LabelNoise = 0.0  # ε < ½: the share of labels assumed flipped, for sigmoid and robust
+    label_smoothing: BelowHalf = 0.0  # ε < ½: the share of labels assumed flipped, for sigmoid and robust
     ipo_average: bool = False       # with ipo: log-probs are means over tokens instead of sums
     ref: str | None = None          # π_ref, named as in --init; None: the initial policy
     precompute_ref: bool = True     # compute π_ref's log-probs before training; False: at each step
@@ -239,8 +239,8 @@ def train(cfg):
         ref_policy = run.load_frozen(cfg.ref or init)  # it was freed above
     # comparisons are text; groups are the same as token ids, (prompt_ids, [response_ids, …])
     comparisons, groups = run.held_out_comparisons()
-    logp = run.logp_groups(policy, groups, cfg.ipo_average)  # (S,), for all S responses in this order
-    logp_of_reference = run.logp_groups(ref_policy, groups, cfg.ipo_average)
+    logp = run.logp_of_responses(policy, groups, cfg.ipo_average)  # (S,), for all S responses in this order
+    logp_of_reference = run.logp_of_responses(ref_policy, groups, cfg.ipo_average)
     rewards = cfg.beta * (logp - logp_of_reference)
     rewards_of_reference = torch.zeros_like(rewards)
     evaluate.report(run, policy, init=cfg.ref or init, ref_policy=ref_policy, reward_model=cfg.reward_model,

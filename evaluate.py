@@ -50,7 +50,7 @@ from common.frontier import MIN_ESS, frontier, gap
 from common.log import printable
 from common.models import load_model, load_reward_model, template_of_checkpoint
 from common.preferences import comparison_samples, preference_row
-from common.scoring import score_groups
+from common.scoring import scores_of_responses
 from common.sharding import unshard_model
 from common.standard_errors import clusters_of, mean_se
 from common.tables import table
@@ -186,7 +186,7 @@ def evaluate_model(name, policy, setting):
     }
     if setting.reward_model:
         groups = [(prompt, [response]) for prompt, response in zip(ids, responses)]
-        columns["score"] = score_groups(setting.reward_model, groups).tolist()
+        columns["score"] = scores_of_responses(setting.reward_model, groups).tolist()
     if hasattr(data, "gold"):
         columns["gold"] = [data.gold(prompt, text) for prompt, text in zip(prompts, texts)]
     if hasattr(data, "axes"):
@@ -224,7 +224,7 @@ def reference_rewards(setting, n, seed):
     keys = [(tuple(prompt), tuple(response)) for prompt, response in zip(ids, responses)]
     distinct = list(dict.fromkeys(keys))
     groups = [(list(prompt), [list(response)]) for prompt, response in distinct]
-    score_of = dict(zip(distinct, score_groups(setting.reward_model, groups).tolist()))
+    score_of = dict(zip(distinct, scores_of_responses(setting.reward_model, groups).tolist()))
     return torch.tensor([score_of[key] for key in keys], dtype=torch.float64).view(-1, n)
 
 

@@ -209,7 +209,7 @@ def reward_model_reward(reward_model, cfg):
     """A reward_fn: the reward model's score of a response, on its last token."""
     def reward_fn(prompts, responses):
         groups = grids.group_by_prompt(prompts, responses, cfg.k)
-        scores = scoring.score_groups(reward_model, groups, cfg.micro_tokens)
+        scores = scoring.scores_of_responses(reward_model, groups, cfg.micro_tokens)
         return grids.on_last_token(scores, grids.length_mask(responses))
     return reward_fn
 

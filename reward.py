@@ -185,7 +185,7 @@ def train(cfg):
 
     # The untrained head's scores of all S validation responses, for the table at the end: (S,), without
     # gradient. (With --resume, run.start_or_resume below replaces the initial weights.)
-    scores_before = run.score_groups(reward_model, validation_groups)
+    scores_before = run.scores_of_responses(reward_model, validation_groups)
     # β2 is 0.99, not the 0.95 of the other stages: a longer memory for noisy gradients.
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
     checkpoint = run.start_or_resume(reward_model, optimizer)  # the last checkpoint, or {}; sets run.start
@@ -228,7 +228,7 @@ def train(cfg):
         # accuracy on the validation comparisons.
         val_accuracy = None
         if validation and ((step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps):
-            scores = run.score_groups(reward_model, validation_groups)  # (S,) on the CPU
+            scores = run.scores_of_responses(reward_model, validation_groups)  # (S,) on the CPU
             group, rank = group_and_rank(validation)
             _, accuracy = ranking_loss(scores, group, rank)
             val_accuracy = accuracy.item()
@@ -249,7 +249,7 @@ def train(cfg):
         demonstrations = data.demonstrations("train")[:cfg.center_n]
         examples = [(prompt, [response]) for prompt, response in demonstrations]
         demonstration_groups = encode_groups(tokenizer, examples, cfg.max_len)
-        scores = run.score_groups(reward_model, demonstration_groups)
+        scores = run.scores_of_responses(reward_model, demonstration_groups)
         score_std = scores.std().item()
         shift_bias(reward_model, -scores.mean().item())
         run.save(cfg.steps, reward_model, optimizer, score_std=score_std)
@@ -258,7 +258,7 @@ def train(cfg):
     # comparisons, before training and after. Below it, three comparisons with their scores.
     run.print0(f"\ndemonstrations score 0 ± {score_std:.3f}")
     if validation:
-        scores = run.score_groups(reward_model, validation_groups)
+        scores = run.scores_of_responses(reward_model, validation_groups)
         rows = evaluate.report_preferences(run, init, validation, scores_before, scores, n_samples=3)
         evaluate.save_rows(run, rows)
     return reward_model

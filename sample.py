@@ -28,7 +28,7 @@ import evaluate
 from common.dist import log_to_console
 from common.files import append_to, write_atomically
 from common.models import load_model_only, load_reward_model, template_of_checkpoint
-from common.scoring import score_groups
+from common.scoring import scores_of_responses
 from common.sharding import sampling_copy
 from data import encode_groups, encode_prompts
 from data.turns import apply_template, user_turn
@@ -138,7 +138,7 @@ def labels(args, data, examples, tokenizer, reward_model):
             else:
                 result.append([data.gold(prompt, response) for response in responses])
         return result
-    scores = score_groups(reward_model, encode_groups(tokenizer, examples, args.max_len))
+    scores = scores_of_responses(reward_model, encode_groups(tokenizer, examples, args.max_len))
     sizes = [len(responses) for _, responses in examples]
     return [list_of_scores.tolist() for list_of_scores in scores.split(sizes)]
 

@@ -103,7 +103,7 @@ def validation_loss(policy, groups, run):
     """
     if not groups:
         return None
-    logp = run.logp_groups(policy, groups)  # log π(y|x) of each response, in micro-batches, under no_grad
+    logp = run.logp_of_responses(policy, groups)  # log π(y|x) of each response, without gradient
     return -logp.double().sum().item() / count_response_tokens(groups)
 
 

@@ -42,7 +42,7 @@ import evaluate
 from common.dist import sync_gradients
 from common.log import Metrics
 from common.optim import make_optimizer, optimizer_step
-from common.options import (LabelNoise, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt,
+from common.options import (BelowHalf, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt,
                             RunConfig, parse)
 from common.run import Run
 from engine.packing import pack, per_sequence
@@ -54,7 +54,7 @@ class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, �
     gamma: NonNegativeFloat = 1.0   # γ of eq. 6: the margin that the chosen response should win by
     gamma_beta_ratio: NonNegativeFloat | None = None  # γ/β, as the authors' scripts give it; replaces gamma
     sft_weight: NonNegativeFloat = 0.5  # weight of the SFT term, the mean −log π per chosen token
-    label_smoothing: LabelNoise = 0.0  # ε, as in the authors' code: see simpo_loss
+    label_smoothing: BelowHalf = 0.0  # ε, as in the authors' code: see simpo_loss
     reward_model: str | None = None  # a run of reward.py, for scores and win rates in the final tables
     lr: NonNegativeFloat = 3e-4     # peak learning rate: reached by a linear warm-up, then half a cosine to 0
     sample_every: PositiveInt = 20  # steps between samples, to watch the length
@@ -222,8 +222,8 @@ def train(cfg):
     # comparisons are text; groups are the same as token ids, (prompt_ids, [response_ids, …])
     comparisons, groups = run.held_out_comparisons()
     # β/|y| log π of all S responses in this order: (S,)
-    rewards_before = cfg.beta * run.logp_groups(initial_policy, groups, average=True)
-    rewards = cfg.beta * run.logp_groups(policy, groups, average=True)
+    rewards_before = cfg.beta * run.logp_of_responses(initial_policy, groups, average=True)
+    rewards = cfg.beta * run.logp_of_responses(policy, groups, average=True)
     evaluate.report(run, policy, init=init, ref_policy=initial_policy, reward_model=cfg.reward_model,
                     preferences=(comparisons, rewards_before, rewards))
     return policy

@@ -22,7 +22,7 @@ NonNegativeInt = Annotated[int, AtLeast(0)]
 PositiveFloat = Annotated[float, Above(0)]
 NonNegativeFloat = Annotated[float, AtLeast(0)]
 UnitFloat = Annotated[float, Between(0, 1)]
-LabelNoise = Annotated[float, Between(0, 0.5, exclude_high=True)]  # from 0.5 on, the labels say the opposite
+BelowHalf = Annotated[float, Between(0, 0.5, exclude_high=True)]  # from 0.5 on, the labels say the opposite
 
 
 @dataclass

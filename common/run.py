@@ -16,7 +16,7 @@ from common.models import load_model, load_reward_model, template_of_checkpoint
 from common.optim import lr_schedule
 from common.options import check_config
 from common.prerequisites import run_dir, train_if_missing
-from common.scoring import logp_groups, logp_of_batches, score_groups
+from common.scoring import logp_of_responses, logp_of_batches, scores_of_responses
 from common.stop import StopSignal, resume_command
 from data import check_contract, dataset, encode_groups, encode_pairs, encode_prompts
 from data.turns import apply_template, template_of
@@ -248,13 +248,13 @@ class Run:
         examples = [(comparison.prompt, comparison.responses) for comparison in comparisons]
         return comparisons, encode_groups(self.tokenizer, examples, self.cfg.max_len)
 
-    def logp_groups(self, policy, groups, average=False):
+    def logp_of_responses(self, policy, groups, average=False):
         """log π(y|x) of every response of `groups`, in their order: (S,) on the CPU, without gradient.
 
         Summed over the response's tokens or, with `average`, averaged. Not shared out: every process
         computes all of the groups.
         """
-        return logp_groups(policy, groups, self.cfg.micro_tokens, average)
+        return logp_of_responses(policy, groups, self.cfg.micro_tokens, average)
 
     def logp_of_batches(self, policy, pairs, batches, average=False):
         """log π of both responses of every pair in the batches: (len(pairs), 2), without gradient.
@@ -266,12 +266,12 @@ class Run:
         check_digests(self.checkpoint, self.out, self.cfg, self.digests)  # an error now, not after this work
         return logp_of_batches(policy, pairs, batches, self.cfg.micro_tokens, self.progress, average)
 
-    def score_groups(self, reward_model, groups):
+    def scores_of_responses(self, reward_model, groups):
         """A reward model's score of every response of `groups`, in their order: (S,) on the CPU.
 
         Not shared out: every process computes all of the groups.
         """
-        return score_groups(reward_model, groups, self.cfg.micro_tokens)
+        return scores_of_responses(reward_model, groups, self.cfg.micro_tokens)
 
     def print0(self, text):
         """Prints in the main process only."""

@@ -6,12 +6,12 @@ from common.dist import all_reduce
 from engine.packing import pack, per_sequence
 
 
-def score_groups(reward_model, groups, micro_tokens=16384):
+def scores_of_responses(reward_model, groups, micro_tokens=16384):
     """The reward model's score of every response of every group, in their order: (S,) on the CPU."""
     return number_each_response(reward_model, reward_model.score, groups, micro_tokens)
 
 
-def logp_groups(policy, groups, micro_tokens=16384, average=False):
+def logp_of_responses(policy, groups, micro_tokens=16384, average=False):
     """log π(y|x) of every response of every group, in their order: (S,) on the CPU.
 
     Summed over the response's tokens or, with `average`, averaged.

@@ -23,7 +23,7 @@ from common.optim import make_optimizer
 from common.options import RunConfig, parse
 from common.prerequisites import run_dir
 from common.run import Run
-from common.scoring import score_groups
+from common.scoring import scores_of_responses
 from data import dataset, encode_groups, encode_pairs, encode_prompts, get_tokenizer, imdb, tldr
 from data.imdb import MEMBER
 from data.jsonl import Jsonl
@@ -323,7 +323,7 @@ def test_pairs_are_in_the_order_of_the_reward_of_what_dpo_reads(imdb_files, monk
     sample.main(["out/sft-imdb", "--rank=out/reward-imdb", "--out=deep/er/pairs.jsonl",
                  "--data=imdb", f"--data_dir={imdb_files}", "--n=8", "--max_len=16"])
     pairs = encode_pairs(tokenizer, dataset("deep/er/pairs.jsonl").comparisons("train"), 16, "")
-    chosen, rejected = score_groups(load_model("out/reward-imdb", require_policy=False)[0], pairs).view(-1, 2).unbind(1)
+    chosen, rejected = scores_of_responses(load_model("out/reward-imdb", require_policy=False)[0], pairs).view(-1, 2).unbind(1)
     assert len(pairs) > 10 and (chosen > rejected).all()
 
 

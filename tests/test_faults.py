@@ -32,7 +32,7 @@ from common.models import load_model
 from common.optim import PATIENCE
 from common.options import parse
 from common.run import Run
-from common.scoring import score_groups
+from common.scoring import scores_of_responses
 from data import check_pairs, dataset, encode_groups, get_tokenizer
 
 STAGES = ["sft", "reward", "ppo", "dpo", "simpo", "finegrained"]
@@ -420,7 +420,7 @@ def test_a_reward_model_with_more_steps_is_centered_again(start):
     model, tokenizer = load_model(str(start / "a"), require_policy=False)
     demonstrations = dataset(str(start / "mine.jsonl")).demonstrations("train")
     groups = encode_groups(tokenizer, [(prompt, [response]) for prompt, response in demonstrations], 64)
-    scores = score_groups(model, groups)
+    scores = scores_of_responses(model, groups)
     assert scores.mean().abs() < 1e-5 and math.isclose(checkpoint["score_std"], scores.std().item(), rel_tol=1e-4)
 
 

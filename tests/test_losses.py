@@ -10,7 +10,7 @@ from conftest import make_model, random_groups
 
 import dpo
 from common.models import load_model
-from common.scoring import logp_groups, logp_of_batches, pair_accuracy
+from common.scoring import logp_of_responses, logp_of_batches, pair_accuracy
 from data import encode_groups, get_tokenizer
 from dpo import dpo_loss
 from engine.packing import pack, per_sequence
@@ -179,6 +179,6 @@ def test_held_out_responses_and_the_reference_average_as_the_loss_does():
     policy = SimpleNamespace(device="cpu", logprobs=lambda batch: torch.full((len(batch.sequence),), -2.0))
     progress = SimpleNamespace(show=lambda text: None)
     for average, expected in ((True, [-2.0, -2.0, -2.0, -2.0]), (False, [-4.0, -6.0, -2.0, -4.0])):
-        assert logp_groups(policy, pairs, average=average).tolist() == expected
+        assert logp_of_responses(policy, pairs, average=average).tolist() == expected
         precomputed = logp_of_batches(policy, pairs, [[1, 0]], 100, progress, average)
         assert precomputed.flatten().tolist() == expected

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_model, random_groups
 
-from common.scoring import score_groups
+from common.scoring import scores_of_responses
 from data.schema import Comparison
 from engine.packing import pack
 from reward import group_and_rank, ranked_pairs, ranking_loss, shift_bias
@@ -119,9 +119,9 @@ def test_a_shifted_bias_shifts_every_score():
     model = make_model()
     model.set_scalar_heads(1)
     groups = random_groups()
-    before = score_groups(model, groups)
-    shift_bias(model, -score_groups(model, groups, micro_tokens=40).mean().item())
-    after = score_groups(model, groups)
+    before = scores_of_responses(model, groups)
+    shift_bias(model, -scores_of_responses(model, groups, micro_tokens=40).mean().item())
+    after = scores_of_responses(model, groups)
     assert abs(after.mean()) < 1e-5 and after.std().item() == pytest.approx(before.std().item(), abs=1e-5)
     torch.testing.assert_close(after, before - before.mean(), atol=1e-5, rtol=0)
 
@@ -131,7 +131,7 @@ def test_scores_come_in_the_order_of_the_groups():
     model.set_scalar_heads(1)
     groups = random_groups()
     expected = model.score(pack(groups, 64)).detach()
-    torch.testing.assert_close(score_groups(model, groups, micro_tokens=30), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores_of_responses(model, groups, micro_tokens=30), expected, atol=1e-5, rtol=0)
 
 
 def test_centering_holds_the_mean_and_leaves_the_differences_alone():

@@ -22,7 +22,7 @@ from common.models import load_model
 from common.options import RunConfig, parse
 from common.preferences import calibration_slope, differences, preference_row
 from common.run import Run
-from common.scoring import logp_groups
+from common.scoring import logp_of_responses
 from data import check_contract, dataset, encode_groups, get_tokenizer
 from data.schema import Comparison
 
@@ -86,7 +86,7 @@ def test_the_verdict_of_dpo_and_simpo_is_about_their_rewards(start):
         again = json.load(open(start / stage / "eval.json"))
         config = load_checkpoint(str(start / stage))["config"]
         policy = load_model(str(start / stage))[0]
-        logp, ref_logp = logp_groups(policy, groups), logp_groups(reference, groups)
+        logp, ref_logp = logp_of_responses(policy, groups), logp_of_responses(reference, groups)
         lengths = torch.tensor([len(response) for _, responses in groups for response in responses])
         rewards = config["beta"] * (logp - ref_logp if stage == "dpo" else logp / lengths)
         expected = preference_row(str(start / stage), rewards, held_out, data)

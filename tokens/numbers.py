@@ -11,7 +11,7 @@ import ppo
 import simpo
 from common import grids
 from common.batches import all_micro_batches
-from common.scoring import score_groups
+from common.scoring import scores_of_responses
 from data import encode_groups
 from data.segments import decode_with_ends
 from engine.logprobs import CHUNK
@@ -133,7 +133,7 @@ def rows(indices, episodes, numbers, viewer, setting):
         })
     if setting.reward_model is not None:
         groups = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
-        scores = score_groups(setting.reward_model, groups)
+        scores = scores_of_responses(setting.reward_model, groups)
         for row, score in zip(result, scores.tolist()):
             row["end"]["score"] = score
     if viewer.span_rewards is not None:
