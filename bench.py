@@ -214,18 +214,9 @@ def naive_generate(model, prompts, new_tokens):
 
 # --------------------------------------------------------------------------------------------------- the rows
 
-@dataclass
-class Row:
-    path: str
-    seconds: float
-    tokens: int
-    memory: int
-    limit: float | None
-    vs_naive: float | None = None
-
-    def as_dict(self):
-        return {"path": self.path, "tokens_per_s": self.tokens / self.seconds, "seconds": self.seconds,
-                "memory_gb": self.memory / 1e9, "limit": self.limit, "vs_naive": self.vs_naive}
+def make_row(path, seconds, tokens, memory, limit=None):
+    return {"path": path, "tokens_per_s": tokens / seconds, "seconds": seconds, "memory_gb": memory / 1e9,
+            "limit": limit, "vs_naive": None}
 
 
 def training_rows(args, model, clock, rate):
@@ -242,10 +233,7 @@ def training_rows(args, model, clock, rate):
         ref_logp = dpo.pair_logp(model, groups)
     group = torch.arange(len(groups), device=device).repeat_interleave(2)
     rank = torch.tensor([0, 1], device=device).repeat(len(groups))
-    lengths = []
-    for _, responses in groups:
-        lengths += [len(response) for response in responses]
-    lengths = torch.tensor(lengths, device=device)
+    lengths = pack(groups).to(device).response_length
     optimizers = {m: make_optimizer(m, LR) for m in (model, scorer)}
 
     def step(m, loss):
@@ -285,9 +273,9 @@ def training_rows(args, model, clock, rate):
              ("reward step", scorer, reward_step, naive_reward, without_head)]
     for path, m, ours, naive, flops in paths:
         seconds, memory = clock(step(m, ours))
-        row = Row(path, seconds, tokens, memory, flops / seconds / rate)
+        row = make_row(path, seconds, tokens, memory, flops / seconds / rate)
         if args.against:
-            row.vs_naive = clock.once(step(m, naive)) / seconds
+            row["vs_naive"] = clock.once(step(m, naive)) / seconds
         yield row
 
 
@@ -303,14 +291,14 @@ def sampling_rows(args, model, clock, rate, bandwidth):
     prefill_seconds, memory = clock(lambda: sampler.generate(prompts, 1))
     # As if each prompt's last token were its response: one log-prob per prompt.
     flops = forward_flops(config, [(prompt[:-1], [prompt[-1:]]) for prompt in prompts])
-    yield Row("prefill", prefill_seconds, sum(map(len, prompts)), memory, flops / prefill_seconds / rate)
+    yield make_row("prefill", prefill_seconds, sum(map(len, prompts)), memory, flops / prefill_seconds / rate)
 
     seconds, memory = clock(lambda: sampler.generate(prompts, n))
     decode_seconds = seconds - prefill_seconds
     limit = decode_bytes(sampler, prompts, n) / decode_seconds / bandwidth
-    row = Row("decode", decode_seconds, args.rows * (n - 1), memory, limit)
+    row = make_row("decode", decode_seconds, args.rows * (n - 1), memory, limit)
     if args.against:
-        row.vs_naive = clock.once(lambda: naive_generate(sampler, prompts, n)) / seconds
+        row["vs_naive"] = clock.once(lambda: naive_generate(sampler, prompts, n)) / seconds
     yield row
 
 
@@ -373,10 +361,10 @@ def ppo_rows(args, model, clock, rate):
         limit = None
         if flops is not None:
             limit = flops / seconds / rate
-        yield Row(path, seconds, tokens, memory, limit)
-    row = Row("PPO iteration", total_seconds, all_tokens, most_memory, None)
+        yield make_row(path, seconds, tokens, memory, limit)
+    row = make_row("PPO iteration", total_seconds, all_tokens, most_memory, None)
     if args.against:
-        row.vs_naive = clock.once(lambda: naive_ppo(models, optimizers, prompts, cfg)) / total_seconds
+        row["vs_naive"] = clock.once(lambda: naive_ppo(models, optimizers, prompts, cfg)) / total_seconds
     yield row
 
 
@@ -449,7 +437,6 @@ def main(argv=None):
 
     rows = [*training_rows(args, model, clock, rate), *sampling_rows(args, model, clock, rate, bandwidth),
             *ppo_rows(args, model, clock, rate)]
-    rows = [row.as_dict() for row in rows]
     print(table(rows))
     if args.json:
         result = {"model": shape, "device": name, "torch": torch.__version__, "flops": rate,

@@ -47,17 +47,18 @@ from common.checkpoints import load_checkpoint
 from common.dist import is_main, log_to_console, print0
 from common.files import write_atomically
 from common.frontier import MIN_ESS, frontier, gap
+from common.grids import repeat_each
 from common.log import printable
 from common.models import load_model, load_reward_model, template_of_checkpoint
 from common.preferences import comparison_samples, preference_row
-from common.scoring import scores_of_responses
+from common.scoring import number_each_response, pair_accuracy, scores_of_responses
 from common.sharding import unshard_model
 from common.standard_errors import clusters_of, mean_se
 from common.tables import table
-from data import dataset, encode_prompts
+from data import dataset, decode, encode_prompts
 from data.turns import apply_template
 from engine.decode import uniform_noise
-from engine.packing import pack, per_sequence
+from engine.packing import per_sequence
 from engine.weights import is_pretrained
 
 KEYS = ["gold", "relevance", "factuality", "completeness", "kl", "win_rate", "length", "eos_rate", "grammar",
@@ -72,7 +73,6 @@ FRONTIER_SEED = 2   # of the reference's samples for the frontier
 
 # Limits on memory, so that the table at the end of a stage fits wherever training did
 CACHE_BYTES = 2**28      # of a key-value cache
-KL_ROWS = 64             # responses in a forward pass
 KL_TOKENS = 2048         # tokens in a forward pass
 KL_LOGITS = 2**23        # logits of one model
 
@@ -88,9 +88,7 @@ def respond(model, prompts, eos, seed=ANSWER_SEED, max_new_tokens=MAX_NEW_TOKENS
     config = model.config
     longest = max(map(len, prompts))
     max_new_tokens = min(max_new_tokens, config.block_size - longest)
-    with torch.random.fork_rng(devices=[]):  # the noise is drawn by the CPU's generator
-        torch.default_generator.manual_seed(seed)
-        noise = uniform_noise(len(prompts), max_new_tokens)
+    noise = uniform_noise(len(prompts), max_new_tokens, torch.Generator().manual_seed(seed))
 
     # The key-value cache of a row: keys and values of 4 bytes.
     bytes_per_row = 2 * config.n_layer * config.n_embd * 4 * (longest + max_new_tokens)
@@ -102,7 +100,6 @@ def respond(model, prompts, eos, seed=ANSWER_SEED, max_new_tokens=MAX_NEW_TOKENS
     return responses
 
 
-@torch.no_grad()
 def exact_kl(policy, ref_policy, prompts, responses, temperature=1.0):
     """Σ_t KL(π(·|x, y_<t) ‖ π_ref(·|x, y_<t)) over each response, in nats: (len(prompts),)
 
@@ -110,9 +107,8 @@ def exact_kl(policy, ref_policy, prompts, responses, temperature=1.0):
     """
     # How many tokens' distributions exist at one time.
     chunk = max(1, min(512, KL_LOGITS // policy.wte.num_embeddings))
-    result = []
-    for groups in slices_of_groups(prompts, responses):
-        batch = pack(groups).to(policy.device)
+
+    def kl_of_responses(batch):
         states = policy.states(batch).split(chunk)
         ref_states = ref_policy.states(batch).split(chunk)
         kl = []
@@ -121,27 +117,10 @@ def exact_kl(policy, ref_policy, prompts, responses, temperature=1.0):
             ref_logp = ref_policy.log_softmax(ref_s, temperature)
             position_kl = (logp.exp() * (logp - ref_logp)).sum(-1)
             kl.append(position_kl.clamp(min=0))  # rounding can take a KL of almost 0 below it
-        result.append(per_sequence(torch.cat(kl), batch))
-    return torch.cat(result).cpu()
+        return per_sequence(torch.cat(kl), batch)
 
-
-def slices_of_groups(prompts, responses):
-    """Yields lists of groups, in order, of at most KL_ROWS responses and KL_TOKENS tokens.
-
-    A prompt and response of more tokens than that are yielded alone.
-    """
-    groups = []
-    n_tokens = 0
-    for prompt, response in zip(prompts, responses):
-        length = len(prompt) + len(response)
-        if groups and (len(groups) == KL_ROWS or n_tokens + length > KL_TOKENS):
-            yield groups
-            groups = []
-            n_tokens = 0
-        groups.append((prompt, [response]))
-        n_tokens += length
-    if groups:
-        yield groups
+    groups = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
+    return number_each_response(policy, kl_of_responses, groups, KL_TOKENS)
 
 
 def encode_cut(prompts, context, tokenizer):
@@ -161,7 +140,7 @@ class Setting:
     context: int                # tokens of a prompt and a response together: what every model can read
     clusters: list              # for each prompt what it asks about; the standard errors are over these
     ref_policy: torch.nn.Module
-    ref_rewards: list | None    # of the reference's answers that the win rate compares with, one per prompt
+    ref_rewards: torch.Tensor | None  # (P,) of the reference's answers that the win rate compares with
     reward_model: torch.nn.Module | None
     temperature: float
 
@@ -177,7 +156,7 @@ def evaluate_model(name, policy, setting):
     eos = setting.tokenizer.eot_token
     ids = encode_cut(prompts, setting.context, setting.tokenizer)
     responses = respond(policy, ids, eos, ANSWER_SEED, setting.max_new_tokens(ids), setting.temperature)
-    texts = [decode(response, setting.tokenizer) for response in responses]
+    texts = [decode(setting.tokenizer, response) for response in responses]
     kl = exact_kl(policy, setting.ref_policy, ids, responses, setting.temperature)
     columns = {
         "kl": kl.tolist(),
@@ -198,9 +177,9 @@ def evaluate_model(name, policy, setting):
         for text in texts:
             n_good, n_sentences = data.grammatical(text)
             columns["grammar"].append(n_good / n_sentences if n_sentences else None)
-    if setting.ref_rewards:
-        rewards = columns.get("gold") or columns["score"]
-        columns["win_rate"] = [wins(reward, other) for reward, other in zip(rewards, setting.ref_rewards)]
+    if setting.ref_rewards is not None:
+        rewards = torch.tensor(columns.get("gold") or columns["score"], dtype=torch.float64)
+        columns["win_rate"] = pair_accuracy(rewards, setting.ref_rewards).tolist()
 
     row = {"checkpoint": name}
     for key in KEYS:
@@ -210,13 +189,11 @@ def evaluate_model(name, policy, setting):
 
 def reference_rewards(setting, n, seed):
     """Samples n responses of the reference per prompt -> their rewards (P, n): gold, or else the score."""
-    ids = []
-    for prompt in encode_cut(setting.prompts, setting.context, setting.tokenizer):
-        ids += [prompt] * n
+    ids = repeat_each(encode_cut(setting.prompts, setting.context, setting.tokenizer), n)
     responses = respond(setting.ref_policy, ids, setting.tokenizer.eot_token, seed,
                         setting.max_new_tokens(ids), setting.temperature)
     if hasattr(setting.data, "gold"):
-        texts = [decode(response, setting.tokenizer) for response in responses]
+        texts = [decode(setting.tokenizer, response) for response in responses]
         rewards = [setting.data.gold(setting.prompts[i // n], text) for i, text in enumerate(texts)]
         return torch.tensor(rewards, dtype=torch.float64).view(-1, n)
     # Equal responses to a prompt must tie exactly, for best-of-n. Scores that are computed twice may differ
@@ -226,18 +203,6 @@ def reference_rewards(setting, n, seed):
     groups = [(list(prompt), [list(response)]) for prompt, response in distinct]
     score_of = dict(zip(distinct, scores_of_responses(setting.reward_model, groups).tolist()))
     return torch.tensor([score_of[key] for key in keys], dtype=torch.float64).view(-1, n)
-
-
-def decode(response, tokenizer):
-    """The text of a response, without its EOS."""
-    return tokenizer.decode([token for token in response if token != tokenizer.eot_token])
-
-
-def wins(a, b):
-    """1 if a is larger, 0 if b is, 1/2 for a tie."""
-    if a == b:
-        return 0.5
-    return 1.0 if a > b else 0.0
 
 
 def compare(models, data, tokenizer, n, reward_model=None, template="plain", temperature=1.0):
@@ -259,7 +224,7 @@ def compare(models, data, tokenizer, n, reward_model=None, template="plain", tem
     setting = Setting(
         data, tokenizer, prompts, context, clusters, ref_policy, None, reward_model, temperature)
     if prompts and (hasattr(data, "gold") or reward_model):
-        setting.ref_rewards = reference_rewards(setting, 1, REFERENCE_SEED)[:, 0].tolist()
+        setting.ref_rewards = reference_rewards(setting, 1, REFERENCE_SEED)[:, 0]
     rows, texts, columns = [], [], []
     for name, model in models:
         row, model_texts, model_columns = evaluate_model(name, model, setting)
@@ -420,11 +385,8 @@ def load_models(names, data=None):
 
 def load_data(args, configs):
     """The data that --data names, or else the data that the first run was trained on."""
-    config = {"data": "animals", "data_dir": "data/files"}
-    for its_config in configs:
-        if its_config:
-            config = its_config
-            break
+    of_runs = [config for config in configs if config]
+    config = of_runs[0] if of_runs else {"data": "animals", "data_dir": "data/files"}
     return dataset(args.data or config["data"], args.data_dir or config["data_dir"])
 
 
@@ -523,9 +485,9 @@ def main(argv=None):
         more += show_frontier(args, models, rows, columns, setting)
     if args.json:
         all_rows = rows + more
-        keys = []  # every row gets the keys of all rows
+        keys = {}  # every row gets the keys of all rows
         for row in all_rows:
-            keys += [key for key in row if key not in keys]
+            keys |= row
         with write_atomically(args.json) as f:
             json.dump([{key: row.get(key) for key in keys} for row in all_rows], f, indent=2)
 

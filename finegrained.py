@@ -216,25 +216,17 @@ class PackedMarks:
     label: torch.Tensor
     group: torch.Tensor  # index into the batch's groups
 
-    def of_axis(self, k):
-        """Which marks belong to the k-th axis: (M,) boolean."""
-        return self.axis == k
-
 
 def pack_marks(groups, marks, axes, device):
     """The packed batch of some groups, and their marks (a list of Mark per group) -> Batch, PackedMarks."""
-    columns = {"axis": [], "token": [], "label": [], "group": []}
+    rows = []  # one per mark: axis, token, label, group
     first = 0  # where the group's response tokens begin, among those of the batch
     for i, ((_, responses), group_marks) in enumerate(zip(groups, marks)):
         for mark in group_marks:
-            columns["axis"].append(axes.index(mark.axis))
-            columns["token"].append(first + mark.token)
-            columns["label"].append(mark.label)
-            columns["group"].append(i)
+            rows.append((axes.index(mark.axis), first + mark.token, mark.label, i))
         first += sum(map(len, responses))
-    for name, column in columns.items():
-        columns[name] = torch.tensor(column, dtype=torch.long, device=device)
-    return pack(groups).to(device), PackedMarks(**columns)
+    axis, token, label, group = torch.tensor(rows, dtype=torch.long, device=device).view(-1, 4).unbind(1)
+    return pack(groups).to(device), PackedMarks(axis, token, label, group)
 
 
 def judge(models, batch, marks):
@@ -258,7 +250,7 @@ def reward_losses(scores, marks, axes):
     """
     losses, right = {}, {}
     for k, axis in enumerate(axes):
-        of_axis = marks.of_axis(k)
+        of_axis = marks.axis == k
         s = scores[of_axis]
         label = marks.label[of_axis]
         if axis == "completeness":
@@ -401,7 +393,7 @@ def accuracy_rows(model, axes, feedback, cfg):
         for indices, marks, scores in judgements([model], source, axes, cfg.micro_tokens):
             batch_clusters = [source.clusters[i] for i in indices]
             for k, axis in enumerate(axes):
-                of_axis = marks.of_axis(k)
+                of_axis = marks.axis == k
                 s = scores[of_axis]
                 label = marks.label[of_axis]
                 group = marks.group[of_axis]
@@ -446,15 +438,18 @@ class RewardModels:
     completeness_std: float
 
 
+def reward_folders(cfg):
+    """The folders of the reward models, and the axes of each one's heads: a dict."""
+    out = cfg.reward_models or run_dir("rewards", cfg)
+    if cfg.share_trunk:
+        return {out: list(AXES)}
+    return {os.path.join(out, axis): [axis] for axis in AXES}
+
+
 def load_rewards(cfg, init, tokenizer):
     """Loads the frozen reward models, on the CPU; those that are missing are trained first."""
-    out = cfg.reward_models or run_dir("rewards", cfg)
-    axes_of_folder = {out: list(AXES)}
-    if not cfg.share_trunk:
-        axes_of_folder = {os.path.join(out, axis): [axis] for axis in AXES}
-
     loaded = RewardModels([], [], 0.0, 1.0)
-    for folder, axes in axes_of_folder.items():
+    for folder, axes in reward_folders(cfg).items():
         checkpoint = load_or_train(folder, axes, init, cfg)
         model, its_tokenizer = load_model(folder, cfg, require_policy=False)
         if its_tokenizer.name != tokenizer.name:

@@ -210,7 +210,9 @@ class GPT(nn.Module):
         return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
 
     def product_dtype(self):
-        return self.dtype or devices.default_dtype(self.device)
+        if self.dtype is not None:
+            return self.dtype
+        return torch.bfloat16 if devices.device_type(self.device) == "cuda" else torch.float32
 
     def prepare(self, compile, checkpoint_blocks):
         """Sets whether `states` is compiled, and whether blocks are recomputed in the backward pass.
@@ -234,13 +236,11 @@ class GPT(nn.Module):
 
     def token_logprobs(self, states, target, temperature=1.0):
         """log π(y_t | s_t) at temperature τ: states (N, C), target (N,) -> (N,) float32, in nats."""
-        with self.autocast():
-            return token_logprobs(self, states, target, temperature)
+        return token_logprobs(self, states, target, temperature)
 
     def log_softmax(self, states, temperature=1.0):
         """log π(· | s) of at most CHUNK states (engine/logprobs.py): (n, C) -> (n, vocab_size) float32."""
-        with self.autocast():
-            return log_softmax(self, states, temperature)
+        return log_softmax(self, states, temperature)
 
     def logprobs(self, batch, temperature=1.0):
         """log π(y_t | x, y_<t) at temperature τ of a packed batch's N response tokens: (N,), in nats."""
@@ -248,8 +248,7 @@ class GPT(nn.Module):
 
     def scalars(self, states):
         """The scalar heads: (…, C) -> (…, n_scalars), in float32 throughout."""
-        with torch.autocast(self.device.type, enabled=False):
-            return self.scalar_head(states.float())
+        return self.scalar_head(states.float())
 
     def score(self, batch):
         """A reward model's r(x, y) of each response of a packed batch, read at its last token: (S,)."""

@@ -56,6 +56,7 @@ from common.optim import make_optimizer, optimizer_step
 from common.options import (NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig,
                             UnitFloat, parse)
 from common.run import Run
+from data import decode
 from engine.logprobs import CHUNK
 from engine.packing import group_length, pack
 
@@ -157,7 +158,10 @@ class Episodes:
 
     def rows(self, indices):
         """The rows of the responses of some groups, given by their indices."""
-        return grids.rows_of_groups(indices, self.k)
+        rows = []
+        for i in indices:
+            rows += range(i * self.k, (i + 1) * self.k)
+        return rows
 
     def select(self, rows, device):
         """Some of the episodes, their grids on `device`."""
@@ -223,7 +227,7 @@ def text_reward(function, tokenizer):
     def reward_fn(prompts, responses):
         rewards = []
         for prompt, response in zip(prompts, responses):
-            response_text = evaluate.decode(response, tokenizer)  # without the EOS
+            response_text = decode(tokenizer, response)  # without the EOS
             rewards.append(float(function(tokenizer.decode(prompt), response_text)))
         return grids.on_last_token(torch.tensor(rewards), grids.length_mask(responses))
     return reward_fn

@@ -27,10 +27,11 @@ import torch
 import evaluate
 from common.dist import log_to_console
 from common.files import append_to, write_atomically
+from common.grids import repeat_each
 from common.models import load_model_only, load_reward_model, template_of_checkpoint
 from common.scoring import scores_of_responses
 from common.sharding import sampling_copy
-from data import encode_groups, encode_prompts
+from data import decode, encode_groups, encode_prompts
 from data.turns import apply_template, user_turn
 
 SPARE = 8  # tokens sampled beyond max_len, because a text that is encoded again may take a few tokens fewer
@@ -41,7 +42,7 @@ def answer(model, prompt, tokenizer, args):
     ids = evaluate.encode_cut([prompt], model.config.block_size, tokenizer)
     seed = torch.seed() % 2**32  # another answer each time
     responses = evaluate.respond(model, ids, tokenizer.eot_token, seed, args.max_new_tokens, args.temperature)
-    return evaluate.decode(responses[0], tokenizer)
+    return decode(tokenizer, responses[0])
 
 
 def talk(models, lines, tokenizer, args):
@@ -89,14 +90,12 @@ def complete(policy, tokenizer, prompts, k, max_new_tokens, max_len, batch_size=
     examples = []
     for i in range(0, len(prompts), batch_size):
         print(f"{i} of {len(prompts)} prompts answered", flush=True)
-        repeated = []
-        for prompt in ids[i:i + batch_size]:
-            repeated += [prompt] * k
+        repeated = repeat_each(ids[i:i + batch_size], k)
         responses = policy.generate(repeated, max_new_tokens, eos=tokenizer.eot_token)
         for j, prompt in enumerate(prompts[i:i + batch_size]):
             texts = []
             for response in responses[k * j:k * (j + 1)]:
-                text = evaluate.decode(response, tokenizer)
+                text = decode(tokenizer, response)
                 ended = response[-1] == tokenizer.eot_token
                 fills_max_len = len(ids[i + j]) + len(response) >= max_len + SPARE
                 if text and text not in texts and (ended or fills_max_len):

@@ -21,13 +21,6 @@ def checkpoint_files(path):
     return [file for file in files if os.path.exists(file)]
 
 
-def remove_checkpoints(path):
-    """Removes the checkpoints in a run's folder, in the main process."""
-    if is_main():
-        for file in checkpoint_files(path):
-            os.remove(file)
-
-
 def load_checkpoint(path):
     """Loads the newest readable checkpoint, current or previous; exits with one line if there is none."""
     files = checkpoint_files(path)

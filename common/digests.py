@@ -35,9 +35,9 @@ def examples_digest(examples, before=""):
 
 
 def weights_digest(model):
-    """The digest of a model's weights, on the CPU."""
+    """The digest of a model's weights."""
     digest = hashlib.blake2b()
     for name, weight in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(weight.detach().contiguous().numpy().tobytes())
+        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

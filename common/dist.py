@@ -32,12 +32,12 @@ def is_main():
     return process() == 0
 
 
-def print0(*text, end="\n"):
+def print0(*text):
     """Prints in the main process only."""
     if is_main():
         if sys.stdout.isatty():
             print("\033[K", end="")  # a line of progress may stand there (common/log.py)
-        print(*text, end=end, flush=True)
+        print(*text, flush=True)
 
 
 class Console(logging.Handler):

@@ -1,4 +1,5 @@
 """Looks at encoded examples as a model will: prints one, and warns of what is probably wrong with them."""
+from data import decode
 from data.turns import HUMAN
 
 N_EXAMINED = 1000  # groups that `warnings` reads; a mistake in the columns of a file shows in any of them
@@ -38,9 +39,9 @@ def warnings(tokenizer, groups):
     pairs = []  # (prompt, response), as text
     n_unfinished = 0
     for prompt_ids, responses in groups[:N_EXAMINED]:
-        prompt = text_of(tokenizer, prompt_ids)
+        prompt = decode(tokenizer, prompt_ids)
         for ids in responses:
-            pairs.append((prompt, text_of(tokenizer, ids)))
+            pairs.append((prompt, decode(tokenizer, ids)))
             if ids[-1] != tokenizer.eot_token:
                 n_unfinished += 1
 
@@ -65,11 +66,6 @@ def warnings(tokenizer, groups):
         lines.append(f"{n_response_asks} of {n} responses end with a question mark, and {n_prompt_asks} of the "
                      "prompts do: are they in the wrong fields?")
     return lines
-
-
-def text_of(tokenizer, ids):
-    """Token ids as text, without the special token that ends a response and stands for an empty prompt."""
-    return tokenizer.decode([token for token in ids if token != tokenizer.eot_token])
 
 
 def is_joined(prompt, response):

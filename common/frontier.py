@@ -92,14 +92,6 @@ def best_of_kl(rewards, k):
     return torch.special.xlogy(ratio, ratio).mean(1)
 
 
-def best_of_kl_without_ties(k):
-    """log k − (k−1)/k: the KL of best-of-k where no two rewards tie, the most it can be where some do.
-
-    See arXiv:2009.01325 G.3, and arXiv:2401.01879 for ties.
-    """
-    return math.log(k) - (k - 1) / k
-
-
 # ----------------------------------------------------------------------------------------------- the frontier
 
 def frontier(rewards, key, clusters=None):

@@ -30,14 +30,6 @@ def group_by_prompt(prompts, responses, k):
     return [(prompts[i], responses[i:i + k]) for i in range(0, len(prompts), k)]
 
 
-def rows_of_groups(indices, k):
-    """The rows of the responses of some groups of k, which are given by their indices."""
-    rows = []
-    for i in indices:
-        rows += range(i * k, (i + 1) * k)
-    return rows
-
-
 def to_grid(flat, mask):
     """Spreads N numbers over the True entries of a mask: (N,) -> (B, R), 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)

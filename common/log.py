@@ -74,9 +74,12 @@ class Log:
         self.since = self.begin
         self.has_header = False
         self.progress = Progress()
-        self.others = []
+        self.others = []  # functions (step, values)
         if is_main():
-            self.others = other_logs(out, cfg, start)
+            if cfg.wandb:
+                self.others.append(wandb_log(out, cfg, start))
+            if cfg.tensorboard:
+                self.others.append(tensorboard_log(out, start))
             self.keep_steps_until(start)
 
     def keep_steps_until(self, start):
@@ -193,16 +196,6 @@ class SampleFile:
 # ------------------------------------------------------------------------------------------------- other logs
 
 OTHER_LOGS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # option: the module it needs
-
-
-def other_logs(out, cfg, start):
-    """The functions f(step, values) that --wandb and --tensorboard add."""
-    logs = []
-    if cfg.wandb:
-        logs.append(wandb_log(out, cfg, start))
-    if cfg.tensorboard:
-        logs.append(tensorboard_log(out, start))
-    return logs
 
 
 def wandb_log(out, cfg, start):

@@ -1,11 +1,9 @@
-"""Names of options: old ones, those of other libraries, and what was probably meant."""
+"""Names of options: those of other libraries, and what was probably meant."""
 import difflib
 
 from engine.files import short_repr
 
-RENAMED = {"target_kl": "stop_kl"}  # old names of options, which still work
-
-# What an option is called in TRL, transformers or nanoGPT -> its name here.
+# What an option is called in TRL, transformers, cleanrl or nanoGPT -> its name here.
 OTHER_NAMES = {
     "learning_rate": "lr", "per_device_train_batch_size": "batch_size", "batch": "batch_size",
     "rollout_batch_size": "batch_size", "gradient_accumulation_steps": "micro_tokens",
@@ -22,7 +20,7 @@ OTHER_NAMES = {
     "cliprange": "clip", "clip_range": "clip", "cliprange_value": "value_clip", "init_kl_coef": "kl_coef",
     "num_ppo_epochs": "epochs", "ppo_epochs": "epochs", "num_mini_batches": "minibatches",
     "reward_model_path": "reward_model", "simpo_gamma": "gamma", "lambda": "lam", "target": "kl_target",
-    "num_generations": "k", "adv_estimator": "advantage",
+    "target_kl": "stop_kl", "num_generations": "k", "adv_estimator": "advantage",
 }
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from common.checkpoints import load_checkpoint
 from common.dist import print0, print_utf8
 from common.log import OTHER_LOGS
-from common.option_names import RENAMED, check_choice, check_option
+from common.option_names import check_choice, check_option
 from common.option_values import Above, AtLeast, Between, check_value, convert, split_type
 from engine.files import import_package, short_repr
 
@@ -81,7 +81,6 @@ def parse(Config, RECIPES, argv=None):
             raise SystemExit(f"{short_repr(arg)[1:-1]}: options are written --name=value (-h lists them)")
         name, equals, value = arg.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        name = RENAMED.get(name, name)
         check_option(name, types)
         if not equals and types[name] is bool:
             value = "True"

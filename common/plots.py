@@ -4,17 +4,13 @@ import os
 import torch
 
 from common.files import write_atomically
+from engine.files import import_package
 
 
 def import_pyplot():
     """matplotlib's pyplot, drawing into files; exits with one line if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("drawing needs matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
+    import_package("matplotlib", "drawing", "matplotlib").use("Agg")
+    return import_package("matplotlib.pyplot", "drawing", "matplotlib")
 
 
 def save_figure(figure, path):

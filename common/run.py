@@ -5,10 +5,10 @@ import torch
 
 from common.batches import micro_batches, shuffled_batches
 from common.checkpoints import (check_digests, checkpoint_files, load_optimizer, load_to_resume, load_weights,
-                                no_checkpoint, remove_checkpoints, resume, save_checkpoint)
+                                no_checkpoint, resume, save_checkpoint)
 from common.device import choose_device, describe_device, prepare_model
 from common.digests import examples_digest, file_digest, weights_digest
-from common.dist import join_processes, log_to_console, print0
+from common.dist import is_main, join_processes, log_to_console, print0
 from common.examine import first_example, warnings
 from common.files import append_to
 from common.log import Log, Progress
@@ -53,8 +53,8 @@ class Run:
         self.cfg = cfg
         self.data = dataset(cfg.data, cfg.data_dir)
         check_contract(self.data, stage, cfg.data)
-        if hasattr(self.data, "check"):
-            self.data.check()  # a bad record is an error now, not after training
+        for split in ("train", "validation", "test"):
+            self.data.prompts(split)  # a bad record is an error now, not after training
         self.out = cfg.out or run_dir(stage, cfg)
         is_used = os.path.isdir(self.out) and checkpoint_files(self.out)
         if is_used and not cfg.resume and not cfg.overwrite:
@@ -172,8 +172,9 @@ class Run:
         if self.cfg.resume:
             resume(checkpoint, self.out, self.cfg, model, optimizer, self.digests)
             self.start = checkpoint["step"]
-        else:
-            remove_checkpoints(self.out)  # with --overwrite; a later --resume must not find the old run
+        elif is_main():
+            for file in checkpoint_files(self.out):  # with --overwrite; a later --resume must not find them
+                os.remove(file)
         if devices.device_type(self.device) != "cpu":
             print0(describe_device(model, self.cfg, self.device, self.tokens_per_step))
         self.logger = Log(self.out, self.cfg, self.start, console)
@@ -242,9 +243,7 @@ class Run:
 
         k: responses per comparison, where the data leave a choice.
         """
-        comparisons = []
-        if hasattr(self.data, "comparisons"):
-            comparisons = self.data.comparisons("validation", k)[:self.cfg.eval_n]
+        comparisons = self.data.comparisons("validation", k)[:self.cfg.eval_n]
         examples = [(comparison.prompt, comparison.responses) for comparison in comparisons]
         return comparisons, encode_groups(self.tokenizer, examples, self.cfg.max_len)
 

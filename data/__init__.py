@@ -15,7 +15,6 @@ Every stage needs prompts and tokenizer; a stage that needs more says so when it
     cluster(prompt)         -> what prompts share that are not independent samples of prompts, for standard
                                errors; without it, only equal prompts share a cluster
     tokenizer()             -> a tiktoken.Encoding
-    check()                 exits with one line if a record of any split cannot be used
 
 `split` is "train", "validation" or "test". Prompts and responses are text.
 """
@@ -29,7 +28,7 @@ from data.imdb import IMDB
 from data.jsonl import Jsonl
 from data.qa_feedback import QAFeedback
 from data.tldr import TLDR
-from data.tokenizers import encode_groups, encode_prompts, get_tokenizer
+from data.tokenizers import decode, encode_groups, encode_prompts, get_tokenizer
 
 
 NEEDED = {"sft": "demonstrations", "reward": "comparisons", "dpo": "comparisons", "simpo": "comparisons"}

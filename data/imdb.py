@@ -24,11 +24,8 @@ These commands draw the paper's frontier (Figure 2, left):
     python evaluate.py out/sft-imdb out/dpo-imdb-beta* out/ppo-imdb-kl* --data=imdb \\
         --reward_model=out/reward-imdb --frontier --plot=f.png
 
-evaluate.py estimates the most reward at each KL from samples of the SFT model, 256 for each prefix by
-default, and goes on as long as 24 of them count. At a KL of d nats that takes at least 24 e^d samples: 480
-at 3 nats, 9,700 at 6, 190,000 at 9 and 3.9 million at 12; and 24 e^(2d) of them if the rewards are normal.
-So the curve ends below 2.4 nats, left of all four runs of PPO. Their gaps stay empty, with a bound beside
-them.
+The curve ends below 2.4 nats (docs/measuring.md says why), left of all four runs of PPO. Their gaps stay empty,
+with a bound beside them.
 
 All stages use the same max_len. A longer text loses its end, and with it the EOS. sample.py samples a little
 beyond max_len, so a completion that has not ended by then loses its EOS too, and no stage mistakes the place

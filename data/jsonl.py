@@ -258,11 +258,6 @@ class Jsonl:
     def tokenizer(self):
         return get_tokenizer("gpt2")
 
-    def check(self):
-        """Reads all splits; exits with one line at a bad record."""
-        for split in ("train", "validation", "test"):
-            self.records(split)
-
     def raw_records(self):
         """Yields ("path:line", record), the record as the file has it."""
         return read_records(self.path)

@@ -70,11 +70,6 @@ class QAFeedback:
         first = 1 if split == "test" else 0
         return self.read("dev")[first::2]
 
-    def check(self):
-        """Reads all splits; exits with one line at a bad record."""
-        for split in ("train", "validation", "test"):
-            self.records(split)
-
     def demonstrations(self, split):
         return [(prompt(record), " " + record["gold"].strip()) for record in self.records(split)]
 

@@ -36,15 +36,9 @@ class TLDR:
     def __init__(self, data_dir):
         self.folder = os.path.join(data_dir, "tldr")
         self.demonstrations = cache(self.demonstrations)
-        self.pairs = cache(self.pairs)
 
     def tokenizer(self):
         return get_tokenizer("gpt2")
-
-    def check(self):
-        """Reads the demonstrations of all splits, and so all prompts; exits with one line at a bad record."""
-        for split in FILES:
-            self.demonstrations(split)
 
     def demonstrations(self, split):
         name = FILES[split] + ".jsonl"
@@ -57,8 +51,10 @@ class TLDR:
     def prompts(self, split):
         return [prompt for prompt, _ in self.demonstrations(split)]
 
-    def pairs(self, split):
+    def comparisons(self, split, k=2):
         """Returns [Comparison, …]. Leaves out comparisons with an empty summary and logs how many."""
+        if k != 2:
+            raise SystemExit(f"--k={k}: the comparisons of tldr are pairs, K is 2")
         examples = []
         n_empty = 0
         for batch in BATCHES:
@@ -75,11 +71,6 @@ class TLDR:
         if n_empty:
             log.info(f"tldr: left out {n_empty} comparisons of the {split} split with an empty summary")
         return examples
-
-    def comparisons(self, split, k=2):
-        if k != 2:
-            raise SystemExit(f"--k={k}: the comparisons of tldr are pairs, K is 2")
-        return self.pairs(split)
 
 
 def prompt(post, where):

@@ -90,3 +90,8 @@ def encode_groups(tokenizer, examples, max_len):
         log.info(f"cut to max_len={max_len}: the beginning of {n_cut_prompts} prompts, "
                  f"the end of {n_cut_responses} responses, of {len(examples)} examples")
     return groups
+
+
+def decode(tokenizer, ids):
+    """Token ids as text, without the special token that ends a response and stands for an empty prompt."""
+    return tokenizer.decode([token for token in ids if token != tokenizer.eot_token])

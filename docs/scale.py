@@ -19,8 +19,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import forward_flops  # noqa: E402
+from common.batches import cut_by_tokens  # noqa: E402
 from common.tables import aligned  # noqa: E402
-from engine.packing import pack  # noqa: E402
+from engine.packing import group_length, pack  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 CONFIG = GPTConfig(vocab_size=437, block_size=4096, n_layer=4, n_head=4, n_embd=64)
@@ -40,28 +41,15 @@ def make_groups(n, prompt_tokens, k, response_tokens=15, seed=0):
     return [(ids(prompt_tokens), [ids(response_tokens) for _ in range(k)]) for _ in range(n)]
 
 
-def micro_batches(groups):
-    """Pieces of at most MICRO_TOKENS tokens, as the pages train on."""
-    piece, n_tokens = [], 0
-    for group in groups:
-        length = len(group[0]) + sum(map(len, group[1]))
-        if piece and n_tokens + length > MICRO_TOKENS:
-            yield piece
-            piece, n_tokens = [], 0
-        piece.append(group)
-        n_tokens += length
-    yield piece
-
-
 def step_time(model, groups):
     """The median seconds of a step, and those that packing takes of it."""
     times, packing_times = [], []
     for _ in range(REPEAT + 1):
         packing = 0.0
         begin = time.perf_counter()
-        for piece in micro_batches(groups):
+        for indices in cut_by_tokens(range(len(groups)), groups, MICRO_TOKENS):
             before = time.perf_counter()
-            batch = pack(piece)
+            batch = pack([groups[i] for i in indices])
             packing += time.perf_counter() - before
             model.logprobs(batch).sum().backward()
         times.append(time.perf_counter() - begin)
@@ -81,7 +69,7 @@ def main():
     for name, values in SCALES.items():
         for value in values:
             groups = make_groups(**base | {name: value})
-            n_tokens = sum(len(prompt) + sum(map(len, responses)) for prompt, responses in groups)
+            n_tokens = sum(map(group_length, groups))
             seconds, packing = step_time(model, groups)
             predicted = seconds_per_flop * forward_flops(CONFIG, groups)
             rows.append([f"{name}={value}", f"{n_tokens}", f"{seconds:.3f}", f"{predicted:.3f}",

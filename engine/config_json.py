@@ -27,12 +27,7 @@ FIXED_KEYS = {
     "tie_word_embeddings": (True,),
     "quantization_config": (None,),
 }
-# Its other keys: for training, generation and classification, or of the precision of a product.
-IGNORED_KEYS = {
-    "resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range", "use_cache", "reorder_and_upcast_attn",
-    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
-    "summary_first_dropout", "bos_token_id", "eos_token_id", "pad_token_id",
-}
+# Its other keys are ignored: for training, generation and classification, or of the precision of a product.
 
 
 def read_config(path):

@@ -47,13 +47,14 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, eos=No
     return responses
 
 
-def uniform_noise(n_rows, n_tokens):
+def uniform_noise(n_rows, n_tokens, generator=None):
     """Numbers to sample with, uniform on [0, 1): (n_rows, n_tokens) float64.
 
-    Drawn on the CPU, so that a seed gives the same numbers on every device. In float64, because torch.rand's
+    Drawn on the CPU, so that a seed gives the same numbers on every device; generator: a torch.Generator, or
+    torch's own. In float64, because torch.rand's
     float32 has 24 random bits: most tokens of a probability far below 2^-24 could then never be drawn.
     """
-    return torch.rand(n_rows, n_tokens, dtype=torch.float64)
+    return torch.rand(n_rows, n_tokens, dtype=torch.float64, generator=generator)
 
 
 @torch.no_grad()
@@ -133,10 +134,7 @@ def prefill_rows(model, cache, rows, prompts, copies):
     tokens = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=model.device)
     last = torch.tensor([i * P + len(prompt) - 1 for i, prompt in enumerate(prompts)], device=model.device)
     position = torch.arange(P, device=model.device)
-    source = []  # the prompt of each row
-    for i, n in enumerate(copies):
-        source += [i] * n
-    source = torch.tensor(source, device=model.device)
+    source = torch.repeat_interleave(torch.tensor(copies)).to(model.device)  # the prompt of each row
     return hidden_at(model, tokens, position, partial(cache.prefill, rows, source), last)[source]
 
 

@@ -7,11 +7,6 @@ def device_type(device):
     return torch.device(device).type
 
 
-def default_dtype(device):
-    """The dtype of matrix products if none is asked for: bfloat16 on CUDA, float32 elsewhere."""
-    return torch.bfloat16 if device_type(device) == "cuda" else torch.float32
-
-
 def float64_device(device):
     """Where to compute with a device's tensors in float64: there, or on the CPU for mps, which has none."""
     return torch.device("cpu") if device_type(device) == "mps" else torch.device(device)

@@ -81,24 +81,21 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def product_operands(model, states):
-    """The states and the vocabulary matrix in the precision of their product: bfloat16 under autocast."""
-    device = model.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+    """The states and the vocabulary matrix in the precision of their product."""
+    dtype = model.product_dtype()
     return states.to(dtype), model.wte.weight.to(dtype)
 
 
 def token_logprobs(model, states, target, temperature):
     """log π(y_t | s_t) at temperature τ: states (N, C), target (N,) -> (N,) float32, in nats."""
     states, weight = product_operands(model, states)
-    with torch.autocast(model.device.type, enabled=False):
-        return TokenLogprobs.apply(states, weight, target, model.config.vocab_size, temperature)
+    return TokenLogprobs.apply(states, weight, target, model.config.vocab_size, temperature)
 
 
 def log_softmax(model, states, temperature):
     """log π(· | s) of at most CHUNK states: (n, vocab_size) float32, bit for bit those of token_logprobs."""
     vocab_size = model.config.vocab_size
     states, weight = product_operands(model, states)
-    with torch.autocast(model.device.type, enabled=False):
-        logits = scaled_logits(states, weight, vocab_size, temperature)
-        logsumexp = logsumexp_(logits.clone())
-        return (logits - logsumexp[:, None])[:, :vocab_size]
+    logits = scaled_logits(states, weight, vocab_size, temperature)
+    logsumexp = logsumexp_(logits.clone())
+    return (logits - logsumexp[:, None])[:, :vocab_size]

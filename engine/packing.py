@@ -52,11 +52,6 @@ class Batch:
         ends = self.response_length.cumsum(0)  # where in N each response ends
         return self.token_index[ends - 1]
 
-    @property
-    def n_tokens(self):
-        """The number of tokens that are not padding, with each prompt counted once."""
-        return int((self.group >= 0).sum())
-
     def to(self, device):
         """The batch on `device`; copies to a GPU overlap with its computation."""
         moved = {}

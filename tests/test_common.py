@@ -205,7 +205,8 @@ def test_every_default_and_every_recipe_is_in_range(stage):
 
 def test_options_as_argparse_takes_them():
     assert parse(Config, RECIPES, ["--steps", "7", "big"]).steps == 7
-    assert parse(ppo.Config, {}, ["--kl-coef", "0.5", "--target_kl=0.1"]).stop_kl == 0.1  # its old name
+    with pytest.raises(SystemExit, match="unknown option 'target_kl': here it is --stop_kl"):
+        parse(ppo.Config, {}, ["--kl-coef", "0.5", "--target_kl=0.1"])
     assert parse(dpo.Config, {}, ["--resume", "--steps", "7"]).resume
 
 

@@ -276,7 +276,7 @@ def test_ranked_responses(tmp_path):
     ([1, 0, 2], "'responses' must be sorted by 'ranks'")])
 def test_ranks_that_are_none(tmp_path, ranks, message):
     with pytest.raises(SystemExit, match=f"mine.jsonl:1: {message}"):
-        dataset(write(tmp_path / "mine.jsonl", [{"prompt": "Q", "responses": [" a", " b", " c"], "ranks": ranks}])).check()
+        dataset(write(tmp_path / "mine.jsonl", [{"prompt": "Q", "responses": [" a", " b", " c"], "ranks": ranks}])).prompts("train")
 
 
 def test_a_file_that_is_one_json_value(tmp_path):
@@ -286,12 +286,12 @@ def test_a_file_that_is_one_json_value(tmp_path):
         assert len(dataset(str(tmp_path / f"{i}.json")).demonstrations("train")) == 36
     (tmp_path / "bad.json").write_text(json.dumps([*records[:3], {"prompt": 1, "completion": " a"}], indent=2))
     with pytest.raises(SystemExit, match="bad.json:record 4: 'prompt' is int"):
-        dataset(str(tmp_path / "bad.json")).check()
+        dataset(str(tmp_path / "bad.json")).prompts("train")
 
 
 def test_a_key_that_appears_twice_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="mine.jsonl:1: not JSON .*'prompt' appears twice"):
-        dataset(write(tmp_path / "mine.jsonl", ['{"prompt": "a", "prompt": "b", "completion": " c"}'])).check()
+        dataset(write(tmp_path / "mine.jsonl", ['{"prompt": "a", "prompt": "b", "completion": " c"}'])).prompts("train")
 
 
 def test_pairs_of_one_prompt_stay_in_one_split(tmp_path):

@@ -12,6 +12,7 @@ import evaluate
 import ppo
 import sample
 import sft
+from common.batches import cut_by_tokens
 from common.checkpoints import save_checkpoint
 from common.optim import make_optimizer
 from common.curves import curve
@@ -167,8 +168,8 @@ def test_responses_and_kl_do_not_depend_on_how_much_memory_they_may_take(monkeyp
         monkeypatch.setattr(evaluate, name, value)
     assert evaluate.respond(policy, prompts, eos=3) == responses and rows == [2, 2, 2]
     torch.testing.assert_close(evaluate.exact_kl(policy, ref_policy, prompts, responses), kl, atol=1e-5, rtol=1e-5)
-    slices = list(evaluate.slices_of_groups(prompts, responses))
-    assert len(slices) > 1 and sum(map(len, slices)) == len(prompts)
+    groups = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
+    assert len(cut_by_tokens(range(len(groups)), groups, 70)) > 1
 
 
 # ------------------------------------------------------------------------------------------------ win rate

@@ -16,7 +16,7 @@ import ppo
 import sft
 from common import plots
 from common.checkpoints import save_checkpoint
-from common.frontier import (MIN_ESS, best_of, best_of_kl, best_of_kl_without_ties, extrapolate, frontier, gap,
+from common.frontier import (MIN_ESS, best_of, best_of_kl, extrapolate, frontier, gap,
                              optimum_at, tilt)
 from common.optim import make_optimizer
 from common.curves import shrinking_means
@@ -185,6 +185,11 @@ def test_the_kl_of_best_of_n_by_hand():
     assert best_of_kl(rewards, 1000)[0].item() == pytest.approx(math.log(4))  # surely the best level, of share ¼
 
 
+def best_of_kl_without_ties(k):
+    """The KL of best-of-k where no two rewards tie, the most it can be where some do (arXiv:2401.01879)."""
+    return math.log(k) - (k - 1) / k
+
+
 @pytest.mark.parametrize("k", [1, 2, 8, 64])
 def test_without_ties_the_kl_of_best_of_n_tends_to_its_formula(k):
     errors = []
@@ -333,7 +338,7 @@ def test_what_cannot_be_drawn_gets_one_line(start, small_world, monkeypatch):
             evaluate.main(argv)
         assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match="drawing needs matplotlib: pip install matplotlib"):
+    with pytest.raises(SystemExit, match="drawing needs a package that is not installed: pip install matplotlib"):
         evaluate.main([folder, "--frontier", f"--plot={start}/x.png"])
 
 

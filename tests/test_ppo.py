@@ -12,7 +12,7 @@ from conftest import make_model
 import ppo
 from common import batches
 from common.grids import (check_reward, group_by_prompt, length_mask, on_last_token, repeat_each,
-                          rows_of_groups, to_grid)
+                          to_grid)
 from data import get_tokenizer
 from engine.packing import pack, per_sequence
 from evaluate import exact_kl
@@ -160,7 +160,8 @@ def test_the_rows_of_a_group_are_neighbours():
     assert prompts == [[1], [1], [1], [2, 2], [2, 2], [2, 2]]
     groups = group_by_prompt(prompts, responses, 3)
     assert groups == [([1], [[0], [1], [2]]), ([2, 2], [[3], [4], [5]])]
-    assert rows_of_groups([1, 0], 3) == [3, 4, 5, 0, 1, 2]
+    episodes = ppo.Episodes(prompts, responses, ended=None, mask=None, rewards=None, sampler_logprobs=None, k=3)
+    assert episodes.rows([1, 0]) == [3, 4, 5, 0, 1, 2]
 
 
 # -------------------------------------------------------------------------------------------- reward and KL

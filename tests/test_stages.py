@@ -411,7 +411,7 @@ def test_an_sft_model_of_other_data_is_not_taken(start, monkeypatch):
 
 
 OPTIONS = {"finegrained": ["--data={start}/small_feedback.json", "--minibatches=2", "--max_new_tokens=8", "--soft"], "reward": ["--eval_n=20", "--k=2"], "simpo": ["--sft_weight=0.5", "--gamma_beta_ratio=0.3", "--sample_every=10", "--sample_n=2"], "ppo": ["--epochs=2", "--minibatches=2", "--max_new_tokens=8", "--kl_target=1", "--ptx_coef=0.1",
-                                              "--target_kl=0.05", "--sample_every=30"]}
+                                              "--stop_kl=0.05", "--sample_every=30"]}
 
 
 def command(stage, start, out, *more):

@@ -26,10 +26,9 @@ from common import grids
 from common.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from common.models import load_model, load_reward_model
 from common.optim import make_optimizer
-from data import animals, encode_groups, get_tokenizer
+from data import animals, decode, encode_groups, get_tokenizer
 from data.schema import Comparison
 from engine.packing import pack
-from evaluate import decode
 from model import GPT
 from tokens import numbers
 from tokens.page import QUANTITIES, TEMPLATE, write_page
@@ -186,8 +185,8 @@ def test_the_ends_of_answers_and_the_alternatives(runs):
             scores = reward_model.score(pack(groups))
         for entry, prompt, response, score in zip(page["prompts"], written.prompts, written.responses, scores):
             text = entry["prompt"]
-            end = {"score": score.item(), "gold": animals.gold(text, decode(response, TOKENIZER)),
-                   **animals.axes(text, decode(response, TOKENIZER))}
+            end = {"score": score.item(), "gold": animals.gold(text, decode(TOKENIZER, response)),
+                   **animals.axes(text, decode(TOKENIZER, response))}
             row = entry["answers"][i]
             assert row["end"] == pytest.approx(end, rel=1e-6, abs=1e-6)
             with torch.no_grad():

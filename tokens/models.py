@@ -1,6 +1,4 @@
 """The models of the page: what a checkpoint says about its training, and where its reference is."""
-import copy
-import os
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
@@ -11,7 +9,7 @@ from common.digests import weights_digest
 from common.dist import print0
 from common.models import load_model, load_reward_model
 from common.prerequisites import run_dir
-from engine.weights import PRETRAINED
+from engine.weights import is_pretrained
 from model import GPT, GPTConfig
 
 
@@ -92,13 +90,9 @@ def load_value_model(subject, checkpoint):
 def load_span_rewards(subject, tokenizer):
     """The reward models of a run of finegrained.py; exits with one line if they are missing."""
     cfg = subject.cfg
-    folder = cfg.reward_models or run_dir("rewards", cfg)
-    parts = [folder]
-    if not cfg.share_trunk:
-        parts = [os.path.join(folder, axis) for axis in finegrained.AXES]
-    for part in parts:
-        if not is_finished(part):  # finegrained.load_rewards would train it
-            raise SystemExit(f"{subject.name}: its reward models are not in {part}, or not finished")
+    for folder in finegrained.reward_folders(cfg):
+        if not is_finished(folder):  # finegrained.load_rewards would train it
+            raise SystemExit(f"{subject.name}: its reward models are not in {folder}, or not finished")
     rewards = finegrained.load_rewards(cfg, cfg.init, tokenizer)
     rewards.models = [model.to(subject.policy.device) for model in rewards.models]
     return rewards
@@ -106,21 +100,17 @@ def load_span_rewards(subject, tokenizer):
 
 # ------------------------------------------------------------------------------------------------ references
 
-def is_run(name):
-    return name not in PRETRAINED and not os.path.exists(os.path.join(name, "config.json"))
-
-
 def with_reference(names):
     """The models to show, the reference first: a run named alone brings the one that it had in training."""
     name = names[0]
-    if len(names) > 1 or not is_run(name):
+    if len(names) > 1 or is_pretrained(name):
         return names
     load_model(name)  # a reward model, or no model at all, is an error of its own
     config = load_checkpoint(name)["config"]
     init = config.get("ref") or config["init"] or run_dir("sft", SimpleNamespace(**config))
     if init == "scratch":  # random weights are no reference: it is its own
         return names
-    if is_run(init) and not checkpoint_files(init):
+    if not is_pretrained(init) and not checkpoint_files(init):
         raise SystemExit(f"{name}: its reference, {init}, is not there; name a reference before it")
     return [init, name]
 
@@ -130,7 +120,6 @@ def check_reference(subject, reference):
     if not subject.config or subject.config.get("ref"):
         return
     digests = load_checkpoint(subject.name).get("digests", {})
-    policy = copy.deepcopy(reference.policy).cpu()
-    if "init" in digests and digests["init"] != weights_digest(policy):
+    if "init" in digests and digests["init"] != weights_digest(reference.policy):
         print0(f"{subject.name} did not start from {reference.name} as it is now: its KL, and with it r_t, "
                "is not that of its training")

@@ -12,7 +12,7 @@ import simpo
 from common import grids
 from common.batches import all_micro_batches
 from common.scoring import scores_of_responses
-from data import encode_groups
+from data import decode, encode_groups
 from data.segments import decode_with_ends
 from engine.logprobs import CHUNK
 from engine.packing import pack
@@ -118,7 +118,7 @@ def rows(indices, episodes, numbers, viewer, setting):
     responses = [episodes.responses[i] for i in indices]
     result = []
     for i, prompt, response in zip(indices, prompts, responses):
-        texts = tokenizer.decode(prompt), evaluate.decode(response, tokenizer)
+        texts = tokenizer.decode(prompt), decode(tokenizer, response)
         end = {}  # what is known at the response's end
         if hasattr(data, "gold"):
             end["gold"] = data.gold(*texts)
