@@ -5,13 +5,13 @@ RLHF maximizes E[r(x, y)] − β KL(π ‖ π_ref) (eq. 3). Its optimum has a cl
     π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x)                                                      (eq. 4)
     r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x)                                                 (eq. 5)
 
-Z(x) is a sum over all possible responses, too many to compute. But up to this term, which depends on x alone,
-a policy is a reward model in disguise. The Bradley–Terry model gives the probability that y_w is preferred
-to y_l:
+Z(x) sums over all possible responses, so it cannot be computed. But up to this term, which depends on x
+alone, a policy is a reward model in disguise. The Bradley–Terry model gives the probability that y_w is
+preferred to y_l:
 
     P(y_w ≻ y_l | x) = σ( r(x, y_w) − r(x, y_l) )                                                   (eq. 1)
 
-Substitute eq. 5 for r, and β log Z(x) cancels. Put a model π_θ in the place of π*, and we can maximize the
+Substitute eq. 5 for r, and β log Z(x) cancels. Put a model π_θ in place of π*, and we can maximize the
 likelihood of comparisons directly, without a reward model and without sampling:
 
     L(θ) = −E log σ( β log π_θ(y_w|x)/π_ref(y_w|x) − β log π_θ(y_l|x)/π_ref(y_l|x) )                (eq. 7)
@@ -23,7 +23,7 @@ In comments, log π/π_ref (y|x) is short for log π_θ(y|x)/π_ref(y|x), a sum 
     python dpo.py hh                                        Anthropic's HH-RLHF, GPT-2
     python dpo.py tldr                                      summaries of Reddit posts
     python dpo.py imdb                                      one point of Figure 2; first follow data/imdb.py
-    python dpo.py --data=mine.jsonl --init=gpt2 --beta=0.3  your own comparisons: recipe hh, with β 0.3
+    python dpo.py --data=mine.jsonl --beta=0.3              your own comparisons: recipe hh, with β 0.3
 
 π_ref is the initial policy, unless --ref names another model. The initial policy is --init, by default the
 SFT model of the same data and recipe, which is trained first if it is missing. For DPO in rounds, each on new
@@ -89,12 +89,12 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
         ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17, whose τ is β: pulls h
                                                                 towards 1/(2β). Log-probs are sums over
                                                                 tokens, as in the paper; its authors later
-                                                                recommended means (--ipo_average), with
-                                                                which h and 1/(2β) are per token
+                                                                recommended means (--ipo_average): h and its
+                                                                target 1/(2β) are then per token
         hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409: an unbiased estimate of the
                                                                 loss without noise, if ε is the true share;
-                                                                unbounded below
+                                                                unbounded below where ε > 0
     Returns three tensors (B,): the losses, and the implicit rewards β log π/π_ref of the chosen and of the
     rejected responses, without gradient.
     """
@@ -150,8 +150,8 @@ def train(cfg):
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
     # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
-    # the longer response together exceed max_len tokens, the prompt loses its beginning, down to its last
-    # max_len // 2 tokens; then each response that is still too long loses its end, EOS included.
+    # the longer response do not fit into max_len tokens, the prompt's beginning is cut, but at least its last
+    # max_len // 2 tokens are kept. A response that still does not fit loses its end, and with it its EOS.
     pairs = run.encode_pairs(run.data.comparisons("train"))
     # One list per step, of exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its
     # last, incomplete batch.
@@ -161,16 +161,18 @@ def train(cfg):
 
     # The reference π_ref: the initial policy, or the model that --ref names. `policy` still has its initial
     # weights here; with --resume, run.start_or_resume below loads those of the last checkpoint.
+    ref_name = cfg.ref or init
     if cfg.ref:
-        ref_policy = run.load_reference(cfg.ref, policy)  # frozen; exits if it has another shape or tokenizer
+        ref_policy = run.load_reference(ref_name, policy)  # frozen; of the policy's shape and tokenizer
     else:
         ref_policy = copy.deepcopy(policy).requires_grad_(False)
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
     ref_policy = run.prepare(ref_policy)
 
     # π_ref is frozen, so by default its log-probs are computed once, before training, for all pairs that
-    # `batches` visits: row i is that of pairs[i]. Each pair is computed in the micro-batch in which training
-    # first meets it, so that π and π_ref round alike. A resumed run computes them again.
+    # `batches` visits: row i holds the two of pairs[i], and every process gets all rows. A pair is computed
+    # in the micro-batch in which training first meets it. On a CPU, its log-probs then equal those of the
+    # untrained policy to the last bit. A resumed run computes them again.
     if cfg.precompute_ref:
         ref_logp = run.logp_of_batches(ref_policy, pairs, batches, cfg.ipo_average)  # (len(pairs), 2)
         ref_policy = None  # frees its memory
@@ -204,11 +206,12 @@ def train(cfg):
 
             # The policy's accuracy as a reward model: is the chosen response's reward higher? A tie counts
             # one half. There is no dropout, so without --ref, π equals π_ref before the first update, all
-            # pairs tie, and the first accuracy is 0.5 (on a GPU, rounding may break ties).
+            # pairs tie, and the first accuracy is 0.5 (on a GPU, code that is compiled with gradients may
+            # round differently from code without, and break ties).
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
-            # For the log: `add` detaches each, and adds it to the batch's sum.
+            # For the log: `add` detaches each tensor, and adds it to the batch's sum.
             metrics.add(loss=losses, accuracy=correct, margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
@@ -228,22 +231,22 @@ def train(cfg):
         run.save_if_due(step + 1, policy, optimizer)
 
     # Two tables, unless eval_n is 0, each with a row for the reference and one for the policy.
-    # - Answers to prompts of the test split: KL, length and, with the data's true reward or --reward_model,
-    #   reward and win rate against the reference.
-    # - The first eval_n validation comparisons: how often the implicit rewards β log π/π_ref rank the
-    #   responses correctly. The reference's are all 0, so all of its pairs tie, and its accuracy is 0.5.
+    # - Answers to the first eval_n prompts of the test split: KL, length and, with the data's true reward or
+    #   --reward_model, reward and win rate against the reference.
+    # - The first eval_n comparisons of the validation split: how often the implicit rewards β log π/π_ref
+    #   rank the responses correctly. The reference's are all 0, so all pairs tie, and its accuracy is 0.5.
     if cfg.eval_n == 0:
         return policy
     del optimizer  # frees memory for the evaluation
     if ref_policy is None:
-        ref_policy = run.load_frozen(cfg.ref or init)  # it was freed above
-    # comparisons are text; groups are the same as token ids, (prompt_ids, [response_ids, …])
+        ref_policy = run.load_frozen(ref_name)  # freed above; loads and prepares it again
+    # comparisons are text; groups are the same ones as token ids, (prompt_ids, [response_ids, …])
     comparisons, groups = run.held_out_comparisons()
     logp = run.logp_of_responses(policy, groups, cfg.ipo_average)  # (S,), for all S responses in this order
     logp_of_reference = run.logp_of_responses(ref_policy, groups, cfg.ipo_average)
     rewards = cfg.beta * (logp - logp_of_reference)
     rewards_of_reference = torch.zeros_like(rewards)
-    evaluate.report(run, policy, init=cfg.ref or init, ref_policy=ref_policy, reward_model=cfg.reward_model,
+    evaluate.report(run, policy, ref_name, ref_policy, cfg.reward_model,
                     preferences=(comparisons, rewards_of_reference, rewards))
     return policy
 

@@ -242,25 +242,25 @@ def mean_row(rows):
     return row
 
 
-def report(run, policy, init, ref_policy=None, reward_model=None, temperature=1.0, preferences=None):
+def report(run, policy, ref_name, ref_policy=None, reward_model=None, temperature=1.0, preferences=None):
     """Ends a stage: compares the models before and after it, on the console and in OUT/eval.json.
 
-    The model before is ref_policy, or the one that `init` names if that is None. reward_model: a run of
-    reward.py, for the column score. preferences: (comparisons, rewards before, rewards after), with a reward
-    for each of their responses (S,), for a second table. All processes must call this.
+    ref_name: the name of the model before, on its rows. ref_policy: that model; None: loads it by its name.
+    reward_model: a run of reward.py, for the column score. preferences: (comparisons, rewards before, rewards
+    after), with a reward for each of their responses (S,), for a second table. All processes must call this.
     """
     cfg = run.cfg
     if not cfg.eval_n:
         return
     policy = unshard_model(policy)
     if ref_policy is None:
-        ref_policy, _ = load_model(init, cfg)
+        ref_policy, _ = load_model(ref_name, cfg)
     ref_policy = unshard_model(ref_policy)
     if not is_main():
         return
     if reward_model is not None:
         reward_model = load_reward_model(reward_model, run.tokenizer, cfg).to(policy.device)
-    models = [(init, ref_policy.to(policy.device)), (run.out, policy)]
+    models = [(ref_name, ref_policy.to(policy.device)), (run.out, policy)]
     rows, setting, texts, columns = compare(
         models, run.data, run.tokenizer, cfg.eval_n, reward_model, run.template, temperature)
     if not setting.prompts:
@@ -268,18 +268,18 @@ def report(run, policy, init, ref_policy=None, reward_model=None, temperature=1.
         return
     print_table(rows, models, setting, texts, columns)
     if preferences is not None and preferences[0]:
-        preference_rows = report_preferences(run, init, *preferences)
+        preference_rows = report_preferences(run, ref_name, *preferences)
         rows = [row | more for row, more in zip(rows, preference_rows)]
     save_rows(run, rows)
     print(f"\ntoken by token: python sample.py {run.out} --page=tokens.html")
 
 
-def report_preferences(run, init, comparisons, rewards_before, rewards_after, n_samples=0):
+def report_preferences(run, ref_name, comparisons, rewards_before, rewards_after, n_samples=0):
     """Prints how well rewards (S,), one per response, order held-out comparisons before and after a stage.
 
     Returns the two rows of the table. n_samples: how many comparisons are shown with their rewards.
     """
-    rows = [preference_row(init, rewards_before, comparisons, run.data),
+    rows = [preference_row(ref_name, rewards_before, comparisons, run.data),
             preference_row(run.out, rewards_after, comparisons, run.data)]
     print0(f"\n{len(comparisons)} held-out comparisons: is the preferred response rewarded more?\n")
     print0(table(rows))

@@ -1,20 +1,20 @@
 """Fine-Grained RLHF (Wu et al. 2023, arXiv:2306.01693): a reward for each segment, along each of three axes.
 
-Three reward models, one per axis (relevance, factuality, completeness), replace the one reward per response.
-Each judges segments of the length that suits its axis. With the response y cut into L_k segments by the k-th
-reward model, the reward at token t is
+Instead of one reward per response, three reward models, one per axis (relevance, factuality, completeness),
+each score every segment of it. The segments have the length that suits the axis. With the response y cut
+into L_k segments by the k-th reward model, the reward at token t is
 
     r_t = Σ_k Σ_j 1(t = T_j^k) · w_k · R_k(x, y, j)                                                 (§2)
 
 where T_j^k is the last token of the j-th segment. R_1, relevance, judges sub-sentences; R_2, factuality,
 judges sentences; both give +1 or −1 (with --soft, a number in between). R_3, completeness, judges the whole
-response: it is the normalized score of a model trained on comparisons. PPO is that of ppo.py, which subtracts
-its KL penalty (and missing_eos_penalty) from r_t. This page has the segments, the training of the reward
-models, and the reward_fn that puts their judgements on the (B, R) grid.
+response: it is the normalized score of a model trained on comparisons. PPO itself is in ppo.py; it subtracts
+the KL penalty (and missing_eos_penalty) from r_t. This page cuts the segments, trains the reward models, and
+puts their scores on the (B, R) grid: reward_fn.
 
     python finegrained.py                          the animals world, from scratch
     python finegrained.py --reward=rm              the baseline: one reward per response
-    python finegrained.py qa_feedback --init=gpt2  the paper's questions and feedback
+    python finegrained.py qa_feedback              the paper's questions and feedback; SFT of GPT-2 first
 
 An example: of "A crab has ten legs, and it can swim in the sea. It has fur." an annotator flags "it can swim
 in the sea" as Irrelevant and "It has fur" as Wrong-Grounding. Relevance has three segments, with labels 1, 0
@@ -22,9 +22,10 @@ and 1. Factuality has two, the sentences: the second has label 0, the first has 
 irrelevant.
 
 Left out:
-  - dropping error spans shorter than five words, as the paper does (its code: for relevance only)
-  - the separator tokens of its reward models: a causal model can be read at a segment's last token
-  - three separate reward models by default: three heads share one trunk; --share_trunk=False trains three
+  - dropping error spans shorter than five words, as the paper does (the authors' code: for relevance only)
+  - its reward models' encoders, which read the whole response, with separator tokens: here a causal model is
+    read at a segment's last token, and sees nothing after it
+  - three separate reward models: by default three heads share one trunk (--share_trunk=False trains three)
   - hiding the passages from the relevance model, as the authors' code does
   - completeness labels from matching passages (see data/qa_feedback.py)
   - settings of the authors' code that the recipe qa_feedback does not use: sampling at τ = 0.7 from the 20
@@ -99,8 +100,8 @@ def cut_response(tokenizer, response):
     A segment ends in the token that completes its last character. The whole response ends in its EOS, if it
     has one.
     """
-    words = response[:-1] if response[-1] == tokenizer.eot_token else response
-    text, ends = segments.decode_with_ends(tokenizer, words)  # ends: characters complete after each token
+    tokens = response[:-1] if response[-1] == tokenizer.eot_token else response
+    text, ends = segments.decode_with_ends(tokenizer, tokens)  # ends: characters complete after each token
     cuts = []
     for start, end in segments.segments(text):  # sub-sentences
         cuts.append(Segment("relevance", segments.last_token(ends, end), start, end))
@@ -145,8 +146,8 @@ def load_feedback(data, split, axes, tokenizer, max_len, limit=None):
     """The feedback of a split: {"spans": Feedback, "comparisons": Feedback}, or only the one that axes need.
 
     An example longer than max_len loses the beginning of its prompt, and if that is not enough the end of its
-    response. A response keeps its beginning, so the places of spans in it stay right; a span beyond the cut
-    overlaps no segment.
+    response. Decoding a response's tokens gives back the annotated text from its beginning, character for
+    character, so the spans' offsets stay valid; a span beyond the cut overlaps no segment.
     """
     feedback = {}
     if "relevance" in axes or "factuality" in axes:
@@ -255,8 +256,9 @@ def reward_losses(scores, marks, axes):
         label = marks.label[of_axis]
         if axis == "completeness":
             group = marks.group[of_axis]
-            # ranking_loss is a mean over comparisons, and 0 without any. Each has a pair: load_feedback left
-            # out those whose responses all tie.
+            # ranking_loss is a mean over comparisons (each has a pair: load_feedback left out those whose
+            # responses all tie), and 0 without any. Times their number, it is a sum. No margin, and no
+            # center_coef: the score is normalized after training instead.
             n_comparisons = len(group.unique())
             loss, accuracy = reward.ranking_loss(s, group, label)
             losses[axis] = n_comparisons * loss
@@ -273,8 +275,8 @@ def judgements(models, feedback, axes, micro_tokens):
 
     The marks and scores are in the order of the indices, and for each group in the order of feedback.marks.
     """
-    # Processes may have different groups. All must run a sharded model equally often, so all_micro_batches
-    # cuts further where a process has too few micro-batches; no group comes twice.
+    # Processes may hold different groups, but a sharded model must run equally often in each. So
+    # all_micro_batches splits further in a process that has too few lists; no group comes twice.
     for indices in batches.all_micro_batches(feedback.groups, micro_tokens, models[0]):
         groups = [feedback.groups[i] for i in indices]
         batch, marks = pack_marks(groups, [feedback.marks[i] for i in indices], axes, models[0].device)
@@ -314,7 +316,7 @@ def train_rewards(cfg, init, axes):
     batch_sizes = {"spans": cfg.batch_size, "comparisons": cfg.batch_size // 4}
     for kind, source in feedback.items():
         first = len(groups)  # where this source begins in groups
-        seed = cfg.seed + first  # a different one for each source
+        seed = cfg.seed + first  # a different one for each source, or both would be shuffled alike
         source_batches = run.shuffled_batches(source.groups, batch_sizes[kind], cfg.steps, seed)
         for step in range(cfg.steps):
             step_batches[step] += [first + i for i in source_batches[step]]
@@ -322,8 +324,8 @@ def train_rewards(cfg, init, axes):
         marks += source.marks
     sizes = ", ".join(f"{len(source.groups)} {kind}" for kind, source in feedback.items())
     run.print0(f"finegrained: {sizes} of {cfg.data}, {init} -> {run.out} on {run.device}")
-    # Prints the first group, with a mark at the tokens of its first response at which that is judged, and
-    # warns if the data look wrong.
+    # Prints the first group, with a | after each token at which its first response is judged, and warns if
+    # the data look wrong.
     first_marks = [mark.token for mark in marks[0]]
     run.show_data(groups, loss_tokens=[first_marks])
 
@@ -356,8 +358,8 @@ def train_rewards(cfg, init, axes):
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(model, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log the sums over micro-batches and processes. Save a checkpoint when one is due; the last one
-        # waits for the normalizer, below.
+        # 3. Log the sums over micro-batches and processes. Save a checkpoint when one is due; the last one is
+        # saved below, with the normalizer.
         run.log(step + 1, **metrics.total(), lr=lr, grad_norm=grad_norm)
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, model, optimizer, axes=axes)
@@ -434,7 +436,7 @@ def f1_of_errors(labels, guesses):
 class RewardModels:
     models: list              # one with three heads, or three with one
     axes: list                # of their heads, in order
-    completeness_mean: float  # of the scores of comparisons
+    completeness_mean: float  # of the completeness scores on training comparisons
     completeness_std: float
 
 
@@ -474,7 +476,7 @@ def load_or_train(folder, axes, init, cfg):
         if checkpoint["step"] == checkpoint["config"]["steps"]:
             return checkpoint  # finished: used as it is, whatever --reward_steps says now
     dist.print0(f"no finished reward model for {', '.join(axes)} in {folder}: training it first")
-    # The settings: reward.py's recipe, then --reward_steps and the like.
+    # The settings of the loop: reward.py's recipe, then --reward_steps and the like.
     settings = {"recipe": cfg.recipe, **reward.RECIPES.get(cfg.recipe, {})}
     settings |= {"steps": cfg.reward_steps, "batch_size": cfg.reward_batch_size, "lr": cfg.reward_lr}
     # These are as for PPO. All else is reward.Config's, also the seed: runs of PPO with other seeds share
@@ -502,14 +504,15 @@ def finegrained_reward(reward_models, tokenizer, cfg):
 
     def reward_fn(prompts, responses):
         """B prompts and responses, lists of token ids -> r_t of every response token, 0 elsewhere: (B, R)."""
-        # Segment: cut each response, differently for each axis. An axis of weight 0 is skipped.
+        # Segment: cut each response, differently for each axis. Segments of an axis of weight 0 are left out.
         marks = []
         for response in responses:
             segments_of_response = cut_response(tokenizer, response)
             marks.append([Mark(s.axis, s.token, label=0) for s in segments_of_response if weights[s.axis]])
         feedback = Feedback([(prompt, [response]) for prompt, response in zip(prompts, responses)], marks)
 
-        # Judge: a score for each segment. Those of a micro-batch come response by response, like its indices.
+        # Judge: a score for each segment. Scores come in the order of `indices`, and within a response in the
+        # order of its marks.
         r = torch.zeros(grids.length_mask(responses).shape)  # (B, R)
         for indices, _, scores in judgements(
                 reward_models.models, feedback, reward_models.axes, cfg.micro_tokens):

@@ -17,7 +17,7 @@ iteration has seven steps. Each has its own section below, and is marked with it
     6. AdaptiveKL      adapts β so that the KL approaches a target, if one is set: arXiv:1909.08593 §2.2
     7. statistics      log, and save a checkpoint
 
-Every quantity lives on a (B, R) grid of response tokens: column t is about the action y_t, taken in the
+Every per-token quantity is a (B, R) grid of response tokens: column t is about the action y_t, taken in the
 state s_t = (x, y_<t). `mask` is True where there is a token; the EOS is an action and is in the mask. The
 models work on packed batches instead: `pack` lays prompts and responses end to end without padding (a
 response sees its prompt and itself, and its positions continue the prompt's), and `states(batch)` are the
@@ -33,9 +33,9 @@ model's hidden states at the s_t, (N, n_embd), which predict the batch's N respo
 Or call train(cfg, reward_fn) with your own reward. If yours takes two texts, wrap it: text_reward(function,
 tokenizer). In general, reward_fn(prompts, responses) takes two lists of B lists of token ids, and returns a
 (B, R) tensor: the reward of each response token, and 0 after a response's end. R is the length of the longest
-of these responses. With several processes, each calls it for its own share of the prompts. PPO then clips
-rewards, with --reward_clip, and subtracts missing_eos_penalty where a response did not end, and the KL
-penalty everywhere.
+of these responses. With several processes, each calls it for its own share of the prompts, and B and R are
+the share's. PPO then clips rewards, with --reward_clip, and subtracts missing_eos_penalty where a response
+did not end, and the KL penalty everywhere.
 
 Left out: an entropy bonus, GRPO's KL in the loss (here it is in the reward), and asynchronous generation.
 The pretraining text of eq. 2 is replaced by demonstrations, with a mean over their tokens as the loss, so γ
@@ -56,7 +56,6 @@ from common.optim import make_optimizer, optimizer_step
 from common.options import (NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig,
                             UnitFloat, parse)
 from common.run import Run
-from data import decode
 from engine.logprobs import CHUNK
 from engine.packing import group_length, pack
 
@@ -68,20 +67,20 @@ class Config(RunConfig):
     normalize_reward: bool = False      # divide scores by their standard deviation on demonstrations
     reward_clip: PositiveFloat | None = None  # the largest absolute reward of a token, before all penalties
     missing_eos_penalty: NonNegativeFloat = 1.0  # subtracted at the last token of a response that did not end
-    value_init: Literal["reward", "sft"] = "reward"  # the value model's start; without a reward model sft
+    value_init: Literal["reward", "sft"] = "reward"  # the value model's start; without a reward model: sft
     share_value: bool = False           # a value head on the policy, instead of a model from value_init
     kl_coef: NonNegativeFloat = 0.1     # β, weight of the KL penalty; with kl_target, its first value
     kl_target: PositiveFloat | None = None  # KL(π‖π_ref) per response to which β is adapted; None: β is fixed
     kl_horizon: PositiveFloat = 10000.0  # in episodes; larger: β adapts more slowly
     stop_kl: NonNegativeFloat | None = None  # KL(π_old‖π) per token at which an iteration's epochs end
-    temperature: PositiveFloat = 1.0    # τ, of sampling, of PPO's log-probs, and of the final evaluation
+    temperature: PositiveFloat = 1.0    # τ of π and π_ref: in sampling, in PPO, and in the final evaluation
     max_new_tokens: PositiveInt = 40    # the longest response
     advantage: Literal["gae", "rloo", "grpo"] = "gae"  # rloo, grpo: from each prompt's k responses, without V
     k: PositiveInt = 1                  # K: responses per prompt; batch_size counts responses
     gamma: UnitFloat = 1.0              # γ of GAE, the discount (arXiv:1506.02438)
     lam: UnitFloat = 0.95               # λ of GAE
-    clip: PositiveFloat = 0.2           # ε: how far the ratio may move
-    value_clip: PositiveFloat = 0.2     # how far a value may move
+    clip: PositiveFloat = 0.2           # ε: beyond 1 ± ε, moving the ratio further gains nothing
+    value_clip: PositiveFloat = 0.2     # the same for values: beyond V_old ± value_clip
     vf_coef: NonNegativeFloat = 0.1     # weight of the value loss; matters mainly with --share_value
     ptx_coef: NonNegativeFloat = 0.0    # eq. 2's γ: weight of the language-model loss on demonstrations
     whiten_rewards: bool = False        # scale rewards to unit variance, with their mean kept (see `whiten`)
@@ -128,7 +127,7 @@ class Models:
 class Episodes:
     """An iteration's rollout: B responses, their prompts, and (B, R) grids, filled in by the numbered steps.
 
-    K neighbouring rows are the responses to one prompt, a group that is packed with its prompt once.
+    K neighbouring rows are the responses to one prompt: a group. Packing a group writes its prompt only once.
     """
     prompts: list                              # of token ids, each prompt K times
     responses: list                            # of token ids, the EOS included
@@ -157,7 +156,7 @@ class Episodes:
         return sum(map(group_length, self.groups))
 
     def rows(self, indices):
-        """The rows of the responses of some groups, given by their indices."""
+        """The grid rows of the groups with these indices."""
         rows = []
         for i in indices:
             rows += range(i * self.k, (i + 1) * self.k)
@@ -193,7 +192,8 @@ def rollout(policy, prompts, reward_fn, tokenizer, cfg):
     my_responses, my_logprobs = sampler.generate(
         my_prompts, cfg.max_new_tokens, cfg.temperature, eos=tokenizer.eot_token,
         noise=dist.process_share(noise), return_logprobs=True)
-    with torch.random.fork_rng(devices=[]):  # what reward_fn draws must not advance our (CPU's) random state
+    # What reward_fn draws must not advance the CPU's random state, which has to stay equal in all processes.
+    with torch.random.fork_rng(devices=[]):
         my_rewards = grids.check_reward(reward_fn(my_prompts, my_responses), my_responses, tokenizer)
 
     # Gather the episodes of all processes. Their grids differ in width, so rewards travel as lists without
@@ -227,8 +227,8 @@ def text_reward(function, tokenizer):
     def reward_fn(prompts, responses):
         rewards = []
         for prompt, response in zip(prompts, responses):
-            response_text = decode(tokenizer, response)  # without the EOS
-            rewards.append(float(function(tokenizer.decode(prompt), response_text)))
+            words = [token for token in response if token != tokenizer.eot_token]
+            rewards.append(float(function(tokenizer.decode(prompt), tokenizer.decode(words))))
         return grids.on_last_token(torch.tensor(rewards), grids.length_mask(responses))
     return reward_fn
 
@@ -239,10 +239,11 @@ def text_reward(function, tokenizer):
 def evaluate_tokens(episodes, models, micro_batches, cfg):
     """Fills in log π, log π_ref, V, the exact KL and the entropy at every token.
 
-    log π is computed anew, since on CUDA the sampler has less precision. micro_batches are this process's
-    micro-batches in the first epoch of `update`, lists of indices into episodes.groups. `update` computes
-    these log-probs again, in the same micro-batches, so on a CPU the ratio π/π_old is exactly 1 until the
-    first optimizer step. (On CUDA, compiled code with gradients may round differently from code without.)
+    micro_batches are this process's micro-batches in the first epoch of `update`, lists of indices into
+    episodes.groups. The sampler's own log π is not used: on CUDA it has less precision, and on a CPU log π
+    should round as in `update`, which computes it again in the same micro-batches. The ratio π/π_old is then
+    exactly 1 until the first optimizer step. (On CUDA, compiled code with gradients may round differently
+    from code without.)
     """
     names = ["logprobs", "ref_logprobs", "kl", "entropy"]
     if models.value_model is not None:
@@ -308,8 +309,9 @@ def k1_k3(logprobs, ref_logprobs, mask):
     """Two unbiased estimates of KL(π‖π_ref) from samples of π, in nats per response: scalars.
 
     k1 = log π/π_ref, and k3 = π_ref/π − 1 + log π/π_ref, which is never negative (Schulman 2020,
-    http://joschu.net/blog/kl-approx.html). k3 has less variance only while π is near π_ref: where π rarely
-    takes what π_ref often takes, as for π = (0.99, 0.01), π_ref = (0.5, 0.5), its variance is 20, k1's 0.2.
+    http://joschu.net/blog/kl-approx.html). k3 has less variance only while π is near π_ref. Where π rarely
+    takes an action that π_ref often takes, it has more: 20 beside k1's 0.2 for π = (0.99, 0.01) and
+    π_ref = (0.5, 0.5).
     """
     logratio = (logprobs - ref_logprobs) * mask
     k1 = logratio
@@ -343,7 +345,8 @@ def whiten(x, mask, shift_mean=True):
 def compute_gae(rewards, values, mask, gamma, lam):
     """Generalized advantage estimation, arXiv:1506.02438 eq. 16: Â_t = Σ_l (γλ)^l δ_{t+l}. All (B, R).
 
-    Each row of the mask is True, then False; what follows a response's last token is worth 0. Returns
+    Each row of the mask is True, then False; what follows a response's last token is worth 0, also where the
+    response was cut off. Returns
     advantages and returns = advantages + values (footnote 2 there), 0 off the mask. At λ = 1 the returns are
     the Monte Carlo returns of eq. 28.
     """
@@ -364,7 +367,7 @@ def rloo_advantages(totals):
     """REINFORCE leave-one-out, Ahmadian et al. 2024, arXiv:2402.14740: A_i = R_i − mean_{j≠i} R_j.
 
     totals: (P, K), the total rewards R_i of each prompt's K responses; returns (P, K). The mean of the others
-    does not depend on y_i, so it is a baseline without bias.
+    does not depend on y_i, so as a baseline it does not bias the gradient.
     """
     K = totals.size(1)
     mean_of_others = (totals.sum(1, keepdim=True) - totals) / (K - 1)
@@ -375,7 +378,7 @@ def grpo_advantages(totals):
     """GRPO, Shao et al. 2024, arXiv:2402.03300 §4.1.2: A_i = (R_i − mean(R)) / std(R). (P, K) -> (P, K).
 
     Dr. GRPO (arXiv:2503.20783) found a bias in the std: it gives more weight to prompts whose K rewards are
-    nearly equal, such as very easy and very hard ones. Here R holds the KL penalty, which GRPO has in the
+    nearly equal, such as very easy and very hard ones. Here R includes the KL penalty, which GRPO has in the
     loss instead. So where the task's rewards are all equal, the advantages come from the penalty alone, and
     the std scales them up. Without the std, this is RLOO times (K − 1)/K.
     """
@@ -387,8 +390,8 @@ def grpo_advantages(totals):
 def group_advantages(rewards, mask, estimator, k):
     """Advantages without a value model: `estimator` compares the K responses to each prompt. All (B, R).
 
-    It sees the whole reward of a response, R(x, y) = Σ_t r_t = r(x, y) − β log π/π_ref (y|x), with the KL
-    penalty in it as in arXiv:2402.14740. Every token of the response gets the response's advantage.
+    It sees the whole reward of a response, R(x, y) = Σ_t r_t: r(x, y) − β log π/π_ref (y|x), as in
+    arXiv:2402.14740, less the penalty for a missing EOS. Every token of the response gets its advantage.
     """
     totals = rewards.sum(1).view(-1, k)  # (P, K)
     return estimator(totals).view(-1, 1) * mask
@@ -416,7 +419,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 
 def value_loss(values, old_values, returns, mask, clip):
-    """½ E max((V − V_targ)², (V_old + clip(V − V_old, ±ε) − V_targ)²), V_targ the returns. All (B, R).
+    """½ E max((V − V_targ)², (V_old + clip(V − V_old, ±clip) − V_targ)²), V_targ the returns. All (B, R).
 
     Returns a scalar, the mean over the mask. This is (V − V_targ)² of arXiv:1707.06347 eq. 9, halved and
     clipped as in its authors' code.
@@ -464,16 +467,16 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
             metrics = Metrics()
             minibatch_tokens = episodes.mask[episodes.rows(minibatch)].sum().to(run.device)
 
-            # Each process takes an equal share of the minibatch, in micro-batches: lists of indices into
-            # groups, of at most cfg.micro_tokens tokens. Each process has the same number of them, because a
-            # sharded model's forward pass needs all processes at once.
+            # run.micro_batches takes this process's share of the minibatch, as many groups as any other's,
+            # and splits it into lists of at most cfg.micro_tokens tokens, none of them empty. Every process
+            # gets the same number of lists, because a sharded forward pass needs all processes at once.
             for indices in run.micro_batches(minibatch, groups):
                 batch = pack([groups[i] for i in indices]).to(run.device)
                 # The same responses with what steps 2 and 4 gave them: old.logprobs is log π_old.
                 old = episodes.select(episodes.rows(indices), run.device)
-                # The losses below are means over the tokens of these responses. Times weight, their share of
-                # the minibatch's tokens, they add up to the minibatch's mean, over micro-batches and
-                # processes, and so do the gradients.
+                # weight is this micro-batch's share of the minibatch's response tokens. Each loss below is a
+                # mean over the micro-batch; the sum of weight · loss, over micro-batches and processes, is
+                # the mean over the minibatch. So do the gradients add up to its gradient.
                 weight = old.mask.sum() / minibatch_tokens
 
                 # PPO's eq. 7, the clipped surrogate. First log π(y_t|s_t) under the current weights, back on
@@ -495,10 +498,9 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                 (loss * weight).backward()
 
             # InstructGPT's eq. 2, second term: ptx_coef · E[log π] on demonstrations; its gradient is added
-            # to PPO's. (Without demonstrations, 0 is logged.)
-            metrics.add(ptx_loss=torch.zeros((), device=run.device))
+            # to PPO's. Each loss is divided by the tokens of all processes, so that the losses add up.
             if ptx_batches is not None:
-                demonstrations = next(ptx_batches)
+                demonstrations = next(ptx_batches)  # [(prompt_ids, [response_ids]), …], in every process
                 n_ptx_tokens = sum(len(response) for _, (response,) in demonstrations)
                 for indices in run.micro_batches(range(len(demonstrations)), demonstrations):
                     some = [demonstrations[i] for i in indices]
@@ -536,7 +538,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
     for key in history[0]:
         means[key] = sum(step_metrics[key] for step_metrics in history) / len(history)
     weighted_value_loss = cfg.vf_coef * means.get("value_loss", 0.0)
-    weighted_ptx_loss = cfg.ptx_coef * means["ptx_loss"]
+    weighted_ptx_loss = cfg.ptx_coef * means.get("ptx_loss", 0.0)
     means["loss"] = means["policy_loss"] + weighted_value_loss + weighted_ptx_loss
     means["optimizer_steps"] = len(history)
     return means
@@ -600,14 +602,15 @@ def load_models(run, init, has_reward_fn):
     """Loads and prepares all models -> Models, tokenizer."""
     cfg = run.cfg
     policy, tokenizer = run.load_model(init)
-    run.adopt_template(init)  # if the policy was trained on chat turns, prompts are written the same way
+    run.adopt_template(init)  # if the policy was trained on chat turns, run.rollout_prompts writes turns too
     policy.set_scalar_heads(0)  # a language model, without a value head
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
     reward_model = None
     if cfg.reward == "rm" and not has_reward_fn:
         reward_model = run.load_reward_model(cfg.reward_model, cfg.normalize_reward)
 
-    # The value model: a head on the policy, a copy of the reward model, or one of the policy with a new head.
+    # The value model: a head on the policy, a copy of the reward model, or a copy of the policy with a new
+    # head.
     if cfg.advantage != "gae":
         value_model = None
     elif cfg.share_value:
@@ -683,7 +686,8 @@ def train(cfg, reward_fn=None):
     if cfg.reward == "rm" and reward_fn is None:
         cfg.reward_model = cfg.reward_model or run.train_if_missing("reward")
 
-    # Four models: the policy π, its reference π_ref, the value model V (for GAE), and the reward model r.
+    # Up to four models: the policy π, its reference π_ref, the value model V (for GAE), and the reward model
+    # r (unless the reward is a function).
     models, tokenizer = load_models(run, init, reward_fn is not None)
     if reward_fn is None:
         if models.reward_model is not None:
@@ -698,11 +702,12 @@ def train(cfg, reward_fn=None):
     prompts = run.rollout_prompts(cfg.max_new_tokens)  # lists of ids; long ones lose their beginning
     prompt_batches = run.shuffled_batches(prompts, cfg.batch_size // cfg.k)
     if cfg.ptx_coef:
-        demonstrations = DemonstrationBatches(run, tokenizer)  # of eq. 2's second term
+        demonstration_batches = DemonstrationBatches(run, tokenizer)  # of eq. 2's second term
     run.print0(f"{cfg.advantage}: {len(prompts)} prompts of {cfg.data}, {init} -> {run.out} on {run.device}")
     run.show_data([(prompt, []) for prompt in prompts])  # prints the first prompt; no responses yet
 
-    # Open the log. With --resume, first restore the models, the optimizers, β and the random state.
+    # Opens the log. With --resume, it restores the policy, its optimizer and the random state from the last
+    # checkpoint, and returns that; β and V follow.
     checkpoint = run.start_or_resume(models.policy, optimizers["policy"], CONSOLE)
     if cfg.resume:
         kl_controller.coef = checkpoint["kl_coef"]
@@ -737,19 +742,19 @@ def train(cfg, reward_fn=None):
 
         # 4. Advantages: δ_t = r_t + γ V(s_{t+1}) − V(s_t), and Â_t = δ_t + γλ Â_{t+1}. Without V, the
         # advantage is how much better a response is than the others to its prompt.
-        rewards = episodes.dense_rewards
+        dense_rewards = episodes.dense_rewards
         if cfg.whiten_rewards:
-            rewards = whiten(rewards, episodes.mask, shift_mean=False)
+            dense_rewards = whiten(dense_rewards, episodes.mask, shift_mean=False)
         if cfg.advantage == "gae":
             episodes.advantages, episodes.returns = compute_gae(
-                rewards, episodes.values, episodes.mask, cfg.gamma, cfg.lam)
+                dense_rewards, episodes.values, episodes.mask, cfg.gamma, cfg.lam)
             if cfg.whiten_advantages:
                 episodes.advantages = whiten(episodes.advantages, episodes.mask)
         else:
             # Not whitened: each group already has its own baseline, and whitening would subtract a second
             # one, common to all groups.
             estimator = rloo_advantages if cfg.advantage == "rloo" else grpo_advantages
-            episodes.advantages = group_advantages(rewards, episodes.mask, estimator, cfg.k)
+            episodes.advantages = group_advantages(dense_rewards, episodes.mask, estimator, cfg.k)
         evaluate_s = time.time() - begin
 
         # 5. Epochs of clipped updates on minibatches of the episodes.
@@ -758,7 +763,7 @@ def train(cfg, reward_fn=None):
         lrs = {"policy": cfg.lr * factor, "value": cfg.value_lr * factor}
         ptx_batches = None
         if cfg.ptx_coef:  # for each optimizer step as many demonstrations as it has episodes
-            ptx_batches = demonstrations.of_iteration(step)
+            ptx_batches = demonstration_batches.of_iteration(step)
         losses = update(run, models, optimizers, episodes, epochs, lrs, ptx_batches)
         update_s = time.time() - begin
 
@@ -782,8 +787,8 @@ def train(cfg, reward_fn=None):
         run.save_if_due(step + 1, models.policy, optimizers["policy"], kl_coef=kl_controller.coef,
                         **value_state(models, optimizers))
 
-    # The policy and its reference on held-out prompts. Both are sampled at the run's temperature τ, at which
-    # PPO trained. The scores are the reward model's own, without --normalize_reward.
+    # Compare the policy and its reference on held-out prompts. Both are sampled at the run's temperature τ,
+    # at which PPO trained. The scores are the reward model's own, without --normalize_reward.
     del optimizers, checkpoint  # frees memory for the evaluation
     reward_model_folder = None if models.reward_model is None else cfg.reward_model
     evaluate.report(run, models.policy, init, models.ref_policy, reward_model_folder, cfg.temperature)

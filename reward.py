@@ -11,17 +11,15 @@ the prompt once for all of them. The loss averages over these pairs:
 
     L(θ) = −E_x [ 1/(K choose 2) Σ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]                             (eq. 1)
 
-Eq. 1 sees differences only, so it leaves free each prompt's mean score, and with it the zero of the scale.
-The zero is set at the end, as in InstructGPT: one shift of the bias makes demonstrations score 0 on average.
-This file adds three things:
+Eq. 1 sees only differences within a prompt: a constant added to all of one prompt's scores does not change
+it. Two things fix these constants. During training, a small term center_coef · (2 r̄)² pulls each prompt's
+mean score r̄ to 0, so that all prompts share one level; otherwise PPO's value model would have to learn each
+prompt's own. It does not pull on the differences. (The term is ours; at K = 2 it is the (r_w + r_l)² of
+arXiv:2312.09244.) At the end, as in InstructGPT, one shift of the bias moves that level: demonstrations then
+score 0 on average.
 
-- a small term center_coef · (2 r̄)², with r̄ the mean score of a prompt's K responses. Eq. 1 leaves r̄ free,
-  so it could differ from prompt to prompt, and PPO's value model would have to learn it. During training the
-  term holds every prompt's r̄ near 0, so that all prompts share one level, and does not pull on the
-  differences within a prompt; the final shift moves the level. At K = 2, (2 r̄)² = (r_w + r_l)², as in
-  arXiv:2312.09244.
-- the standard deviation of the demonstrations' scores, saved with the weights for PPO to divide scores by.
-- on request, a margin that r_w has to win by (--margin).
+This file also saves the standard deviation of the demonstrations' scores, for PPO to divide scores by, and
+has an optional margin by which r_w should exceed r_l (--margin).
 
     python reward.py                                the animals world; trains its SFT model first
     python reward.py hh --init=out/sft-hh           Anthropic's HH-RLHF, GPT-2
@@ -52,7 +50,7 @@ from engine.packing import pack
 
 @dataclass
 class Config(RunConfig):
-    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); your file: all
+    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); a file: all
     margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m), a constant (arXiv:2307.09288 eq. 2)
     center_coef: NonNegativeFloat = 0.01  # weight of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1600           # optimizer steps
@@ -116,16 +114,16 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
             continue  # all of its responses tie
         pair_losses = -F.logsigmoid(r_w - r_l - margin)
         centering = center_coef * (2 * group_scores.mean()) ** 2
-        losses.append(pair_losses.mean() + centering)  # without ties, the mean is eq. 1's 1/(K choose 2)
+        losses.append(pair_losses.mean() + centering)  # without ties, over the K choose 2 pairs of eq. 1
         right = (r_w > r_l).float() + 0.5 * (r_w == r_l).float()
         accuracies.append(right.mean())
-    if not losses:  # no pairs at all, as can happen in finegrained.py: a zero that backward() accepts
+    if not losses:  # no pairs, as can happen in finegrained.py: a zero that is still part of the graph
         return 0 * scores.sum(), 0 * scores.detach().sum()
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
 
 def score_gap(scores, group, rank):
-    """The mean of r_w − r_l over each group's pairs, for the log. Every group must have a pair."""
+    """For the log: each group's mean of r_w − r_l over its pairs, (G,). Every group must have a pair."""
     gaps = []
     for group_scores, group_rank in split_by_group(scores.detach(), group, rank):
         r_w, r_l = ranked_pairs(group_scores, group_rank)
@@ -162,9 +160,9 @@ def train(cfg):
     reward_model = run.prepare(reward_model)  # moved to the device; sharded or compiled if asked for
 
     # Comparisons: a prompt and its K ranked responses. `groups` has the same ones, in the same order, as
-    # token ids: (prompt_ids, [response_ids, …]). If a prompt and its longest response together exceed max_len
-    # tokens, the prompt loses its beginning, down to its last max_len // 2 tokens; then each response that is
-    # still too long loses its end, EOS included.
+    # token ids: (prompt_ids, [response_ids, …]). If a prompt and its longest response do not fit into max_len
+    # tokens, the prompt's beginning is cut, but at least its last max_len // 2 tokens are kept. A response
+    # that still does not fit loses its end, and with it its EOS.
     data = run.data
     comparisons = data.comparisons("train", cfg.k)
     comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # drop those whose responses all tie
@@ -241,9 +239,10 @@ def train(cfg):
             run.save_if_due(step + 1, reward_model, optimizer)
 
     # Center the scores: shift the bias so that training demonstrations (the best responses, if the data have
-    # only comparisons) score 0 on average. The last checkpoint of a finished run is centered, and only it has
-    # score_std. If this run resumed from it and has no steps left, its score_std is used again.
-    if run.start == cfg.steps and "score_std" in checkpoint:
+    # only comparisons) score 0 on average. Only a finished run's last checkpoint has been centered, and only
+    # that one contains score_std. If this run resumed from it, the work is done.
+    is_centered = run.start == cfg.steps and "score_std" in checkpoint
+    if is_centered:
         score_std = checkpoint["score_std"]
     else:
         demonstrations = data.demonstrations("train")[:cfg.center_n]
@@ -254,9 +253,11 @@ def train(cfg):
         shift_bias(reward_model, -scores.mean().item())
         run.save(cfg.steps, reward_model, optimizer, score_std=score_std)
 
-    # The final table, which save_rows writes to eval.json: how well the scores order the validation
-    # comparisons, before training and after. Below it, three comparisons with their scores.
     run.print0(f"\ndemonstrations score 0 ± {score_std:.3f}")
+
+    # The final table, which save_rows writes to eval.json: how well the scores order the validation
+    # comparisons, before training (a row named `init`) and after. Below it, three comparisons with their
+    # scores.
     if validation:
         scores = run.scores_of_responses(reward_model, validation_groups)
         rows = evaluate.report_preferences(run, init, validation, scores_before, scores, n_samples=3)

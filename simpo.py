@@ -136,8 +136,8 @@ def train(cfg):
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
     # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
-    # the longer response together exceed max_len tokens, the prompt loses its beginning, down to its last
-    # max_len // 2 tokens; then each response that is still too long loses its end, EOS included.
+    # the longer response do not fit into max_len tokens, the prompt's beginning is cut, but at least its last
+    # max_len // 2 tokens are kept. A response that still does not fit loses its end, and with it its EOS.
     pairs = run.encode_pairs(run.data.comparisons("train"))
     # One list per step, of exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its
     # last, incomplete batch.
@@ -180,8 +180,8 @@ def train(cfg):
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
-            # For the log: `add` detaches each, and adds it to the batch's sum. The loss is that of eq. 6
-            # plus the SFT term; the margin is that of the rewards, not γ.
+            # For the log: `add` detaches each tensor, and adds it to the batch's sum. The loss is eq. 6 plus
+            # the SFT term; the margin is that of the rewards, not γ.
             metrics.add(loss=total_losses, simpo_loss=losses, sft_loss=sft_losses, accuracy=correct,
                         margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
@@ -211,20 +211,20 @@ def train(cfg):
 
     # Two tables, unless eval_n is 0, each with a row for the initial policy, loaded again, and one for the
     # trained one.
-    # - Answers to prompts of the test split: KL, length and, with the data's true reward or --reward_model,
-    #   reward and win rate against the initial policy.
-    # - The first eval_n validation comparisons: how often the rewards β/|y| log π rank the responses
-    #   correctly.
+    # - Answers to the first eval_n prompts of the test split: KL, length and, with the data's true reward or
+    #   --reward_model, reward and win rate against the initial policy.
+    # - The first eval_n comparisons of the validation split: how often the rewards β/|y| log π rank the
+    #   responses correctly.
     if cfg.eval_n == 0:
         return policy
     del optimizer  # frees memory for the evaluation
     initial_policy = run.load_frozen(init)
-    # comparisons are text; groups are the same as token ids, (prompt_ids, [response_ids, …])
+    # comparisons are text; groups are the same ones as token ids, (prompt_ids, [response_ids, …])
     comparisons, groups = run.held_out_comparisons()
     # β/|y| log π of all S responses in this order: (S,)
     rewards_before = cfg.beta * run.logp_of_responses(initial_policy, groups, average=True)
     rewards = cfg.beta * run.logp_of_responses(policy, groups, average=True)
-    evaluate.report(run, policy, init=init, ref_policy=initial_policy, reward_model=cfg.reward_model,
+    evaluate.report(run, policy, init, initial_policy, cfg.reward_model,
                     preferences=(comparisons, rewards_before, rewards))
     return policy
 
