@@ -6,8 +6,9 @@
     python evaluate.py out/sft-animals out/ppo-seed0 out/ppo-seed1 out/ppo-seed2 --mean
     python evaluate.py --curves out/sft-animals out/dpo-animals out/ppo-animals --plot=curves.png
 
-Every model answers the same prompts, at temperature 1, or, if runs of ppo.py are compared, at the one that
-they were trained with. The columns are means over prompts (±standard error; docs/measuring.md has both):
+Every model answers the same prompts, at temperature 1, or at the one that the runs of ppo.py among them were
+trained with (runs with different ones need tables of their own). The columns are means over prompts, with
+their standard errors (docs/measuring.md):
 
     gold           the true reward (animals), and its parts relevance, factuality, completeness
     kl             KL(π‖π_ref) in nats per response: exact over the vocabulary at each position, summed over
@@ -23,13 +24,13 @@ gold and grammar are empty for data whose true reward is not known.
 
 --frontier: max E[r] − β KL(π‖π_ref) has the optimum π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). So samples of π_ref,
 the first checkpoint, weighted by exp(r/β), estimate its reward and its KL. Over all β, these are the most
-reward that any method can reach at each KL: the frontier. Each of its rows has two more columns, each
-checkpoint has one:
+reward that any method can reach at each KL: the frontier. Its rows also have beta and ess, and those of the
+checkpoints a gap:
 
     beta           the price of KL for which this row is the optimum
     ess            its effective sample size: how many of the samples count; rows below MIN_ESS are left out
                    (common/frontier.py)
-    gap            how much more reward π* has at the checkpoint's own KL, which is β KL(π‖π*); or
+    gap            π*'s reward minus the checkpoint's, at the same KL to π_ref; it equals β KL(π‖π*). Or
                    gap_at_most, an upper bound, where the frontier does not reach that KL
 
 --overoptimization: reward-model score and true reward against √KL along runs of ppo.py that differ in their
@@ -43,7 +44,7 @@ from dataclasses import dataclass
 import torch
 
 from common import curves, plots
-from common.checkpoints import load_checkpoint
+from common.compared import load_data, load_models, named_reward_model, table_temperature
 from common.dist import is_main, log_to_console, print0
 from common.files import write_atomically
 from common.frontier import MIN_ESS, frontier, gap
@@ -55,18 +56,18 @@ from common.scoring import number_each_response, pair_accuracy, scores_of_respon
 from common.sharding import unshard_model
 from common.standard_errors import clusters_of, mean_se
 from common.tables import table
-from data import dataset, decode, encode_prompts
+from data import decode, encode_prompts
 from data.turns import apply_template
 from engine.decode import uniform_noise
 from engine.packing import per_sequence
-from engine.weights import is_pretrained
 
 KEYS = ["gold", "relevance", "factuality", "completeness", "kl", "win_rate", "length", "eos_rate", "grammar",
         "score"]
 MAX_NEW_TOKENS = 128
 
 # Seeds of the sampling noise. All models answer with the same noise. The reference's answers that the win
-# rate compares these with have another, or wins would be correlated.
+# rate compares these with use another: with the same one, a model near the reference would meet its own
+# answers, and tie far too often.
 ANSWER_SEED = 0     # of every model's answers
 REFERENCE_SEED = 1  # of the reference's answers that the win rate compares them with
 FRONTIER_SEED = 2   # of the reference's samples for the frontier
@@ -74,7 +75,7 @@ FRONTIER_SEED = 2   # of the reference's samples for the frontier
 # Limits on memory, so that the table at the end of a stage fits wherever training did
 CACHE_BYTES = 2**28      # of a key-value cache
 KL_TOKENS = 2048         # tokens in a forward pass
-KL_LOGITS = 2**23        # logits of one model
+KL_LOGITS = 2**23        # logits of one model that exist at a time
 
 
 # -------------------------------------------------------------------------------------------- sampling and KL
@@ -124,7 +125,7 @@ def exact_kl(policy, ref_policy, prompts, responses, temperature=1.0):
 
 
 def encode_cut(prompts, context, tokenizer):
-    """Encodes prompts as lists of ids. Those over half of the context, in tokens, lose their beginning."""
+    """Encodes prompts as lists of ids. A prompt longer than half of the context loses its beginning."""
     room = (context + 1) // 2
     return [ids[-room:].tolist() for ids in encode_prompts(tokenizer, prompts)]
 
@@ -138,7 +139,7 @@ class Setting:
     tokenizer: object
     prompts: list               # of text
     context: int                # tokens of a prompt and a response together: what every model can read
-    clusters: list              # for each prompt what it asks about; the standard errors are over these
+    clusters: list              # of each prompt; standard errors treat a cluster as one sample
     ref_policy: torch.nn.Module
     ref_rewards: torch.Tensor | None  # (P,) of the reference's answers that the win rate compares with
     reward_model: torch.nn.Module | None
@@ -243,9 +244,9 @@ def mean_row(rows):
 
 
 def report(run, policy, ref_name, ref_policy=None, reward_model=None, temperature=1.0, preferences=None):
-    """Ends a stage: compares the models before and after it, on the console and in OUT/eval.json.
+    """Ends a stage: compares the trained policy with its reference, on the console and in OUT/eval.json.
 
-    ref_name: the name of the model before, on its rows. ref_policy: that model; None: loads it by its name.
+    ref_name: the reference's name, on its rows. ref_policy: the reference; None: it is loaded by its name.
     reward_model: a run of reward.py, for the column score. preferences: (comparisons, rewards before, rewards
     after), with a reward for each of their responses (S,), for a second table. All processes must call this.
     """
@@ -277,7 +278,7 @@ def report(run, policy, ref_name, ref_policy=None, reward_model=None, temperatur
 def report_preferences(run, ref_name, comparisons, rewards_before, rewards_after, n_samples=0):
     """Prints how well rewards (S,), one per response, order held-out comparisons before and after a stage.
 
-    Returns the two rows of the table. n_samples: how many comparisons are shown with their rewards.
+    Returns the two rows of the table. n_samples: how many comparisons to print, with their rewards.
     """
     rows = [preference_row(ref_name, rewards_before, comparisons, run.data),
             preference_row(run.out, rewards_after, comparisons, run.data)]
@@ -354,59 +355,6 @@ def show_frontier(args, models, rows, columns, setting):
 
 # ------------------------------------------------------------------------------------------- the command line
 
-def load_models(names, data=None):
-    """Loads checkpoints to compare -> [(name, GPT), …], their tokenizer, each one's config ({} if not a run).
-
-    Exits with one line if one of them is a reward model, if their tokenizers differ, or if they were trained
-    on different data and `data` does not say which to use.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    models, tokenizers, configs = [], [], []
-    trained_on = {}  # {data: the first checkpoint trained on it}
-    for name in names:
-        model, tokenizer = load_model(name)
-        models.append((name, model.to(device)))
-        tokenizers.append(tokenizer)
-        if is_pretrained(name):
-            configs.append({})  # weights in the Hugging Face format have no run's config
-            continue
-        checkpoint = load_checkpoint(name)
-        configs.append(checkpoint["config"])
-        trained_on.setdefault(checkpoint["config"]["data"], name)
-    if len({tokenizer.name for tokenizer in tokenizers}) > 1:
-        named = ", ".join(f"{name} {tokenizer.name}" for name, tokenizer in zip(names, tokenizers))
-        raise SystemExit(f"these models have different tokenizers: {named}")
-    if len(trained_on) > 1 and not data:
-        named = ", ".join(f"{name}: {its_data}" for its_data, name in trained_on.items())
-        raise SystemExit(f"these models were trained on different data ({named}): "
-                         "say which to compare them on with --data")
-    return models, tokenizers[0], configs
-
-
-def load_data(args, configs):
-    """The data that --data names, or else the data that the first run was trained on."""
-    of_runs = [config for config in configs if config]
-    config = of_runs[0] if of_runs else {"data": "animals", "data_dir": "data/files"}
-    return dataset(args.data or config["data"], args.data_dir or config["data_dir"])
-
-
-def table_temperature(names, configs):
-    """The temperature τ at which policies are compared: that of their runs of ppo.py, 1 for other models.
-
-    The reference, which comes first, is measured at the temperature of the others. Exits with one line if
-    these differ: a table has one.
-    """
-    named = list(zip(names, configs))
-    temperatures = {}  # {temperature: the first checkpoint trained at it}
-    for name, config in named[1:] or named:
-        temperatures.setdefault(config.get("temperature", 1.0), name)
-    if len(temperatures) > 1:
-        listed = ", ".join(f"{name}: {temperature:g}" for temperature, name in temperatures.items())
-        raise SystemExit(f"these policies were trained at different temperatures ({listed}): "
-                         "compare each with the reference in a table of its own")
-    return list(temperatures)[0]
-
-
 def arguments(argv):
     """Parses the command line; the top of this file describes it."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -417,7 +365,7 @@ def arguments(argv):
     add("--n", type=int, default=500, help="prompts (default 500)")
     add("--json", metavar="FILE", help="write the rows there")
     add("--mean", action="store_true",
-        help="add the mean of the checkpoints after the first, with its error over them")
+        help="add the mean of the checkpoints after the first, with its standard error over them")
     add("--frontier", action="store_true", help="the most reward at each KL, and each checkpoint's gap to it")
     add("--samples", type=int, default=256,
         help="samples of the reference per prompt, for --frontier (default 256)")
@@ -426,7 +374,7 @@ def arguments(argv):
     add("--curves", action="store_true", help="draw what the runs logged, into --plot (default curves.png)")
     add("--plot", metavar="FILE",
         help="draw --frontier, --overoptimization or --curves there (needs matplotlib)")
-    add("--reward_model", metavar="RUN", help="for the column score; default: that of a PPO run named here")
+    add("--reward_model", metavar="RUN", help="for the column score; default: the first that a run names")
     add("--data", help="default: what the checkpoints were trained on")
     add("--data_dir", help="likewise")
     args = parser.parse_args(argv)
@@ -444,6 +392,12 @@ def arguments(argv):
         plots.import_pyplot()  # a missing package is an error now, not after the work
     if args.overoptimization and not args.plot:
         raise SystemExit("--overoptimization takes runs of ppo.py and --plot=FILE")
+    if args.mean and len(args.checkpoints) < 2:
+        raise SystemExit("--mean is over the checkpoints after the first: name some")
+    # The frontier is estimated from all samples, their halves and their quarters. It ends where fewer than
+    # MIN_ESS of them count, so with twice that number it has a useful length.
+    if args.frontier and (args.samples < 2 * MIN_ESS or args.samples % 4):
+        raise SystemExit(f"--frontier needs {2 * MIN_ESS} --samples or more, a multiple of 4")
     return args
 
 
@@ -456,21 +410,17 @@ def main(argv=None):
         return curves.plot_overoptimization(args.plot, args.checkpoints)
 
     # The models, the data that they are compared on, and a reward model if one is named here or by a PPO run.
-    models, tokenizer, configs = load_models(args.checkpoints, args.data)
+    models, tokenizer, configs = load_models(args.checkpoints, need_same_data=args.data is None)
     data = load_data(args, configs)
-    named = [c["reward_model"] for c in configs if c.get("reward_model")]
-    path = args.reward_model or (named[0] if named else None)
-    reward_model = load_reward_model(path, tokenizer).to(models[0][1].device) if path else None
+    reward_model = named_reward_model(args.reward_model, configs)  # a run's folder
+    if reward_model is not None:
+        reward_model = load_reward_model(reward_model, tokenizer).to(models[0][1].device)
 
-    if args.mean and len(models) < 2:
-        raise SystemExit("--mean is over the checkpoints after the first: name some")
     n_prompts = min(args.n, len(data.prompts("test")))
     if n_prompts == 0:
         raise SystemExit("no held-out prompts: nothing to evaluate")
-    # common/frontier.py cuts the samples into quarters; fewer than twice MIN_ESS would leave no row.
-    if args.frontier and (n_prompts < 2 or args.samples < 2 * MIN_ESS or args.samples % 4):
-        raise SystemExit(f"--frontier needs at least two prompts (--n) and {2 * MIN_ESS} --samples of each, "
-                         "a multiple of 4")
+    if args.frontier and n_prompts < 2:
+        raise SystemExit("--frontier needs at least two prompts, for its standard errors")
     if args.frontier and not hasattr(data, "gold") and not reward_model:
         raise SystemExit("--frontier: the true reward of this data is not known; name a --reward_model")
 

@@ -25,6 +25,7 @@ import sys
 import torch
 
 import evaluate
+from common.compared import load_data, load_models
 from common.dist import log_to_console
 from common.files import append_to, write_atomically
 from common.grids import repeat_each
@@ -268,10 +269,9 @@ def main(argv=None):
     if args.page is not None or args.json is not None:
         # By name, and only here: the page needs the numbers of the stages, which stand above this file.
         return importlib.import_module("tokens").write(args)
-    # data="any": the models need not have been trained on the same data.
-    models, tokenizer, configs = evaluate.load_models(args.checkpoints, data="any")
+    models, tokenizer, configs = load_models(args.checkpoints, need_same_data=False)
     if args.rank:
-        data = evaluate.load_data(args, configs)
+        data = load_data(args, configs)
         if args.rank == "gold" and not hasattr(data, "gold"):
             raise SystemExit("--rank=gold: the true reward of this data is not known; name a reward model, "
                              "or the data that the prompts come from with --data")

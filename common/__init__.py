@@ -2,7 +2,7 @@
 
     options.py          the command line: options shared by all stages, recipes, -h
     option_values.py    their types and ranges
-    option_names.py     old names of options, and those of other libraries
+    option_names.py     names of options in other libraries, and what was probably meant
     run.py              Run: a page's device, folder, log, checkpoints and micro-batches
     device.py           cpu, cuda or mps, and a model on it
     stop.py             Ctrl-C: a checkpoint before the end
@@ -11,6 +11,7 @@
     sharding.py         models whose weights are spread over the processes
     models.py           models by name: new ones, checkpoints, GPT-2
     checkpoints.py      saving and loading
+    compared.py         models that are compared, with the data and temperature they share
     prerequisites.py    where runs lie, and those that a stage starts from
     digests.py          what a run is made of, to be compared by --resume
     optim.py            AdamW, the learning rate's schedule, the optimizer step

@@ -25,10 +25,10 @@ from engine.packing import group_length
 
 
 class Run:
-    """The machinery of one run, which never calls the page's code.
+    """The machinery of one run, which never calls the code of the page that made it.
 
-    The loop, the loss and the optimizer step are the page's. Delete every line with `run.` from a page,
-    and what is left still shows what the method does.
+    The loop, the loss and the optimizer step are the page's. Skip the lines with `run.` on a first reading:
+    what is left is the method.
 
         run = Run("dpo", cfg)                      # makes out/dpo-animals, picks the device, sets the seed
         policy, tokenizer = run.load_model(init)   # a model to train, and its tokenizer
@@ -39,12 +39,13 @@ class Run:
         run.log(step, loss=…)                      # log.jsonl and the console
         run.save_if_due(step, policy, optimizer)   # ckpt.pt; ends the process if Ctrl-C asked for it
 
-    Call them in this order: encoding needs the tokenizer, and start_or_resume compares digests of the data
-    and the initial weights loaded so far with those in the checkpoint.
+    What has to come first: load_model, before anything is encoded; adopt_template, before rollout_prompts;
+    every load_…, shuffled_batches and logp_of_batches, in the same order each time, before start_or_resume,
+    which compares digests of the data and weights loaded so far with those in the checkpoint.
 
     Under torchrun every process runs the whole page and calls every method, with the same arguments: some
-    wait for the other processes. All have the same batches and the same random state; only micro_batches
-    (and logp_of_batches, inside) gives each of them a part of its own.
+    wait for the other processes. All have the same batches and the same random state; of these methods, only
+    micro_batches (and logp_of_batches, inside) gives each of them a part of its own.
     """
 
     def __init__(self, stage, cfg):
@@ -56,7 +57,7 @@ class Run:
         for split in ("train", "validation", "test"):
             self.data.prompts(split)  # a bad record is an error now, not after training
         self.out = cfg.out or run_dir(stage, cfg)
-        is_used = os.path.isdir(self.out) and checkpoint_files(self.out)
+        is_used = os.path.isdir(self.out) and len(checkpoint_files(self.out)) > 0
         if is_used and not cfg.resume and not cfg.overwrite:
             raise SystemExit(f"{self.out}: holds a run already; --resume continues it, --overwrite starts it "
                              "again, --out=FOLDER starts another")
@@ -71,8 +72,8 @@ class Run:
         # What this run is made of (common/digests.py): kept in its checkpoints. --resume compares data and
         # weights, train_if_missing compares the file.
         self.digests = {"file": file_digest(cfg.data), "data": "", "init": ""}
-        self.start = 0   # steps done before this run, if it resumes another
-        self.tokens = 0  # of the batches that micro_batches shared out, since the last log line
+        self.start = 0   # steps already done, when a run is resumed
+        self.tokens = 0  # of the batches that micro_batches shared out, since the last call of log
         # For the line that start_or_resume prints on a GPU: about how many tokens a step has, if responses
         # that are yet to be sampled become as long as they may
         self.tokens_per_step = 0
@@ -135,7 +136,10 @@ class Run:
             self.template = "turns"
 
     def rollout_prompts(self, max_new_tokens):
-        """The training prompts in this run's template, as lists of ids, cut on the left to leave room."""
+        """The training prompts in this run's template, as lists of ids.
+
+        Where needed, the beginning is cut off, to leave room for max_new_tokens in cfg.max_len.
+        """
         room = self.cfg.max_len - max_new_tokens
         texts = apply_template(self.template, self.data.prompts("train"))
         prompts = [ids.tolist() for ids in encode_prompts(self.tokenizer, texts)]
@@ -188,8 +192,8 @@ class Run:
     def shuffled_batches(self, examples, batch_size=None, steps=None, seed=None):
         """The examples of each step: cfg.steps lists of batch_size indices, shuffled anew each epoch.
 
-        The examples that do not fill a batch at the end of an epoch are left out of it. Exits with one line
-        if there are fewer than batch_size. batch_size, steps and seed are those of cfg unless given. The
+        At the end of an epoch, examples that do not fill a batch are skipped. Exits with one line if there
+        are fewer than batch_size. batch_size, steps and seed are those of cfg unless given. The
         run's checkpoints keep a digest of the examples.
         """
         cfg = self.cfg
@@ -232,7 +236,7 @@ class Run:
             print0(f"warning: {line}")
 
     def encode_pairs(self, comparisons):
-        """Every pair of responses that do not tie: [(prompt_ids, [chosen_ids, rejected_ids]), …].
+        """Every pair of responses of different ranks: [(prompt_ids, [chosen_ids, rejected_ids]), …].
 
         Cut to cfg.max_len. Exits with one line if all comparisons tie, or if all pairs hold equal responses.
         """
@@ -241,7 +245,7 @@ class Run:
     def held_out_comparisons(self, k=2):
         """The first cfg.eval_n validation comparisons, and their groups (prompt_ids, [response_ids, …]).
 
-        k: responses per comparison, where the data leave a choice.
+        k: responses per comparison, for data that can make them (animals, qa_feedback).
         """
         comparisons = self.data.comparisons("validation", k)[:self.cfg.eval_n]
         examples = [(comparison.prompt, comparison.responses) for comparison in comparisons]
@@ -285,26 +289,28 @@ class Run:
         self.tokens = 0
 
     def save_if_due(self, step, model, optimizer, **more):
-        """Saves a checkpoint every cfg.ckpt_every steps, at the last step, and after a signal to stop.
+        """Saves a checkpoint every cfg.ckpt_every steps, at the last step, and after Ctrl-C or SIGTERM.
 
         After a signal, it also prints the command that continues the run, and ends the process. step: how
         many are done, as in `log`. more: further entries of the checkpoint, which start_or_resume returns.
         """
         is_due = step % self.cfg.ckpt_every == 0 or step == self.cfg.steps
+        # Has any process got a signal? All ask together, so all take the same branch.
         if is_due or self.stop_signal.agree():
             self.save(step, model, optimizer, **more)
         else:
+            # From the first step on there is work to lose, so a signal waits for the end of the next one.
             self.stop_signal.catch_signals()
 
     def save(self, step, model, optimizer, **more):
         """Saves a checkpoint now, with `more` in it, and ends the process if a signal asked for that."""
         save_checkpoint(self.out, step, model, optimizer, self.cfg, self.tokenizer.name,
                         template=self.template, digests=self.digests, **more)
-        if self.stop_signal.agree():
+        if self.stop_signal.agree():  # asked again: one may have come while saving
             print0(f"stopped after step {step}; continue with: {resume_command(self.cfg)}")
-            raise SystemExit(128 + self.stop_signal.agreed)
+            raise SystemExit(128 + self.stop_signal.agreed)  # a shell's exit code for that signal
         if step == self.cfg.steps:
-            self.stop_signal.release_signals()
+            self.stop_signal.release_signals()  # training is over: Ctrl-C ends what follows at once
         else:
             self.stop_signal.catch_signals()
 

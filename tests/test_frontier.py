@@ -325,8 +325,8 @@ def test_what_cannot_be_drawn_gets_one_line(start, small_world, monkeypatch):
         torch.save(changed, start / name / "ckpt.pt")
     (start / "one.jsonl").write_text('{"prompt": "a", "completion": " b"}\n')
     for argv, message in [
-            ([folder, "--frontier", "--n=1"], "--frontier needs at least two prompts .--n. and 48 --samples of each, a multiple of 4"),
-            ([folder, "--frontier", "--samples=50"], "--frontier needs at least two prompts .--n. and 48 --samples of each, a multiple of 4"),
+            ([folder, "--frontier", "--n=1"], "--frontier needs at least two prompts, for its standard errors"),
+            ([folder, "--frontier", "--samples=50"], "--frontier needs 48 --samples or more, a multiple of 4"),
             ([folder, "--plot=x.png"], "--plot draws --frontier, --overoptimization or --curves: say which"),
             ([folder, f"--data={start}/one.jsonl", "--n=2"], "no held-out prompts: nothing to evaluate"),
             ([folder, "--overoptimization"], "takes runs of ppo.py and --plot=FILE"),

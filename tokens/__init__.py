@@ -20,6 +20,7 @@ has the numbers of each answer and pair, page.py writes template.html with them.
 import json
 
 import evaluate
+from common.compared import load_data, load_models, named_reward_model, table_temperature
 from common.dist import print0
 from common.files import append_to, write_atomically
 from common.models import load_reward_model, template_of_checkpoint
@@ -33,19 +34,17 @@ def write(args):
     """Does what --page and --json of sample.py ask for; args are its arguments."""
     names = with_reference(args.checkpoints)
     # A run's own reference may have been trained on other data; the prompts are those of what was named.
-    any_data = "any" if len(names) > len(args.checkpoints) else None
-    models, tokenizer, configs = evaluate.load_models(names, args.data or any_data)
-    data = evaluate.load_data(args, configs[-len(args.checkpoints):])
+    need_same_data = args.data is None and len(names) == len(args.checkpoints)
+    models, tokenizer, configs = load_models(names, need_same_data)
+    data = load_data(args, configs[-len(args.checkpoints):])
     prompts = held_out_prompts(names, models, data, args.n, tokenizer)
     sampling = shared_sampling(names, models, configs, prompts, args.max_new_tokens)
     subjects = []
     for (name, policy), config in zip(models, configs):
         subjects.append(load_subject(name, policy, config, sampling, tokenizer, data))
-    reward_model = None
-    named = [args.reward_model, *(config.get("reward_model") for config in configs)]
-    named = [path for path in named if path]
-    if named:
-        reward_model = load_reward_model(named[0], tokenizer).to(models[0][1].device)
+    reward_model = named_reward_model(args.reward_model, configs)  # a run's folder
+    if reward_model is not None:
+        reward_model = load_reward_model(reward_model, tokenizer).to(models[0][1].device)
     setting = Setting(models[0][1], tokenizer, data, reward_model)
 
     places = [path for path in (args.page, args.json) if path is not None]
@@ -85,7 +84,7 @@ def shared_sampling(names, models, configs, prompts, max_new_tokens):
     context = min(policy.config.block_size for _, policy in models)
     limits = [max_new_tokens, context - max(map(len, prompts))]
     limits += [config["max_new_tokens"] for config in configs if "max_new_tokens" in config]
-    return {"max_new_tokens": min(limits), "temperature": evaluate.table_temperature(names, configs)}
+    return {"max_new_tokens": min(limits), "temperature": table_temperature(names, configs)}
 
 
 def answers(subjects, prompts, setting):
