@@ -5,9 +5,9 @@ RLHF maximizes E[r(x, y)] − β KL(π ‖ π_ref) (eq. 3). Its optimum has a cl
     π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x)                                                      (eq. 4)
     r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x)                                                 (eq. 5)
 
-Z(x) sums over all possible responses, so it cannot be computed. But up to this term, which depends on x
-alone, a policy is a reward model in disguise. The Bradley–Terry model gives the probability that y_w is
-preferred to y_l:
+Z(x) sums over all possible responses, so it cannot be computed. But it depends on x alone: apart
+from this term, a policy is a reward model in disguise. The Bradley–Terry model gives the probability that y_w
+is preferred to y_l:
 
     P(y_w ≻ y_l | x) = σ( r(x, y_w) − r(x, y_l) )                                                   (eq. 1)
 
@@ -64,13 +64,13 @@ class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, �
 # Config's defaults are for the animals world, a small data set with a known true reward. A recipe replaces
 # some of them: `python dpo.py hh`. --data=FILE without a recipe uses hh.
 RECIPES = {
-    # arXiv:2305.18290 App. B: β 0.1, lr 1e-6, batches of 64, 150 steps of warm-up. One epoch
+    # arXiv:2305.18290 App. B: β 0.1, lr 1e-6, batches of 64, 150 steps of warm-up. 2500 steps are one epoch
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
-    # App. B: β is 0.5 on TL;DR; the learning rate, batches and warm-up are those of hh. One epoch
+    # App. B: β is 0.5 on TL;DR; the learning rate, batches and warm-up are those of hh. Again one epoch
     "tldr": dict(data="tldr", beta=0.5, steps=1450, max_len=640, lr=1e-6, warmup=150, ckpt_every=500,
                  eval_n=64),
-    # App. C.1: the pairs that sample.py makes, 6 for each of 25,000 prefixes. We hold out a tenth of
-    # the prefixes. One epoch. Figure 2 uses β = 0.05, 0.1, 1 and 5
+    # App. C.1: 25,000 prefixes with 4 completions each, so 6 pairs (sample.py makes them). We hold out a
+    # tenth of the prefixes. One epoch. Figure 2 uses β = 0.05, 0.1, 1 and 5
     "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", beta=0.1, steps=2100, max_len=136, lr=1e-6,
                  warmup=150, ckpt_every=500, eval_n=64),
 }
@@ -95,8 +95,8 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409: an unbiased estimate of the
                                                                 loss without noise, if ε is the true share;
                                                                 unbounded below where ε > 0
-    Returns three tensors (B,): the losses, and the implicit rewards β log π/π_ref of the chosen and of the
-    rejected responses, without gradient.
+    Returns three tensors (B,): the losses, and, detached, the implicit rewards β log π/π_ref of the chosen
+    and of the rejected responses.
     """
     chosen_logratio = chosen_logp - ref_chosen_logp        # log π/π_ref (y_w|x)
     rejected_logratio = rejected_logp - ref_rejected_logp  # log π/π_ref (y_l|x)
@@ -120,9 +120,9 @@ def pair_logp(policy, pairs, average=False):
 
     pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The prompt and its two responses are packed into
     one row, so the prompt goes through the model once. Each response sees the prompt and itself, and its
-    positions continue from the prompt's, so the log-probs equal those of two separate rows. (The
-    precomputed log-probs of π_ref and the table at the end come from response_logp in common/scoring.py,
-    which computes the same: keep the two in sync.)
+    positions continue from the prompt's, so the log-probs equal those of two separate rows, up to rounding.
+    (It is written out here to be read; elsewhere, response_logp in common/scoring.py computes the same, and a
+    test compares the two.)
     """
     batch = pack(pairs).to(policy.device)
     logprobs = policy.logprobs(batch)       # (N,): one per response token
@@ -145,8 +145,8 @@ def train(cfg):
     """Trains with DPO, after training the SFT model if that is missing. Returns the trained policy."""
     check_settings(cfg)
     run = Run("dpo", cfg)  # the device, the folder, the log and the checkpoints
-    init = cfg.init or run.train_if_missing("sft")  # its name; by default the SFT model of the same data
-    policy, _ = run.load_model(init)  # the second value is the tokenizer, which run keeps too
+    init_name = cfg.init or run.train_if_missing("sft")  # --init, or the SFT model of the same data
+    policy, _ = run.load_model(init_name)  # the second value is the tokenizer; run keeps it too
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
     # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
@@ -156,12 +156,12 @@ def train(cfg):
     # One list per step, of exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its
     # last, incomplete batch.
     batches = run.shuffled_batches(pairs)
-    run.print0(f"{len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
+    run.print0(f"{len(pairs)} pairs of {cfg.data}, {init_name} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
 
     # The reference π_ref: the initial policy, or the model that --ref names. `policy` still has its initial
     # weights here; with --resume, run.start_or_resume below loads those of the last checkpoint.
-    ref_name = cfg.ref or init
+    ref_name = cfg.ref or init_name
     if cfg.ref:
         ref_policy = run.load_reference(ref_name, policy)  # frozen; of the policy's shape and tokenizer
     else:
@@ -171,8 +171,9 @@ def train(cfg):
 
     # π_ref is frozen, so by default its log-probs are computed once, before training, for all pairs that
     # `batches` visits: row i holds the two of pairs[i], and every process gets all rows. A pair is computed
-    # in the micro-batch in which training first meets it. On a CPU, its log-probs then equal those of the
-    # untrained policy to the last bit. A resumed run computes them again.
+    # in the micro-batch in which training first meets it. On a CPU and without --ref, its log-probs then
+    # equal those of the untrained policy to the last bit: the first accuracy is exactly 0.5. A resumed run
+    # computes them again.
     if cfg.precompute_ref:
         ref_logp = run.logp_of_batches(ref_policy, pairs, batches, cfg.ipo_average)  # (len(pairs), 2)
         ref_policy = None  # frees its memory
@@ -205,9 +206,9 @@ def train(cfg):
             (losses.sum() / cfg.batch_size).backward()
 
             # The policy's accuracy as a reward model: is the chosen response's reward higher? A tie counts
-            # one half. There is no dropout, so without --ref, π equals π_ref before the first update, all
-            # pairs tie, and the first accuracy is 0.5 (on a GPU, code that is compiled with gradients may
-            # round differently from code without, and break ties).
+            # one half. There is no dropout, so without --ref, π equals π_ref before the first update, and all
+            # pairs tie. (On a GPU, passes that are compiled with gradients may round differently from those
+            # without, which breaks ties.)
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
@@ -231,18 +232,18 @@ def train(cfg):
         run.save_if_due(step + 1, policy, optimizer)
 
     # Two tables, unless eval_n is 0, each with a row for the reference and one for the policy.
-    # - Answers to the first eval_n prompts of the test split: KL, length and, with the data's true reward or
-    #   --reward_model, reward and win rate against the reference.
+    # - Answers to the first eval_n prompts of the test split: KL to the reference, length and, with the
+    #   data's true reward or --reward_model, reward and win rate against the reference.
     # - The first eval_n comparisons of the validation split: how often the implicit rewards β log π/π_ref
     #   rank the responses correctly. The reference's are all 0, so all pairs tie, and its accuracy is 0.5.
     if cfg.eval_n == 0:
         return policy
     del optimizer  # frees memory for the evaluation
     if ref_policy is None:
-        ref_policy = run.load_frozen(ref_name)  # freed above; loads and prepares it again
+        ref_policy = run.load_again(ref_name)  # freed above; frozen and prepared, as before
     # comparisons are text; groups are the same ones as token ids, (prompt_ids, [response_ids, …])
     comparisons, groups = run.held_out_comparisons()
-    logp = run.logp_of_responses(policy, groups, cfg.ipo_average)  # (S,), for all S responses in this order
+    logp = run.logp_of_responses(policy, groups, cfg.ipo_average)  # (S,), in the order of groups
     logp_of_reference = run.logp_of_responses(ref_policy, groups, cfg.ipo_average)
     rewards = cfg.beta * (logp - logp_of_reference)
     rewards_of_reference = torch.zeros_like(rewards)

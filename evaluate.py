@@ -1,4 +1,4 @@
-"""Compares models on held-out prompts, a row each; the first is the reference for KL and win rate.
+"""Compares models on held-out prompts, one row per model; the first is the reference for KL and win rate.
 
     python evaluate.py out/sft-animals out/dpo-animals
     python evaluate.py out/sft-animals out/dpo-animals out/ppo-animals --frontier --plot=frontier.png
@@ -6,9 +6,9 @@
     python evaluate.py out/sft-animals out/ppo-seed0 out/ppo-seed1 out/ppo-seed2 --mean
     python evaluate.py --curves out/sft-animals out/dpo-animals out/ppo-animals --plot=curves.png
 
-Every model answers the same prompts, at temperature 1, or at the one that the runs of ppo.py among them were
-trained with (runs with different ones need tables of their own). The columns are means over prompts, with
-their standard errors (docs/measuring.md):
+Every model answers the same prompts, at the temperature that the compared models were trained with: that of
+ppo.py's runs, 1 for all others. Different ones need tables of their own. The columns are means over prompts,
+with their standard errors (docs/measuring.md):
 
     gold           the true reward (animals), and its parts relevance, factuality, completeness
     kl             KL(π‖π_ref) in nats per response: exact over the vocabulary at each position, summed over
@@ -24,8 +24,8 @@ gold and grammar are empty for data whose true reward is not known.
 
 --frontier: max E[r] − β KL(π‖π_ref) has the optimum π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). So samples of π_ref,
 the first checkpoint, weighted by exp(r/β), estimate its reward and its KL. Over all β, these are the most
-reward that any method can reach at each KL: the frontier. Its rows also have beta and ess, and those of the
-checkpoints a gap:
+reward that any method can reach at each KL: the frontier. Its rows also have beta and ess; the checkpoints'
+rows also have a gap:
 
     beta           the price of KL for which this row is the optimum
     ess            its effective sample size: how many of the samples count; rows below MIN_ESS are left out
@@ -52,7 +52,7 @@ from common.grids import repeat_each
 from common.log import printable
 from common.models import load_model, load_reward_model, template_of_checkpoint
 from common.preferences import comparison_samples, preference_row
-from common.scoring import number_each_response, pair_accuracy, scores_of_responses
+from common.scoring import one_number_per_response, pair_accuracy, scores_of_responses
 from common.sharding import unshard_model
 from common.standard_errors import clusters_of, mean_se
 from common.tables import table
@@ -65,9 +65,9 @@ KEYS = ["gold", "relevance", "factuality", "completeness", "kl", "win_rate", "le
         "score"]
 MAX_NEW_TOKENS = 128
 
-# Seeds of the sampling noise. All models answer with the same noise. The reference's answers that the win
-# rate compares these with use another: with the same one, a model near the reference would meet its own
-# answers, and tie far too often.
+# Seeds of the sampling noise. All models answer with the same noise. The reference's answers for the win rate
+# use another seed: with the same noise, a model close to the reference would repeat its answers, and tie far
+# too often.
 ANSWER_SEED = 0     # of every model's answers
 REFERENCE_SEED = 1  # of the reference's answers that the win rate compares them with
 FRONTIER_SEED = 2   # of the reference's samples for the frontier
@@ -82,10 +82,10 @@ KL_LOGITS = 2**23        # logits of one model that exist at a time
 
 @torch.no_grad()
 def respond(model, prompts, eos, seed=ANSWER_SEED, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0):
-    """Samples a response to each prompt (both are lists of ids); leaves the caller's random state alone."""
+    """Samples one response per prompt (lists of ids), without touching the global random state."""
     if not prompts:
         return []
-    model = unshard_model(model)
+    model = unshard_model(model)  # the whole model, in float32
     config = model.config
     longest = max(map(len, prompts))
     max_new_tokens = min(max_new_tokens, config.block_size - longest)
@@ -106,7 +106,7 @@ def exact_kl(policy, ref_policy, prompts, responses, temperature=1.0):
 
     Both are taken at this temperature.
     """
-    # How many tokens' distributions exist at one time.
+    # How many tokens' distributions exist at one time; log_softmax takes no more than CHUNK.
     chunk = max(1, min(512, KL_LOGITS // policy.wte.num_embeddings))
 
     def kl_of_responses(batch):
@@ -117,11 +117,11 @@ def exact_kl(policy, ref_policy, prompts, responses, temperature=1.0):
             logp = policy.log_softmax(s, temperature)
             ref_logp = ref_policy.log_softmax(ref_s, temperature)
             position_kl = (logp.exp() * (logp - ref_logp)).sum(-1)
-            kl.append(position_kl.clamp(min=0))  # rounding can take a KL of almost 0 below it
+            kl.append(position_kl.clamp(min=0))  # rounding can make a KL near 0 slightly negative
         return per_sequence(torch.cat(kl), batch)
 
     groups = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
-    return number_each_response(policy, kl_of_responses, groups, KL_TOKENS)
+    return one_number_per_response(policy, kl_of_responses, groups, KL_TOKENS)
 
 
 def encode_cut(prompts, context, tokenizer):
@@ -333,7 +333,8 @@ def show_frontier(args, models, rows, columns, setting):
         print("the true reward of this data is not known: the reward model's score is used instead")
         max_reward = None
     rewards = reference_rewards(setting, args.samples, FRONTIER_SEED)
-    # A row for each β, a row for each n of best-of-n, and what `gap` needs to bound the reward at any KL
+    # A row for each β, a row for each n of best-of-n, and {β: β log Z per prompt}, from which `gap` bounds
+    # the reward at any KL
     optimum, best_of_n, dual = frontier(rewards, key, setting.clusters)
     for row, column in zip(rows, columns):
         mean, se, is_bound = gap(dual, column[key], column["kl"], setting.clusters, max_reward)
@@ -389,13 +390,13 @@ def arguments(argv):
     if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
         raise SystemExit(f"--plot={args.plot}: name a .png, a .pdf or an .svg file")
     if args.plot:
-        plots.import_pyplot()  # a missing package is an error now, not after the work
+        plots.import_pyplot()  # reports a missing package now, not after the work
     if args.overoptimization and not args.plot:
         raise SystemExit("--overoptimization takes runs of ppo.py and --plot=FILE")
     if args.mean and len(args.checkpoints) < 2:
         raise SystemExit("--mean is over the checkpoints after the first: name some")
     # The frontier is estimated from all samples, their halves and their quarters. It ends where fewer than
-    # MIN_ESS of them count, so with twice that number it has a useful length.
+    # MIN_ESS of them count, so we ask for at least twice that number.
     if args.frontier and (args.samples < 2 * MIN_ESS or args.samples % 4):
         raise SystemExit(f"--frontier needs {2 * MIN_ESS} --samples or more, a multiple of 4")
     return args

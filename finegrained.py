@@ -1,16 +1,16 @@
 """Fine-Grained RLHF (Wu et al. 2023, arXiv:2306.01693): a reward for each segment, along each of three axes.
 
 Instead of one reward per response, three reward models, one per axis (relevance, factuality, completeness),
-each score every segment of it. The segments have the length that suits the axis. With the response y cut
-into L_k segments by the k-th reward model, the reward at token t is
+each score every segment of it. Each axis cuts the response at its own granularity. With the response y cut
+into L_k segments for the k-th reward model, the reward at token t is
 
-    r_t = Σ_k Σ_j 1(t = T_j^k) · w_k · R_k(x, y, j)                                                 (§2)
+    r_t = Σ_k Σ_{j ≤ L_k} 1(t = T_j^k) · w_k · R_k(x, y, j)                                         (§2)
 
 where T_j^k is the last token of the j-th segment. R_1, relevance, judges sub-sentences; R_2, factuality,
 judges sentences; both give +1 or −1 (with --soft, a number in between). R_3, completeness, judges the whole
 response: it is the normalized score of a model trained on comparisons. PPO itself is in ppo.py; it subtracts
-the KL penalty (and missing_eos_penalty) from r_t. This page cuts the segments, trains the reward models, and
-puts their scores on the (B, R) grid: reward_fn.
+the KL penalty (and missing_eos_penalty) from r_t, after --reward_clip. This page cuts the segments, trains
+the reward models, and puts their scores on the (B, R) grid: reward_fn.
 
     python finegrained.py                          the animals world, from scratch
     python finegrained.py --reward=rm              the baseline: one reward per response
@@ -22,10 +22,10 @@ and 1. Factuality has two, the sentences: the second has label 0, the first has 
 irrelevant.
 
 Left out:
-  - dropping error spans shorter than five words, as the paper does (the authors' code: for relevance only)
+  - the paper's filter, which drops error spans shorter than five words (the authors' code: for relevance)
   - its reward models' encoders, which read the whole response, with separator tokens: here a causal model is
     read at a segment's last token, and sees nothing after it
-  - three separate reward models: by default three heads share one trunk (--share_trunk=False trains three)
+  - three separate reward models, by default: three heads share one trunk (--share_trunk=False trains three)
   - hiding the passages from the relevance model, as the authors' code does
   - completeness labels from matching passages (see data/qa_feedback.py)
   - settings of the authors' code that the recipe qa_feedback does not use: sampling at τ = 0.7 from the 20
@@ -137,13 +137,16 @@ class Mark(NamedTuple):
 
 @dataclass
 class Feedback:
+    """Groups, and the tokens to judge in them. (In reward_fn there is no feedback: the labels are unused.)"""
     groups: list  # (prompt_ids, [response_ids, …])
     marks: list   # for each group a list of Mark
-    clusters: list | None = None  # of each group's prompt, for standard errors
+    clusters: list | None = None  # of each group's prompt; standard errors treat a cluster as one sample
 
 
 def load_feedback(data, split, axes, tokenizer, max_len, limit=None):
-    """The feedback of a split: {"spans": Feedback, "comparisons": Feedback}, or only the one that axes need.
+    """The feedback of a split: {"spans": Feedback, "comparisons": Feedback}, or only what `axes` need.
+
+    limit: at most this many examples of each kind.
 
     An example longer than max_len loses the beginning of its prompt, and if that is not enough the end of its
     response. Decoding a response's tokens gives back the annotated text from its beginning, character for
@@ -198,8 +201,8 @@ def check_feedback(feedback, axes, run):
         for marks in feedback["spans"].marks:
             labels.update(mark.label for mark in marks if mark.axis == axis)
         if len(labels) < 2:
-            quantity = "every" if labels == {0} else "no"  # 0: an error
-            run.print0(f"{quantity} segment of {run.cfg.data} is flagged as {' or '.join(AXES[axis])}: "
+            every_or_no = "every" if labels == {0} else "no"  # label 0 is a flagged segment
+            run.print0(f"{every_or_no} segment of {run.cfg.data} is flagged as {' or '.join(AXES[axis])}: "
                        f"the {axis} model has nothing to learn")
     if "comparisons" in feedback:
         comparisons = feedback["comparisons"]
@@ -211,7 +214,7 @@ def check_feedback(feedback, axes, run):
 
 @dataclass
 class PackedMarks:
-    """The marks of a packed batch, side by side: (M,) each."""
+    """The marks of a packed batch, one after the other: (M,) each."""
     axis: torch.Tensor   # index into the axes of the reward model
     token: torch.Tensor  # counted over the N response tokens of the batch
     label: torch.Tensor
@@ -226,7 +229,8 @@ def pack_marks(groups, marks, axes, device):
         for mark in group_marks:
             rows.append((axes.index(mark.axis), first + mark.token, mark.label, i))
         first += sum(map(len, responses))
-    axis, token, label, group = torch.tensor(rows, dtype=torch.long, device=device).view(-1, 4).unbind(1)
+    rows = torch.tensor(rows, dtype=torch.long, device=device).view(-1, 4)  # also where no group has a mark
+    axis, token, label, group = rows.unbind(1)
     return pack(groups).to(device), PackedMarks(axis, token, label, group)
 
 
@@ -275,8 +279,9 @@ def judgements(models, feedback, axes, micro_tokens):
 
     The marks and scores are in the order of the indices, and for each group in the order of feedback.marks.
     """
-    # Processes may hold different groups, but a sharded model must run equally often in each. So
-    # all_micro_batches splits further in a process that has too few lists; no group comes twice.
+    # Each process judges all the groups that it is given: its share in reward_fn, all of them elsewhere. A
+    # sharded model must run equally often in every process, so where one has fewer micro-batches than
+    # another, all_micro_batches cuts them smaller.
     for indices in batches.all_micro_batches(feedback.groups, micro_tokens, models[0]):
         groups = [feedback.groups[i] for i in indices]
         batch, marks = pack_marks(groups, [feedback.marks[i] for i in indices], axes, models[0].device)
@@ -330,7 +335,8 @@ def train_rewards(cfg, init, axes):
     run.show_data(groups, loss_tokens=[first_marks])
 
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
-    run.start_or_resume(model, optimizer, ["loss", *(f"{axis}_accuracy" for axis in axes)])
+    console = ["loss"] + [f"{axis}_accuracy" for axis in axes]  # the columns that the console shows
+    run.start_or_resume(model, optimizer, console)
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()
@@ -339,8 +345,8 @@ def train_rewards(cfg, init, axes):
         n_of_axis = count_per_axis([marks[i] for i in step_batches[step]], axes)
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into groups, with at most cfg.micro_tokens tokens in total. With several processes, each
-        # works through its own share of the batch, in the same number of micro-batches.
+        # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone). With
+        # several processes, each works through its own share, in the same number of micro-batches.
         for indices in run.micro_batches(step_batches[step], groups):
             batch, batch_marks = pack_marks(
                 [groups[i] for i in indices], [marks[i] for i in indices], axes, run.device)
@@ -456,7 +462,7 @@ def load_rewards(cfg, init, tokenizer):
         model, its_tokenizer = load_model(folder, cfg, require_policy=False)
         if its_tokenizer.name != tokenizer.name:
             raise SystemExit(f"{folder}: this reward model has the tokenizer {its_tokenizer.name}, "
-                             f"the policy {init} has {tokenizer.name}")
+                             f"but the policy {init} has {tokenizer.name}")
         loaded.models.append(model.requires_grad_(False))
         loaded.axes += axes
         if "completeness" in axes:
@@ -472,11 +478,12 @@ def load_or_train(folder, axes, init, cfg):
         checkpoint = checkpoints.load_checkpoint(folder)
         if checkpoint.get("axes") != axes:
             raise SystemExit(f"{folder}: not a reward model for {', '.join(axes)} "
-                             "(with another --reward_models=FOLDER, finegrained.py trains them there)")
+                             "(--reward_models=FOLDER names another folder to train them in)")
         if checkpoint["step"] == checkpoint["config"]["steps"]:
             return checkpoint  # finished: used as it is, whatever --reward_steps says now
     dist.print0(f"no finished reward model for {', '.join(axes)} in {folder}: training it first")
-    # The settings of the loop: reward.py's recipe, then --reward_steps and the like.
+    # The settings, later ones winning: those of reward.py's recipe, then --reward_steps and the like. (The
+    # loop above does not use k, margin, center_coef and val_every; center_n counts comparisons there.)
     settings = {"recipe": cfg.recipe, **reward.RECIPES.get(cfg.recipe, {})}
     settings |= {"steps": cfg.reward_steps, "batch_size": cfg.reward_batch_size, "lr": cfg.reward_lr}
     # These are as for PPO. All else is reward.Config's, also the seed: runs of PPO with other seeds share
@@ -511,8 +518,8 @@ def finegrained_reward(reward_models, tokenizer, cfg):
             marks.append([Mark(s.axis, s.token, label=0) for s in segments_of_response if weights[s.axis]])
         feedback = Feedback([(prompt, [response]) for prompt, response in zip(prompts, responses)], marks)
 
-        # Judge: a score for each segment. Scores come in the order of `indices`, and within a response in the
-        # order of its marks.
+        # Judge: a score for each segment. Scores come in the order of `indices`, and within a response in
+        # the order of its marks.
         r = torch.zeros(grids.length_mask(responses).shape)  # (B, R)
         for indices, _, scores in judgements(
                 reward_models.models, feedback, reward_models.axes, cfg.micro_tokens):

@@ -3,8 +3,8 @@ tied head.
 
 This file holds the textbook forms: the transformer, log-softmax and gather (`naive_logprobs`), sampling by
 running the whole text again for each token (`naive_generate`). Training and rollouts call the fast forms,
-which live in engine/ and give the same numbers, up to rounding (on CUDA, their products are in bfloat16 by
-default):
+which live in engine/ and give the same numbers, up to rounding. (On CUDA, states and log-probs use bfloat16
+products by default; `generate` uses the dtype of the weights, and rollouts sample from a bfloat16 copy.)
 
     model.logprobs(batch)                    log π(y_t | x, y_<t) of every response token of a packed batch
     model.states(batch)                      the hidden states that those log-probs are read from
@@ -35,7 +35,7 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    n_scalars: int = 0      # scalar heads: none for a language model, one for a reward or a value model
+    n_scalars: int = 0      # scalar heads: one for a value or a reward model, one per axis in finegrained.py
     norm_eps: float = 1e-5  # added to the variance in LayerNorm
 
 
@@ -97,9 +97,10 @@ class Block(nn.Module):
         return x
 
     def forward_at(self, x, attend, places):
-        """`forward` at some places only, indices (N,) into the flattened (B·T): (B, T, C) -> (N, C).
+        """Like `forward`, but only at `places`, indices (N,) into the flattened B·T: (B, T, C) -> (N, C).
 
-        For the last block: attention still sees all places, but c_proj and the MLP run on these alone.
+        For the last block: attention still sees all places, but c_proj and the MLP run on these alone. (A
+        method, because sharding and compiling act on a block's methods.)
         """
         return block_at(self, x, attend, places)
 
@@ -120,14 +121,14 @@ class GPT(nn.Module):
         # The dtype of matrix products; None: bfloat16 on CUDA, float32 elsewhere.
         self.dtype = None
 
-        # How `states` runs over packed batches; `prepare` changes it.
-        self.compiled = False
+        # How packed batches run: set by `prepare` and, for a sharded model, by common/device.py.
+        self.compiled = False  # `states` is compiled; on CUDA, `generate` then replays a CUDA graph
         self.checkpoint_blocks = False
-        self.mask_kind = None  # "flex" or "dense" (engine/attention.py); None: whichever is faster
+        self.mask_kind = None  # "flex", "dense" or "groups"; None: "dense", or on a CPU "groups" where faster
         self.packed_forward = packed_forward
 
     def init_weights(self):
-        """Biases 0, matrices N(0, 0.02²), less for the 2·n_layer projections into the residual stream."""
+        """Biases 0, matrices N(0, 0.02²); the std is 0.02/√(2·n_layer) for projections into the residual stream."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -153,7 +154,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def forward(self, tokens):
-        """tokens (B, T) -> logits of the token that comes next, (B, T, vocab_size) float32."""
+        """tokens (B, T) -> logits of the next token, (B, T, vocab_size) float32."""
         position = torch.arange(tokens.size(1), device=tokens.device)
         x = self.hidden(tokens, position)
         logits = x @ self.wte.weight.to(x.dtype).t()
@@ -193,7 +194,7 @@ class GPT(nn.Module):
 
     # --------------------------------------------------------------------------------------- packed batches
 
-    # A packed batch (engine/packing.py) has prompts and their S responses, end to end in B rows of T tokens:
+    # A packed batch (engine/packing.py) holds prompts and S responses, end to end in B rows of T tokens:
     #   tokens, position (B, T)   each token, and its position in its own prompt and response
     #   state_index (N,)          for each response token, the place of the state that predicts it
     #   target (N,)               that token
@@ -217,17 +218,17 @@ class GPT(nn.Module):
     def prepare(self, compile, checkpoint_blocks):
         """Sets whether `states` is compiled, and whether blocks are recomputed in the backward pass.
 
-        Recomputing them saves memory. A model that is compiled stays so.
+        Recomputing them saves memory. Once compiled, a model stays compiled.
         """
         self.checkpoint_blocks = checkpoint_blocks
         if compile and not self.compiled:
             self.compiled = True
-            # One kind of mask, since torch.compile would compile anew for each
+            # One kind of mask, since torch.compile would compile again for each
             self.mask_kind = "flex" if devices.device_type(self.device) == "cuda" else "dense"
             self.packed_forward = compiled(packed_forward)
 
     def states(self, batch, places=None):
-        """The hidden states, after ln_f, that predict the N response tokens, or those at `places`: (N, C)."""
+        """The hidden states (N, C), after ln_f, at `places`; None: those that predict the response tokens."""
         if places is None:
             places = batch.state_index
         mask = packed_mask(batch, self.mask_kind)
@@ -239,7 +240,7 @@ class GPT(nn.Module):
         return token_logprobs(self, states, target, temperature)
 
     def log_softmax(self, states, temperature=1.0):
-        """log π(· | s) of at most CHUNK states (engine/logprobs.py): (n, C) -> (n, vocab_size) float32."""
+        """log π(· | s): states (n, C) -> (n, vocab_size) float32; n is at most CHUNK, to bound the memory."""
         return log_softmax(self, states, temperature)
 
     def logprobs(self, batch, temperature=1.0):
@@ -247,7 +248,7 @@ class GPT(nn.Module):
         return self.token_logprobs(self.states(batch), batch.target, temperature)
 
     def scalars(self, states):
-        """The scalar heads: (…, C) -> (…, n_scalars), in float32 throughout."""
+        """The scalar heads, in float32: (…, C) -> (…, n_scalars)."""
         return self.scalar_head(states.float())
 
     def score(self, batch):
@@ -289,5 +290,5 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, dir):
-        """Writes a folder in the Hugging Face format; scalar heads have no place in it, and are left out."""
+        """Writes a folder in the Hugging Face format, which cannot hold scalar heads: they are left out."""
         write_pretrained(dir, self.config, self.state_dict())

@@ -33,9 +33,9 @@ model's hidden states at the s_t, (N, n_embd), which predict the batch's N respo
 Or call train(cfg, reward_fn) with your own reward. If yours takes two texts, wrap it: text_reward(function,
 tokenizer). In general, reward_fn(prompts, responses) takes two lists of B lists of token ids, and returns a
 (B, R) tensor: the reward of each response token, and 0 after a response's end. R is the length of the longest
-of these responses. With several processes, each calls it for its own share of the prompts, and B and R are
-the share's. PPO then clips rewards, with --reward_clip, and subtracts missing_eos_penalty where a response
-did not end, and the KL penalty everywhere.
+of these responses. With several processes, each calls it on its own share of the prompts, and B and R are
+those of the share. PPO then clips rewards, with --reward_clip, and subtracts missing_eos_penalty where a
+response did not end, and the KL penalty everywhere.
 
 Left out: an entropy bonus, GRPO's KL in the loss (here it is in the reward), and asynchronous generation.
 The pretraining text of eq. 2 is replaced by demonstrations, with a mean over their tokens as the loss, so γ
@@ -70,7 +70,7 @@ class Config(RunConfig):
     value_init: Literal["reward", "sft"] = "reward"  # the value model's start; without a reward model: sft
     share_value: bool = False           # a value head on the policy, instead of a model from value_init
     kl_coef: NonNegativeFloat = 0.1     # β, weight of the KL penalty; with kl_target, its first value
-    kl_target: PositiveFloat | None = None  # KL(π‖π_ref) per response to which β is adapted; None: β is fixed
+    kl_target: PositiveFloat | None = None  # adapts β towards this KL(π‖π_ref) per response; None: β is fixed
     kl_horizon: PositiveFloat = 10000.0  # in episodes; larger: β adapts more slowly
     stop_kl: NonNegativeFloat | None = None  # KL(π_old‖π) per token at which an iteration's epochs end
     temperature: PositiveFloat = 1.0    # τ of π and π_ref: in sampling, in PPO, and in the final evaluation
@@ -80,7 +80,7 @@ class Config(RunConfig):
     gamma: UnitFloat = 1.0              # γ of GAE, the discount (arXiv:1506.02438)
     lam: UnitFloat = 0.95               # λ of GAE
     clip: PositiveFloat = 0.2           # ε: beyond 1 ± ε, moving the ratio further gains nothing
-    value_clip: PositiveFloat = 0.2     # the same for values: beyond V_old ± value_clip
+    value_clip: PositiveFloat = 0.2     # the same for V: beyond V_old ± value_clip
     vf_coef: NonNegativeFloat = 0.1     # weight of the value loss; matters mainly with --share_value
     ptx_coef: NonNegativeFloat = 0.0    # eq. 2's γ: weight of the language-model loss on demonstrations
     whiten_rewards: bool = False        # scale rewards to unit variance, with their mean kept (see `whiten`)
@@ -98,6 +98,7 @@ class Config(RunConfig):
 
 
 RECIPES = {
+    # Our choice, for GPT-2
     "hh": dict(data="hh", normalize_reward=True, kl_coef=0.05, max_new_tokens=128, steps=500, max_len=512,
                lr=3e-6, value_lr=1e-5, warmup=10, ckpt_every=50, eval_n=64),
     # arXiv:2009.01325 B.1, its 1.3B model: a million episodes in batches of 512, β 0.05, lr 1.5e-5, up to
@@ -221,14 +222,14 @@ def reward_model_reward(reward_model, cfg):
 def text_reward(function, tokenizer):
     """A reward_fn from function(prompt, response) -> a number, of two texts: on the response's last token.
 
-    A verifier needs no more than this, nor does the true reward: text_reward(run.data.gold, tokenizer). The
-    tokenizer is the policy's; for GPT-2, `from data import get_tokenizer` and get_tokenizer("gpt2").
+    This is all a verifier needs. The true reward is made the same way: text_reward(run.data.gold, tokenizer).
+    The tokenizer is the policy's; for GPT-2, `from data import get_tokenizer` and get_tokenizer("gpt2").
     """
     def reward_fn(prompts, responses):
         rewards = []
         for prompt, response in zip(prompts, responses):
-            words = [token for token in response if token != tokenizer.eot_token]
-            rewards.append(float(function(tokenizer.decode(prompt), tokenizer.decode(words))))
+            ids = [token for token in response if token != tokenizer.eot_token]
+            rewards.append(float(function(tokenizer.decode(prompt), tokenizer.decode(ids))))
         return grids.on_last_token(torch.tensor(rewards), grids.length_mask(responses))
     return reward_fn
 
@@ -239,11 +240,11 @@ def text_reward(function, tokenizer):
 def evaluate_tokens(episodes, models, micro_batches, cfg):
     """Fills in log π, log π_ref, V, the exact KL and the entropy at every token.
 
-    micro_batches are this process's micro-batches in the first epoch of `update`, lists of indices into
-    episodes.groups. The sampler's own log π is not used: on CUDA it has less precision, and on a CPU log π
-    should round as in `update`, which computes it again in the same micro-batches. The ratio π/π_old is then
-    exactly 1 until the first optimizer step. (On CUDA, compiled code with gradients may round differently
-    from code without.)
+    The sampler's own log π is not used, since on CUDA it has less precision. micro_batches are this process's
+    micro-batches in the first epoch of `update`, lists of indices into episodes.groups. `update` computes
+    log π again, and rounding depends on how a batch is packed, so both pack alike: on a CPU, the ratio
+    π/π_old is then exactly 1 in the first minibatch, before any optimizer step. (On CUDA, compiled code with
+    gradients may round differently from code without.)
     """
     names = ["logprobs", "ref_logprobs", "kl", "entropy"]
     if models.value_model is not None:
@@ -309,9 +310,9 @@ def k1_k3(logprobs, ref_logprobs, mask):
     """Two unbiased estimates of KL(π‖π_ref) from samples of π, in nats per response: scalars.
 
     k1 = log π/π_ref, and k3 = π_ref/π − 1 + log π/π_ref, which is never negative (Schulman 2020,
-    http://joschu.net/blog/kl-approx.html). k3 has less variance only while π is near π_ref. Where π rarely
-    takes an action that π_ref often takes, it has more: 20 beside k1's 0.2 for π = (0.99, 0.01) and
-    π_ref = (0.5, 0.5).
+    http://joschu.net/blog/kl-approx.html). Near π_ref, k3 has much less variance. But π_ref/π is unbounded:
+    where π rarely takes an action that π_ref often takes, k3 has more. For π = (0.99, 0.01) and
+    π_ref = (0.5, 0.5), the variances are 20 (k3) and 0.2 (k1).
     """
     logratio = (logprobs - ref_logprobs) * mask
     k1 = logratio
@@ -345,10 +346,9 @@ def whiten(x, mask, shift_mean=True):
 def compute_gae(rewards, values, mask, gamma, lam):
     """Generalized advantage estimation, arXiv:1506.02438 eq. 16: Â_t = Σ_l (γλ)^l δ_{t+l}. All (B, R).
 
-    Each row of the mask is True, then False; what follows a response's last token is worth 0, also where the
-    response was cut off. Returns
-    advantages and returns = advantages + values (footnote 2 there), 0 off the mask. At λ = 1 the returns are
-    the Monte Carlo returns of eq. 28.
+    Each row of the mask is True, then False. The value after the last token is 0, even if the response was
+    cut off. Returns advantages and returns = advantages + values (footnote 2 there), 0 off the mask. At λ = 1
+    the returns are the Monte Carlo returns of eq. 28.
     """
     values = values * mask
     advantages = torch.zeros_like(rewards)
@@ -380,7 +380,7 @@ def grpo_advantages(totals):
     Dr. GRPO (arXiv:2503.20783) found a bias in the std: it gives more weight to prompts whose K rewards are
     nearly equal, such as very easy and very hard ones. Here R includes the KL penalty, which GRPO has in the
     loss instead. So where the task's rewards are all equal, the advantages come from the penalty alone, and
-    the std scales them up. Without the std, this is RLOO times (K − 1)/K.
+    the std brings them to unit size. Without the std, this is RLOO times (K − 1)/K.
     """
     mean = totals.mean(1, keepdim=True)
     std = totals.std(1, keepdim=True)
@@ -456,7 +456,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
     epochs: from shuffled_epochs. optimizers: {"policy": …, "value": …}, without "value" if the value head is
     the policy's or there is none; lrs: their learning rates. ptx_batches: an iterator over lists of
     demonstrations, one list per optimizer step; None: no demonstrations. Returns the means of losses and
-    statistics over the optimizer steps, and how many there were; one that stop_kl prevented does not count.
+    statistics over the optimizer steps, and how many there were; one that stop_kl cancels is not counted.
     """
     cfg = run.cfg
     groups = episodes.groups
@@ -472,11 +472,11 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
             # gets the same number of lists, because a sharded forward pass needs all processes at once.
             for indices in run.micro_batches(minibatch, groups):
                 batch = pack([groups[i] for i in indices]).to(run.device)
-                # The same responses with what steps 2 and 4 gave them: old.logprobs is log π_old.
+                # The same responses with the fixed targets of steps 2 and 4: log π_old, V_old, Â, returns.
                 old = episodes.select(episodes.rows(indices), run.device)
                 # weight is this micro-batch's share of the minibatch's response tokens. Each loss below is a
                 # mean over the micro-batch; the sum of weight · loss, over micro-batches and processes, is
-                # the mean over the minibatch. So do the gradients add up to its gradient.
+                # the mean over the minibatch. So the gradients add up to the minibatch's, too.
                 weight = old.mask.sum() / minibatch_tokens
 
                 # PPO's eq. 7, the clipped surrogate. First log π(y_t|s_t) under the current weights, back on
@@ -532,7 +532,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
         if stop_early:
             break
 
-    if not history:  # approx_kl starts at 0, except for rounding, which can exceed a tiny stop_kl
+    if not history:  # the first step was cancelled: approx_kl is 0 there but for rounding, stop_kl was tiny
         return {"optimizer_steps": 0}
     means = {}
     for key in history[0]:
@@ -598,11 +598,11 @@ def statistics(episodes, kl_coef, data, tokenizer):
 
 # -------------------------------------------------------------------------------------------------- the run
 
-def load_models(run, init, has_reward_fn):
+def load_models(run, init_name, has_reward_fn):
     """Loads and prepares all models -> Models, tokenizer."""
     cfg = run.cfg
-    policy, tokenizer = run.load_model(init)
-    run.adopt_template(init)  # if the policy was trained on chat turns, run.rollout_prompts writes turns too
+    policy, tokenizer = run.load_model(init_name)
+    run.adopt_template(init_name)  # for run.rollout_prompts: are prompts written as chat turns?
     policy.set_scalar_heads(0)  # a language model, without a value head
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
     reward_model = None
@@ -682,13 +682,13 @@ def train(cfg, reward_fn=None):
     run = Run(stage_name(cfg, reward_fn), cfg)  # the device, the folder, the log and the checkpoints
     data = run.data
     check_settings(cfg, data, reward_fn is not None)
-    init = cfg.init or run.train_if_missing("sft")
+    init_name = cfg.init or run.train_if_missing("sft")
     if cfg.reward == "rm" and reward_fn is None:
         cfg.reward_model = cfg.reward_model or run.train_if_missing("reward")
 
     # Up to four models: the policy π, its reference π_ref, the value model V (for GAE), and the reward model
     # r (unless the reward is a function).
-    models, tokenizer = load_models(run, init, reward_fn is not None)
+    models, tokenizer = load_models(run, init_name, reward_fn is not None)
     if reward_fn is None:
         if models.reward_model is not None:
             reward_fn = reward_model_reward(models.reward_model, cfg)
@@ -703,11 +703,12 @@ def train(cfg, reward_fn=None):
     prompt_batches = run.shuffled_batches(prompts, cfg.batch_size // cfg.k)
     if cfg.ptx_coef:
         demonstration_batches = DemonstrationBatches(run, tokenizer)  # of eq. 2's second term
-    run.print0(f"{cfg.advantage}: {len(prompts)} prompts of {cfg.data}, {init} -> {run.out} on {run.device}")
+    run.print0(
+        f"{cfg.advantage}: {len(prompts)} prompts of {cfg.data}, {init_name} -> {run.out} on {run.device}")
     run.show_data([(prompt, []) for prompt in prompts])  # prints the first prompt; no responses yet
 
-    # Opens the log. With --resume, it restores the policy, its optimizer and the random state from the last
-    # checkpoint, and returns that; β and V follow.
+    # Opens the log. With --resume, it also restores the policy, its optimizer and the random state, and
+    # returns the last checkpoint, from which β and V are restored here.
     checkpoint = run.start_or_resume(models.policy, optimizers["policy"], CONSOLE)
     if cfg.resume:
         kl_controller.coef = checkpoint["kl_coef"]
@@ -733,8 +734,9 @@ def train(cfg, reward_fn=None):
             first_epoch += run.micro_batches(minibatch, episodes.groups)
         evaluate_tokens(episodes, models, first_epoch, cfg)
 
-        # 3. The r_t that PPO sees: each token's reward minus β log π/π_ref (y_t|s_t). Most rewards, such as a
-        # reward model's, sit on the last token alone. So does the penalty for a missing EOS.
+        # 3. PPO's r_t, before --whiten_rewards: each token's reward minus β log π/π_ref (y_t|s_t). Most
+        # rewards, such as a reward model's, sit on the last token alone. So does the penalty for a missing
+        # EOS.
         kl_coef = kl_controller.coef  # β
         episodes.dense_rewards = dense_reward(
             episodes.rewards, episodes.logprobs, episodes.ref_logprobs, episodes.ended, episodes.mask,
@@ -751,8 +753,8 @@ def train(cfg, reward_fn=None):
             if cfg.whiten_advantages:
                 episodes.advantages = whiten(episodes.advantages, episodes.mask)
         else:
-            # Not whitened: each group already has its own baseline, and whitening would subtract a second
-            # one, common to all groups.
+            # Not whitened: each group already has its own baseline. Whitening would subtract a second one,
+            # common to all groups, and rescale.
             estimator = rloo_advantages if cfg.advantage == "rloo" else grpo_advantages
             episodes.advantages = group_advantages(dense_rewards, episodes.mask, estimator, cfg.k)
         evaluate_s = time.time() - begin
@@ -791,7 +793,7 @@ def train(cfg, reward_fn=None):
     # at which PPO trained. The scores are the reward model's own, without --normalize_reward.
     del optimizers, checkpoint  # frees memory for the evaluation
     reward_model_folder = None if models.reward_model is None else cfg.reward_model
-    evaluate.report(run, models.policy, init, models.ref_policy, reward_model_folder, cfg.temperature)
+    evaluate.report(run, models.policy, init_name, models.ref_policy, reward_model_folder, cfg.temperature)
     return models.policy
 
 

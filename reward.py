@@ -11,12 +11,13 @@ the prompt once for all of them. The loss averages over these pairs:
 
     L(θ) = −E_x [ 1/(K choose 2) Σ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]                             (eq. 1)
 
-Eq. 1 sees only differences within a prompt: a constant added to all of one prompt's scores does not change
-it. Two things fix these constants. During training, a small term center_coef · (2 r̄)² pulls each prompt's
-mean score r̄ to 0, so that all prompts share one level; otherwise PPO's value model would have to learn each
-prompt's own. It does not pull on the differences. (The term is ours; at K = 2 it is the (r_w + r_l)² of
-arXiv:2312.09244.) At the end, as in InstructGPT, one shift of the bias moves that level: demonstrations then
-score 0 on average.
+Eq. 1 sees only differences within a prompt, so each prompt's scores have a free offset. It is removed in two
+steps:
+
+- During training, a small term center_coef · (2 r̄)² pulls each prompt's mean score r̄ to 0, so that all
+  prompts share one level. Otherwise PPO's value model would have to learn a separate offset for each prompt.
+  The term does not act on the differences. (It is ours; at K = 2 it is the (r_w + r_l)² of arXiv:2312.09244.)
+- At the end, as in InstructGPT, the head's bias is shifted once, so that demonstrations score 0 on average.
 
 This file also saves the standard deviation of the demonstrations' scores, for PPO to divide scores by, and
 has an optional margin by which r_w should exceed r_l (--margin).
@@ -50,12 +51,12 @@ from engine.packing import pack
 
 @dataclass
 class Config(RunConfig):
-    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); a file: all
+    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); of a file all
     margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m), a constant (arXiv:2307.09288 eq. 2)
     center_coef: NonNegativeFloat = 0.01  # weight of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1600           # optimizer steps
     batch_size: PositiveInt = 16        # prompts per step, each with its K responses, over all processes
-    micro_tokens: PositiveInt = 1024    # tokens per forward pass at most (a longer group goes alone)
+    micro_tokens: PositiveInt = 1024    # at most this many tokens a forward pass (a longer group goes alone)
     lr: NonNegativeFloat = 2e-3         # peak learning rate
     warmup: NonNegativeInt = 20         # steps of linear warm-up, before the cosine to 0
     val_every: PositiveInt = 800        # steps between validations
@@ -104,8 +105,8 @@ def ranking_loss(scores, group, rank, margin=0.0, center_coef=0.0):
     to; rank (S,): 0 is best, equal ranks tie and form no pair. A pair's loss is −log σ(r_w − r_l − margin).
     Each group with a pair adds center_coef · (2 r̄)², with r̄ the mean of its scores. (Not the sum over pairs
     of (r_w + r_l)²: without ties that is (Σ r_i)² + (K − 2) Σ r_i², and the second term shrinks differences.)
-    Returns the loss and the accuracy, both means over the groups that have a pair. A group's accuracy is the
-    share of its pairs with r_w > r_l, equal scores counting one half.
+    Returns the loss and the accuracy, both means over the groups that have a pair (0 if none has). A group's
+    accuracy is the share of its pairs with r_w > r_l, equal scores counting one half.
     """
     losses, accuracies = [], []
     for group_scores, group_rank in split_by_group(scores, group, rank):
@@ -141,7 +142,7 @@ def group_and_rank(comparisons, device="cpu"):
 
 
 def shift_bias(reward_model, shift):
-    """Adds a number to all scores of a reward model, in place."""
+    """Adds `shift` to every score of a reward model, by changing its head's bias in place."""
     # A state dict's tensors share memory with the parameters, so changing one in place changes the model.
     # (Not reward_model.scalar_head.bias itself: in a sharded model, that may be a temporary, gathered copy.
     # A compiled model has the same keys.)
@@ -152,14 +153,14 @@ def shift_bias(reward_model, shift):
 def train(cfg):
     """Runs the stage, after training the SFT model if that is missing. Returns the trained reward model."""
     run = Run("reward", cfg)  # the device, the folder, the log and the checkpoints
-    init = cfg.init or run.train_if_missing("sft")
+    init_name = cfg.init or run.train_if_missing("sft")
 
-    # init may be a policy or a reward model: its head is replaced either way.
-    reward_model, tokenizer = run.load_model(init, require_policy=False)
+    # It may be a policy or a reward model: either way, it gets a new scalar head.
+    reward_model, tokenizer = run.load_model(init_name, require_policy=False)
     reward_model.set_scalar_heads(1)  # a new head with random weights, bias 0
     reward_model = run.prepare(reward_model)  # moved to the device; sharded or compiled if asked for
 
-    # Comparisons: a prompt and its K ranked responses. `groups` has the same ones, in the same order, as
+    # Comparisons: a prompt and its K ranked responses. `groups` holds the same ones, in the same order, as
     # token ids: (prompt_ids, [response_ids, …]). If a prompt and its longest response do not fit into max_len
     # tokens, the prompt's beginning is cut, but at least its last max_len // 2 tokens are kept. A response
     # that still does not fit loses its end, and with it its EOS.
@@ -168,23 +169,23 @@ def train(cfg):
     comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # drop those whose responses all tie
     groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], cfg.max_len)
     # Pairs whose responses are identical after cutting teach nothing. They are kept; this prints how many
-    # there are, and exits if there are no others.
+    # there are, and exits if every pair is like that.
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
     # The first eval_n validation comparisons, and the same as token ids
     validation, validation_groups = run.held_out_comparisons(cfg.k)
     # One list per step, of exactly batch_size indices into groups. Each epoch is shuffled anew, and drops its
     # last, incomplete batch.
     batches = run.shuffled_batches(groups)
-    run.print0(f"reward: {len(groups)} comparisons of {cfg.data}, {init} -> {run.out} on {run.device}")
+    run.print0(f"reward: {len(groups)} comparisons of {cfg.data}, {init_name} -> {run.out} on {run.device}")
     # Prints the first comparison, with a mark at each response's last token, where its score is read, and
     # warns if the data look wrong.
     last_tokens = [[len(response) - 1] for response in groups[0][1]]
     run.show_data(groups, [f"rank {rank}" for rank in comparisons[0].ranks], last_tokens)
 
     # The untrained head's scores of all S validation responses, for the table at the end: (S,), without
-    # gradient. (With --resume, run.start_or_resume below replaces the initial weights.)
+    # gradient. This comes before run.start_or_resume, which with --resume replaces the initial weights.
     scores_before = run.scores_of_responses(reward_model, validation_groups)
-    # β2 is 0.99, not the 0.95 of the other stages: a longer memory for noisy gradients.
+    # β2 is 0.99, not the 0.95 of the other stages: it averages over more steps, as these gradients are noisy.
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
     checkpoint = run.start_or_resume(reward_model, optimizer)  # the last checkpoint, or {}; sets run.start
 
@@ -210,7 +211,7 @@ def train(cfg):
             n_groups = len(indices)
             (loss * n_groups / cfg.batch_size).backward()
 
-            # For the log: `add` detaches and sums up the elements; mean(batch_size), below, divides. The loss
+            # For the log: `add` detaches and sums the elements; mean(batch_size), below, divides. The loss
             # includes the centering term. The logged margin is r_w − r_l, not --margin.
             metrics.add(loss=loss * n_groups, accuracy=accuracy * n_groups,
                         margin=score_gap(scores, group, rank))
@@ -239,8 +240,8 @@ def train(cfg):
             run.save_if_due(step + 1, reward_model, optimizer)
 
     # Center the scores: shift the bias so that training demonstrations (the best responses, if the data have
-    # only comparisons) score 0 on average. Only a finished run's last checkpoint has been centered, and only
-    # that one contains score_std. If this run resumed from it, the work is done.
+    # only comparisons) score 0 on average. A checkpoint with score_std has been centered. If this run resumed
+    # from one and trained no further, there is nothing to do; after more --steps, it centers again.
     is_centered = run.start == cfg.steps and "score_std" in checkpoint
     if is_centered:
         score_std = checkpoint["score_std"]
@@ -256,11 +257,11 @@ def train(cfg):
     run.print0(f"\ndemonstrations score 0 ± {score_std:.3f}")
 
     # The final table, which save_rows writes to eval.json: how well the scores order the validation
-    # comparisons, before training (a row named `init`) and after. Below it, three comparisons with their
-    # scores.
+    # comparisons, before training (the row has the initial model's name) and after. Below it, three
+    # comparisons with their scores.
     if validation:
         scores = run.scores_of_responses(reward_model, validation_groups)
-        rows = evaluate.report_preferences(run, init, validation, scores_before, scores, n_samples=3)
+        rows = evaluate.report_preferences(run, init_name, validation, scores_before, scores, n_samples=3)
         evaluate.save_rows(run, rows)
     return reward_model
 

@@ -15,11 +15,12 @@ The result is π_SFT. By default every later stage starts from it, and PPO and D
 
     python sft.py                                the animals world, from scratch
     python sft.py hh --init=gpt2-medium          the chosen answers of Anthropic's HH-RLHF
-    python sft.py tldr                           Reddit posts and their TL;DRs; also qa_feedback and imdb
+    python sft.py tldr                           Reddit posts and their TL;DRs (also: qa_feedback, imdb)
     python sft.py --data=mine.jsonl              your own file (data/jsonl.py), with the settings of recipe hh
 
-Left out: dropout, and choosing the checkpoint by a reward model's score, which the paper does (App. C.1). It
-also trains for 16 epochs, without a warm-up, and decays the learning rate to 10% of its peak instead of 0.
+Left out: dropout, and picking the checkpoint by a reward model's score (the paper has both, App. C.1). The
+paper trains for 16 epochs without warm-up and decays the learning rate to 10% of its peak; we warm up, and
+decay to 0.
 """
 from dataclasses import dataclass
 
@@ -99,7 +100,7 @@ def count_response_tokens(groups):
 def validation_loss(policy, groups, run):
     """The mean loss per token on held-out demonstrations, without gradient; None if there are none.
 
-    For simplicity, every process computes the loss of the whole split.
+    Every process computes the loss of the whole split: simpler than sharing it out.
     """
     if not groups:
         return None
@@ -116,9 +117,9 @@ def train(cfg):
     run.print0(f"sft: {n_parameters / 1e6:.1f}M parameters on {run.device}, {cfg.data} -> {run.out}")
 
     # Groups: a prompt x and one to four responses y, as token ids with the EOS at the end of y.
-    # If a prompt and the longest response of its group together exceed max_len tokens, the prompt loses its
-    # beginning, down to its last max_len // 2 tokens; then each response that is still too long loses its
-    # end, EOS included.
+    # If a prompt and the longest response of its group do not fit into max_len tokens, the prompt's beginning
+    # is cut, but at least its last max_len // 2 tokens are kept. A response that still does not fit loses its
+    # end, and with it its EOS.
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
     # One list per step, of exactly batch_size indices into groups. Each epoch is shuffled anew, and drops its

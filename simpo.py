@@ -1,29 +1,30 @@
 """Simple Preference Optimization (Meng, Xia and Chen 2024, arXiv:2405.14734): DPO without a reference model.
 
-DPO's reward of a response is β log π/π_ref, a sum over its tokens. But generation uses only the policy's own
-log-probs, so SimPO leaves π_ref out. A sum of log-probs falls with every token: where the chosen response is
-the longer one, training must inflate the probabilities of its tokens to make it win. So SimPO divides by the
-length |y|: the reward is β times the mean log-prob (eq. 4). Without the division, the paper's models write
-long, repetitive responses. The chosen response should win by at least γ:
+DPO's reward for a response is β log π/π_ref, a sum over its tokens. But generation uses only the policy's own
+log-probs, so SimPO leaves π_ref out. Without it, a sum of log-probs falls with every token: where the chosen
+response is the longer one, training must inflate the probabilities of its tokens to make it win. So SimPO
+divides by the length |y|: the reward is β times the mean log-prob (eq. 4). Without the division, the paper's
+models write long, repetitive responses. The chosen response should win by at least γ:
 
     r(x, y) = β/|y| log π_θ(y|x)
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
 
 The length |y| is in tokens, with the EOS unless the response was cut. Without a reference, training holds
-only one model in memory. But nothing in the loss keeps the policy near its start either; the paper relies on
-a small learning rate, diverse data and the robustness of large models.
+only one model in memory. The cost: nothing in eq. 6 keeps the policy near its start. The paper relies on a
+small learning rate, diverse data and the robustness of large models.
 
 In our runs on the animals world, a small synthetic data set, responses become too short with this loss alone
 (docs/results.md). We have not isolated the reason. One candidate: 1/|y| gives each token of a short response,
-its EOS included, more weight than a token of a long one. That raises the EOS of a short chosen response more
-(and lowers that of a short rejected one more; the two need not cancel). Adding an SFT term keeps the length
-up. The authors' code has one too, averaged over the tokens of a micro-batch; ours averages over the batch:
+its EOS included, more weight than a token of a long one. So preferring a short chosen response raises its EOS
+more, and a short rejected one lowers its EOS more; the two need not cancel. Adding an SFT term keeps the
+length up. The authors' code has one too, averaged over the tokens of a micro-batch; ours averages over the
+batch:
 
     sft_weight · ( −Σ log π_θ(y_w|x) ) / ( Σ |y_w| )
 
 Within this term every chosen token has the same weight. The paper's main runs have sft_weight 0, and so do
-our recipes for real data. With those, watch response_len and unfinished in the log: responses of at most 128
-tokens are sampled during training for that purpose.
+our recipes for real data. With those, watch response_len on the console, and unfinished in log.jsonl:
+responses of at most 128 tokens are sampled during training for that purpose.
 
     python simpo.py                                the animals world, from scratch: SFT first, then SimPO
     python simpo.py hh                             Anthropic's HH-RLHF: SFT of GPT-2, then SimPO
@@ -83,8 +84,8 @@ def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma
 
     With the label smoothing ε of the authors' code it is −(1−ε) log σ(h) − ε log σ(−h): the second term
     negates all of h, γ included. Log-probs are (B,), summed over response tokens, in nats; lengths are (B,),
-    in tokens. Returns three tensors (B,): the losses, and the rewards β/|y| log π(y|x) of the chosen and of
-    the rejected responses, without gradient.
+    in tokens. Returns three tensors (B,): the losses, and, detached, the rewards β/|y| log π(y|x) of the
+    chosen and of the rejected responses.
     """
     chosen_reward = beta / chosen_len * chosen_logp        # β/|y_w| log π(y_w|x)
     rejected_reward = beta / rejected_len * rejected_logp  # β/|y_l| log π(y_l|x)
@@ -98,7 +99,7 @@ def pair_logp(policy, pairs):
 
     pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The prompt and its two responses are packed into
     one row, so the prompt goes through the model once. Each response sees the prompt and itself, and its
-    positions continue from the prompt's, so the log-probs equal those of two separate rows.
+    positions continue from the prompt's, so the log-probs equal those of two separate rows, up to rounding.
     """
     batch = pack(pairs).to(policy.device)
     logprobs = policy.logprobs(batch)     # (N,): one per response token
@@ -107,13 +108,13 @@ def pair_logp(policy, pairs):
     return logp[0::2], logp[1::2], length[0::2], length[1::2]
 
 
-def mean_chosen_length(pairs):
-    """The mean length of the chosen responses, in tokens."""
-    return sum(len(chosen) for _, (chosen, _) in pairs) / len(pairs)
+def count_chosen_tokens(pairs):
+    """Σ |y_w|: the number of tokens in the chosen responses."""
+    return sum(len(chosen) for _, (chosen, _) in pairs)
 
 
 def length_statistics(responses, eos):
-    """Early signs that responses are shrinking to nothing, or no longer end. responses: lists of token ids.
+    """Shows early whether responses shrink to nothing, or stop ending. responses: lists of token ids.
 
     response_len: mean length in tokens, EOS included; empty: the share of responses that are nothing but the
     EOS; unfinished: the share that reached the limit of new tokens before an EOS.
@@ -128,10 +129,10 @@ def length_statistics(responses, eos):
 def train(cfg):
     """Trains with SimPO, after training the SFT model if that is missing. Returns the trained policy."""
     run = Run("simpo", cfg)  # the device, the folder, the log and the checkpoints
-    init = cfg.init or run.train_if_missing("sft")  # its name; by default the SFT model of the same data
+    init_name = cfg.init or run.train_if_missing("sft")  # --init, or the SFT model of the same data
     gamma = cfg.gamma if cfg.gamma_beta_ratio is None else cfg.gamma_beta_ratio * cfg.beta
 
-    policy, tokenizer = run.load_model(init)
+    policy, tokenizer = run.load_model(init_name)
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
@@ -142,7 +143,7 @@ def train(cfg):
     # One list per step, of exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its
     # last, incomplete batch.
     batches = run.shuffled_batches(pairs)
-    run.print0(f"{len(pairs)} pairs of {cfg.data}, {init} -> {run.out} on {run.device}")
+    run.print0(f"{len(pairs)} pairs of {cfg.data}, {init_name} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
     # Validation prompts to watch the length on. A prompt longer than half of the model's context loses its
     # beginning, to leave room for the response.
@@ -154,8 +155,8 @@ def train(cfg):
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()
-        # The SFT term below divides by this mean. It is over the whole batch, all processes included.
-        mean_chosen_len = mean_chosen_length([pairs[i] for i in batches[step]])
+        # The SFT term below divides by Σ |y_w|, over the whole batch, all processes included.
+        n_chosen_tokens = count_chosen_tokens([pairs[i] for i in batches[step]])
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Under
@@ -168,10 +169,9 @@ def train(cfg):
             losses, chosen_reward, rejected_reward = simpo_loss(
                 chosen_logp, rejected_logp, chosen_len, rejected_len, cfg.beta, gamma, cfg.label_smoothing)
 
-            # The SFT term: the mean of −log π over all tokens of the batch's chosen responses is
-            # Σ −log π(y_w|x) / Σ |y_w|, and Σ |y_w| = batch_size · mean |y_w|. So each pair contributes
-            # −log π(y_w|x) / mean |y_w|, and the sum over pairs is divided by batch_size, as for eq. 6.
-            sft_losses = -chosen_logp / mean_chosen_len
+            # The SFT term: Σ −log π(y_w|x) / Σ |y_w|, over the batch. The division by batch_size below is for
+            # eq. 6; the factor batch_size cancels it.
+            sft_losses = -chosen_logp * cfg.batch_size / n_chosen_tokens
             total_losses = losses + cfg.sft_weight * sft_losses
             (total_losses.sum() / cfg.batch_size).backward()
 
@@ -196,7 +196,7 @@ def train(cfg):
 
         # 3. Every sample_every steps, and after the last, sample responses of at most 128 tokens to see their
         # length. `respond` uses the same seed every time, so the lengths differ only because the policy does.
-        # At other steps the values are None, and the console leaves them blank.
+        # At other steps the values are None (blank on the console).
         sample_stats = {"response_len": None, "empty": None, "unfinished": None}
         if sample_prompts and ((step + 1) % cfg.sample_every == 0 or step + 1 == cfg.steps):
             responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token, max_new_tokens=128)
@@ -209,22 +209,22 @@ def train(cfg):
         # too, and exits: the tables below are not made.
         run.save_if_due(step + 1, policy, optimizer)
 
-    # Two tables, unless eval_n is 0, each with a row for the initial policy, loaded again, and one for the
-    # trained one.
-    # - Answers to the first eval_n prompts of the test split: KL, length and, with the data's true reward or
-    #   --reward_model, reward and win rate against the initial policy.
+    # Two tables (none if eval_n is 0). Each has a row for the initial policy, which is loaded again, and a
+    # row for the trained policy.
+    # - Answers to the first eval_n prompts of the test split: KL to the initial policy, length and, with the
+    #   data's true reward or --reward_model, reward and win rate against the initial policy.
     # - The first eval_n comparisons of the validation split: how often the rewards β/|y| log π rank the
     #   responses correctly.
     if cfg.eval_n == 0:
         return policy
     del optimizer  # frees memory for the evaluation
-    initial_policy = run.load_frozen(init)
+    initial_policy = run.load_again(init_name)
     # comparisons are text; groups are the same ones as token ids, (prompt_ids, [response_ids, …])
     comparisons, groups = run.held_out_comparisons()
-    # β/|y| log π of all S responses in this order: (S,)
+    # β/|y| log π of all S responses, in the order of groups: (S,)
     rewards_before = cfg.beta * run.logp_of_responses(initial_policy, groups, average=True)
     rewards = cfg.beta * run.logp_of_responses(policy, groups, average=True)
-    evaluate.report(run, policy, init, initial_policy, cfg.reward_model,
+    evaluate.report(run, policy, init_name, initial_policy, cfg.reward_model,
                     preferences=(comparisons, rewards_before, rewards))
     return policy
 

@@ -120,7 +120,7 @@ class Run:
         self.digests["ref"] = weights_digest(reference)
         return reference.requires_grad_(False)
 
-    def load_frozen(self, name):
+    def load_again(self, name):
         """Loads the initial policy or the reference again, frozen and prepared, to compare with.
 
         Warns if it is not what it was when this run began.

@@ -8,7 +8,7 @@ from engine.packing import pack, per_sequence
 
 def scores_of_responses(reward_model, groups, micro_tokens=16384):
     """The reward model's score of every response of every group, in their order: (S,) on the CPU."""
-    return number_each_response(reward_model, reward_model.score, groups, micro_tokens)
+    return one_number_per_response(reward_model, reward_model.score, groups, micro_tokens)
 
 
 def logp_of_responses(policy, groups, micro_tokens=16384, average=False):
@@ -19,7 +19,7 @@ def logp_of_responses(policy, groups, micro_tokens=16384, average=False):
     def logp(batch):
         return response_logp(policy, batch, average)
 
-    return number_each_response(policy, logp, groups, micro_tokens)
+    return one_number_per_response(policy, logp, groups, micro_tokens)
 
 
 def response_logp(policy, batch, average=False):
@@ -31,7 +31,7 @@ def response_logp(policy, batch, average=False):
 
 
 @torch.no_grad()
-def number_each_response(model, function, groups, micro_tokens):
+def one_number_per_response(model, function, groups, micro_tokens):
     """function(batch) -> a number for each response of a batch, (S,); computed in pieces that fit."""
     if not groups:
         return torch.zeros(0)

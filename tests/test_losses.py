@@ -10,7 +10,7 @@ from conftest import make_model, random_groups
 
 import dpo
 from common.models import load_model
-from common.scoring import logp_of_responses, logp_of_batches, pair_accuracy
+from common.scoring import logp_of_batches, logp_of_responses, pair_accuracy, response_logp
 from data import encode_groups, get_tokenizer
 from dpo import dpo_loss
 from engine.packing import pack, per_sequence
@@ -161,6 +161,8 @@ def test_ipo_may_average_over_tokens(start):
     tokenizer, policy = get_tokenizer("animals"), load_model(str(start / "start"))[0]
     pairs = encode_groups(tokenizer, [("a", [" It eats mice.", " It can fly and swim."]), ("b", [" Yes.", " No."])], 64)
     sums, means = dpo.pair_logp(policy, pairs), dpo.pair_logp(policy, pairs, average=True)
+    for average, both in ((False, sums), (True, means)):  # the pages write out what common/scoring.py has
+        assert torch.equal(response_logp(policy, pack(pairs), average).view(-1, 2), torch.stack(both, 1))
     for i in range(2):
         lengths = torch.tensor([len(responses[i]) for _, responses in pairs])
         torch.testing.assert_close(sums[i] / lengths, means[i])
