@@ -128,7 +128,10 @@ class GPT(nn.Module):
         self.packed_forward = packed_forward
 
     def init_weights(self):
-        """Biases 0, matrices N(0, 0.02²); the std is 0.02/√(2·n_layer) for projections into the residual stream."""
+        """Biases 0, matrices N(0, 0.02²).
+
+        For the 2·n_layer projections into the residual stream, the std is 0.02/√(2·n_layer).
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
