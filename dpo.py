@@ -11,13 +11,13 @@ is preferred to y_l:
 
     P(y_w ≻ y_l | x) = σ( r(x, y_w) − r(x, y_l) )                                                   (eq. 1)
 
-Substitute eq. 5 for r, and β log Z(x) cancels. Put a model π_θ in place of π*, and we can maximize the
+Substitute eq. 5 into eq. 1, and β log Z(x) cancels. Put a model π_θ in place of π*, and we can maximize the
 likelihood of comparisons directly, without a reward model and without sampling:
 
     L(θ) = −E log σ( β log π_θ(y_w|x)/π_ref(y_w|x) − β log π_θ(y_l|x)/π_ref(y_l|x) )                (eq. 7)
 
-In comments, log π/π_ref (y|x) is short for log π_θ(y|x)/π_ref(y|x), a sum over the tokens of y (or, with
---ipo_average, a mean).
+In the comments below, log π/π_ref (y|x) is short for log π_θ(y|x)/π_ref(y|x), a sum over the tokens of y
+(or, with --ipo_average, a mean).
 
     python dpo.py                                           the animals world, from scratch, SFT included
     python dpo.py hh                                        Anthropic's HH-RLHF, GPT-2
@@ -121,8 +121,8 @@ def pair_logp(policy, pairs, average=False):
     pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The prompt and its two responses are packed into
     one row, so the prompt goes through the model once. Each response sees the prompt and itself, and its
     positions continue from the prompt's, so the log-probs equal those of two separate rows, up to rounding.
-    (It is written out here to be read; elsewhere, response_logp in common/scoring.py computes the same, and a
-    test compares the two.)
+    run.logp_of_batches and run.logp_of_responses, below, do not call this function but response_logp in
+    common/scoring.py, which computes the same (a test compares them): if you change one, change the other.
     """
     batch = pack(pairs).to(policy.device)
     logprobs = policy.logprobs(batch)       # (N,): one per response token
@@ -149,9 +149,10 @@ def train(cfg):
     policy, _ = run.load_model(init_name)  # the second value is the tokenizer; run keeps it too
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
-    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
-    # the longer response do not fit into max_len tokens, the prompt's beginning is cut, but at least its last
-    # max_len // 2 tokens are kept. A response that still does not fit loses its end, and with it its EOS.
+    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. The prompt and
+    # the longer response must fit into max_len tokens. If they do not, the prompt loses its beginning, but is
+    # not cut below max_len // 2 tokens. A response that still does not fit loses its end, and with it its
+    # EOS.
     pairs = run.encode_pairs(run.data.comparisons("train"))
     # One list per step, of exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its
     # last, incomplete batch.
@@ -171,9 +172,9 @@ def train(cfg):
 
     # π_ref is frozen, so by default its log-probs are computed once, before training, for all pairs that
     # `batches` visits: row i holds the two of pairs[i], and every process gets all rows. A pair is computed
-    # in the micro-batch in which training first meets it. On a CPU and without --ref, its log-probs then
-    # equal those of the untrained policy to the last bit: the first accuracy is exactly 0.5. A resumed run
-    # computes them again.
+    # in the micro-batch in which training first meets it, so that both passes see the same packing and round
+    # alike: without --ref, all pairs of the first batch tie. (On a GPU, a compiled pass may round differently
+    # with gradients than without.) A resumed run computes them again.
     if cfg.precompute_ref:
         ref_logp = run.logp_of_batches(ref_policy, pairs, batches, cfg.ipo_average)  # (len(pairs), 2)
         ref_policy = None  # frees its memory
@@ -193,7 +194,7 @@ def train(cfg):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Under
-        # torchrun, each process works through its own part of the batch.
+        # torchrun, each process works through its own part of the batch, all in the same number of pieces.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp = pair_logp(
                 policy, [pairs[i] for i in indices], cfg.ipo_average)  # (b,) each
@@ -206,9 +207,8 @@ def train(cfg):
             (losses.sum() / cfg.batch_size).backward()
 
             # The policy's accuracy as a reward model: is the chosen response's reward higher? A tie counts
-            # one half. There is no dropout, so without --ref, π equals π_ref before the first update, and all
-            # pairs tie. (On a GPU, passes that are compiled with gradients may round differently from those
-            # without, which breaks ties.)
+            # one half. There is no dropout, so without --ref, π equals π_ref before the first update: all
+            # pairs tie, and the first accuracy is 0.5.
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
@@ -217,11 +217,11 @@ def train(cfg):
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
-        # 2. One optimizer step on the whole batch: sum the gradients over the processes (a sum, since each
-        # loss was divided by the size of the whole batch), then clip, step and clear. If a gradient is not
-        # finite, the step is skipped.
+        # 2. One optimizer step on the whole batch. First, sum the gradients over the processes: a sum, since
+        # each loss was divided by the size of the whole batch. (A sharded model did so in its backward
+        # pass.) Then clip, step and clear. If a gradient is not finite, the weights stay as they are.
         sync_gradients(policy)
-        lr = cfg.lr * run.lr_schedule(step)  # the schedule is a factor from 0 to 1
+        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then down to 0
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Log the batch means: the sums over all processes, divided by the batch size.
@@ -241,9 +241,10 @@ def train(cfg):
     del optimizer  # frees memory for the evaluation
     if ref_policy is None:
         ref_policy = run.load_again(ref_name)  # freed above; frozen and prepared, as before
-    # comparisons are text; groups are the same ones as token ids, (prompt_ids, [response_ids, …])
+    # comparisons: text, with ranks; groups: the same ones as token ids, (prompt_ids, [response_ids, …]). The
+    # rewards are (S,), one per response, group after group, where S counts the responses of all groups.
     comparisons, groups = run.held_out_comparisons()
-    logp = run.logp_of_responses(policy, groups, cfg.ipo_average)  # (S,), in the order of groups
+    logp = run.logp_of_responses(policy, groups, cfg.ipo_average)
     logp_of_reference = run.logp_of_responses(ref_policy, groups, cfg.ipo_average)
     rewards = cfg.beta * (logp - logp_of_reference)
     rewards_of_reference = torch.zeros_like(rewards)

@@ -11,12 +11,11 @@ the prompt once for all of them. The loss averages over these pairs:
 
     L(θ) = −E_x [ 1/(K choose 2) Σ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]                             (eq. 1)
 
-Eq. 1 sees only differences within a prompt, so each prompt's scores have a free offset. It is removed in two
-steps:
+Eq. 1 sees only differences within a prompt, so each prompt's scores have a free offset. It is set in two steps:
 
 - During training, a small term center_coef · (2 r̄)² pulls each prompt's mean score r̄ to 0, so that all
   prompts share one level. Otherwise PPO's value model would have to learn a separate offset for each prompt.
-  The term does not act on the differences. (It is ours; at K = 2 it is the (r_w + r_l)² of arXiv:2312.09244.)
+  Its gradient is the same for all of a prompt's scores. (It is ours; at K = 2 it is the (r_w + r_l)² of arXiv:2312.09244.)
 - At the end, as in InstructGPT, the head's bias is shifted once, so that demonstrations score 0 on average.
 
 This file also saves the standard deviation of the demonstrations' scores, for PPO to divide scores by, and
@@ -51,7 +50,7 @@ from engine.packing import pack
 
 @dataclass
 class Config(RunConfig):
-    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); of a file all
+    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); a file's are all used
     margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m), a constant (arXiv:2307.09288 eq. 2)
     center_coef: NonNegativeFloat = 0.01  # weight of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1600           # optimizer steps
@@ -143,9 +142,9 @@ def group_and_rank(comparisons, device="cpu"):
 
 def shift_bias(reward_model, shift):
     """Adds `shift` to every score of a reward model, by changing its head's bias in place."""
-    # A state dict's tensors share memory with the parameters, so changing one in place changes the model.
-    # (Not reward_model.scalar_head.bias itself: in a sharded model, that may be a temporary, gathered copy.
-    # A compiled model has the same keys.)
+    # A state dict's tensors are the parameters' own memory, so changing one in place changes the model. (Not
+    # reward_model.scalar_head.bias itself: after a forward pass, a sharded model may still hold a gathered
+    # copy there, which is thrown away. Compiling is in place and leaves the keys as they are.)
     bias = reward_model.state_dict()["scalar_head.bias"]
     bias += shift
 
@@ -161,15 +160,15 @@ def train(cfg):
     reward_model = run.prepare(reward_model)  # moved to the device; sharded or compiled if asked for
 
     # Comparisons: a prompt and its K ranked responses. `groups` holds the same ones, in the same order, as
-    # token ids: (prompt_ids, [response_ids, …]). If a prompt and its longest response do not fit into max_len
-    # tokens, the prompt's beginning is cut, but at least its last max_len // 2 tokens are kept. A response
-    # that still does not fit loses its end, and with it its EOS.
+    # token ids: (prompt_ids, [response_ids, …]). A prompt and its longest response must fit into max_len
+    # tokens. If they do not, the prompt loses its beginning, but is not cut below max_len // 2 tokens. A
+    # response that still does not fit loses its end, and with it its EOS.
     data = run.data
     comparisons = data.comparisons("train", cfg.k)
     comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # drop those whose responses all tie
     groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], cfg.max_len)
-    # Pairs whose responses are identical after cutting teach nothing. They are kept; this prints how many
-    # there are, and exits if every pair is like that.
+    # Pairs whose responses are identical after cutting teach nothing, but are kept. This prints their number,
+    # and exits if there are no other pairs.
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
     # The first eval_n validation comparisons, and the same as token ids
     validation, validation_groups = run.held_out_comparisons(cfg.k)
@@ -185,7 +184,7 @@ def train(cfg):
     # The untrained head's scores of all S validation responses, for the table at the end: (S,), without
     # gradient. This comes before run.start_or_resume, which with --resume replaces the initial weights.
     scores_before = run.scores_of_responses(reward_model, validation_groups)
-    # β2 is 0.99, not the 0.95 of the other stages: it averages over more steps, as these gradients are noisy.
+    # β2 is 0.99, not the 0.95 of the other stages: these gradients are noisy, so their squares are averaged over more steps.
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
     checkpoint = run.start_or_resume(reward_model, optimizer)  # the last checkpoint, or {}; sets run.start
 
@@ -193,8 +192,8 @@ def train(cfg):
         metrics = Metrics()
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone).
-        # Under torchrun, each process works through its own part of the batch.
+        # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone). Under
+        # torchrun, each process works through its own part of the batch, all in the same number of pieces.
         for indices in run.micro_batches(batches[step], groups):
             # r(x, y) of every response, group by group; the responses to one prompt do not see each other.
             batch = pack([groups[i] for i in indices]).to(run.device)
@@ -216,11 +215,11 @@ def train(cfg):
             metrics.add(loss=loss * n_groups, accuracy=accuracy * n_groups,
                         margin=score_gap(scores, group, rank))
 
-        # 2. One optimizer step on the whole batch: sum the gradients over the processes (a sum, since each
-        # loss was divided by the size of the whole batch), then clip, step and clear. If a gradient is not
-        # finite, the step is skipped.
+        # 2. One optimizer step on the whole batch. First, sum the gradients over the processes: a sum, since
+        # each loss was divided by the size of the whole batch. (A sharded model did so in its backward
+        # pass.) Then clip, step and clear. If a gradient is not finite, the weights stay as they are.
         sync_gradients(reward_model)
-        lr = cfg.lr * run.lr_schedule(step)  # the schedule is a factor from 0 to 1
+        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then down to 0
         grad_norm = optimizer_step(reward_model, optimizer, lr, cfg.grad_clip)
 
         # 3. Log the batch means over all processes. Every val_every steps, and after the last, also log the
@@ -240,8 +239,8 @@ def train(cfg):
             run.save_if_due(step + 1, reward_model, optimizer)
 
     # Center the scores: shift the bias so that training demonstrations (the best responses, if the data have
-    # only comparisons) score 0 on average. A checkpoint with score_std has been centered. If this run resumed
-    # from one and trained no further, there is nothing to do; after more --steps, it centers again.
+    # only comparisons) score 0 on average. Resuming a finished run without further steps skips this: it is
+    # centered already, and its checkpoint has score_std.
     is_centered = run.start == cfg.steps and "score_std" in checkpoint
     if is_centered:
         score_std = checkpoint["score_std"]

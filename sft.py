@@ -4,8 +4,8 @@ The language-model loss on demonstrations, taken over the tokens of the response
 
     L(θ) = −Σ_(x,y) Σ_t log π_θ(y_t | x, y_<t) / Σ_(x,y) |y|
 
-where Σ_(x,y) runs over the demonstrations of a batch, and |y| is the number of tokens of y: a mean per token,
-to which long responses contribute more.
+where Σ_(x,y) runs over the demonstrations of a batch, and |y| is the number of tokens of y: a mean over
+tokens, so long responses weigh more than short ones.
 
 The EOS that ends a response is one of its tokens, so the model learns when to stop. (A response that was cut
 at max_len has none.)
@@ -53,7 +53,7 @@ RECIPES = {
     "qa_feedback": dict(data="qa_feedback", init="gpt2", steps=300, batch_size=32, max_len=1024, lr=2e-5,
                         warmup=20, val_every=100, log_every=10, ckpt_every=100, eval_n=64),
     # From arXiv:2009.01325 B.1: batches of 128, about one epoch (of 116,722 demonstrations), and the
-    # learning rate of its 1.3B model. The warm-up is ours. max_len: 512 for a post, 128 for its summary
+    # learning rate of its 1.3B model. The warm-up is ours. max_len: about 512 for a post, 128 for its summary
     "tldr": dict(data="tldr", init="gpt2", steps=910, batch_size=128, max_len=640, lr=6.35e-5, warmup=50,
                  val_every=200, log_every=10, ckpt_every=200, eval_n=64),
     # From arXiv:2305.18290 C.1: gpt2-large, about one epoch. Batch size, lr and warm-up are ours. max_len:
@@ -100,7 +100,7 @@ def count_response_tokens(groups):
 def validation_loss(policy, groups, run):
     """The mean loss per token on held-out demonstrations, without gradient; None if there are none.
 
-    Every process computes the loss of the whole split: simpler than sharing it out.
+    Every process computes the loss of the whole split: simpler than splitting it among them.
     """
     if not groups:
         return None
@@ -117,9 +117,9 @@ def train(cfg):
     run.print0(f"sft: {n_parameters / 1e6:.1f}M parameters on {run.device}, {cfg.data} -> {run.out}")
 
     # Groups: a prompt x and one to four responses y, as token ids with the EOS at the end of y.
-    # If a prompt and the longest response of its group do not fit into max_len tokens, the prompt's beginning
-    # is cut, but at least its last max_len // 2 tokens are kept. A response that still does not fit loses its
-    # end, and with it its EOS.
+    # A prompt and the longest response of its group must fit into max_len tokens. If they do not, the prompt
+    # loses its beginning, but is not cut below max_len // 2 tokens. A response that still does not fit loses
+    # its end, and with it its EOS.
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
     # One list per step, of exactly batch_size indices into groups. Each epoch is shuffled anew, and drops its
@@ -134,22 +134,23 @@ def train(cfg):
         n_tokens = count_response_tokens([groups[i] for i in batches[step]])  # of the whole batch
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone).
-        # Under torchrun, each process works through its own part of the batch.
+        # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone). Under
+        # torchrun, each process works through its own part of the batch, all in the same number of pieces.
         for indices in run.micro_batches(batches[step], groups):
-            # Packed into rows: a response sees its prompt and its own tokens, but no other response and no
-            # other group in its row.
+            # Packed into rows, so that a prompt is computed once and padding is rare: prompt, y1, y2, the
+            # next prompt, … A token sees its prompt and the earlier tokens of its own response, nothing else
+            # in the row; each response's positions go on from the end of its prompt.
             micro_batch = pack([groups[i] for i in indices]).to(run.device)
             logprobs = policy.logprobs(micro_batch)  # log π(y_t | x, y_<t) of every response token: (N,)
             loss = sft_loss(logprobs, n_tokens)
             loss.backward()
             metrics.add(loss=-logprobs)  # summed over tokens, without gradient; divided in step 4
 
-        # 2. One optimizer step on the whole batch: sum the gradients over the processes (a sum, since each
-        # loss was divided by the tokens of the whole batch), then clip, step and clear. If a gradient is not
-        # finite, the step is skipped.
+        # 2. One optimizer step on the whole batch. First, sum the gradients over the processes: a sum, since
+        # each loss was divided by the tokens of the whole batch. (A sharded model did so in its backward
+        # pass.) Then clip, step and clear. If a gradient is not finite, the weights stay as they are.
         sync_gradients(policy)
-        lr = cfg.lr * run.lr_schedule(step)  # the schedule is a factor from 0 to 1
+        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then down to 0
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Every val_every steps, and after the last, the loss on the validation split.

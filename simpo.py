@@ -114,7 +114,7 @@ def count_chosen_tokens(pairs):
 
 
 def length_statistics(responses, eos):
-    """Shows early whether responses shrink to nothing, or stop ending. responses: lists of token ids.
+    """To see early whether responses shrink to nothing, or no longer end. responses: lists of token ids.
 
     response_len: mean length in tokens, EOS included; empty: the share of responses that are nothing but the
     EOS; unfinished: the share that reached the limit of new tokens before an EOS.
@@ -136,9 +136,10 @@ def train(cfg):
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
-    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
-    # the longer response do not fit into max_len tokens, the prompt's beginning is cut, but at least its last
-    # max_len // 2 tokens are kept. A response that still does not fit loses its end, and with it its EOS.
+    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. The prompt and
+    # the longer response must fit into max_len tokens. If they do not, the prompt loses its beginning, but is
+    # not cut below max_len // 2 tokens. A response that still does not fit loses its end, and with it its
+    # EOS.
     pairs = run.encode_pairs(run.data.comparisons("train"))
     # One list per step, of exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its
     # last, incomplete batch.
@@ -160,7 +161,7 @@ def train(cfg):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Under
-        # torchrun, each process works through its own part of the batch.
+        # torchrun, each process works through its own part of the batch, all in the same number of pieces.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(
                 policy, [pairs[i] for i in indices])  # (b,) each
@@ -181,17 +182,17 @@ def train(cfg):
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
             # For the log: `add` detaches each tensor, and adds it to the batch's sum. The loss is eq. 6 plus
-            # the SFT term; the margin is that of the rewards, not γ.
+            # the SFT term; the margin is the difference of the rewards, and γ its target.
             metrics.add(loss=total_losses, simpo_loss=losses, sft_loss=sft_losses, accuracy=correct,
                         margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
-        # 2. One optimizer step on the whole batch: sum the gradients over the processes (a sum, since each
-        # loss was divided by the size of the whole batch), then clip, step and clear. If a gradient is not
-        # finite, the step is skipped.
+        # 2. One optimizer step on the whole batch. First, sum the gradients over the processes: a sum, since
+        # each loss was divided by the size of the whole batch. (A sharded model did so in its backward
+        # pass.) Then clip, step and clear. If a gradient is not finite, the weights stay as they are.
         sync_gradients(policy)
-        lr = cfg.lr * run.lr_schedule(step)  # the schedule is a factor from 0 to 1
+        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then down to 0
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Every sample_every steps, and after the last, sample responses of at most 128 tokens to see their
@@ -219,9 +220,9 @@ def train(cfg):
         return policy
     del optimizer  # frees memory for the evaluation
     initial_policy = run.load_again(init_name)
-    # comparisons are text; groups are the same ones as token ids, (prompt_ids, [response_ids, …])
+    # comparisons: text, with ranks; groups: the same ones as token ids, (prompt_ids, [response_ids, …]). The
+    # rewards β/|y| log π are (S,), one per response, group after group.
     comparisons, groups = run.held_out_comparisons()
-    # β/|y| log π of all S responses, in the order of groups: (S,)
     rewards_before = cfg.beta * run.logp_of_responses(initial_policy, groups, average=True)
     rewards = cfg.beta * run.logp_of_responses(policy, groups, average=True)
     evaluate.report(run, policy, init_name, initial_policy, cfg.reward_model,
