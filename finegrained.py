@@ -1,8 +1,8 @@
 """Fine-Grained RLHF (Wu et al. 2023, arXiv:2306.01693): a reward for each segment, along each of three axes.
 
-Instead of one reward per response, three reward models, one per axis (relevance, factuality, completeness),
-each score every segment of it. Each axis cuts the response at its own granularity. With the response y cut
-into L_k segments for the k-th reward model, the reward at token t is
+Instead of one reward for the whole response, three reward models (relevance, factuality, completeness) each
+score it segment by segment, at a granularity of their own. With the response y cut into L_k segments for the
+k-th reward model, the reward at token t is
 
     r_t = Σ_k Σ_{j ≤ L_k} 1(t = T_j^k) · w_k · R_k(x, y, j)                                         (§2)
 
@@ -16,16 +16,18 @@ the reward models, and puts their scores on the (B, R) grid: reward_fn.
     python finegrained.py --reward=rm              the baseline: one reward per response
     python finegrained.py qa_feedback              the paper's questions and feedback; SFT of GPT-2 first
 
+By default the three reward models are three heads on one trunk; the paper trains three models, as
+--share_trunk=False does.
+
 An example: of "A crab has ten legs, and it can swim in the sea. It has fur." an annotator flags "it can swim
 in the sea" as Irrelevant and "It has fur" as Wrong-Grounding. Relevance has three segments, with labels 1, 0
 and 1. Factuality has two, the sentences: the second has label 0, the first has none, because a part of it is
 irrelevant.
 
 Left out:
-  - the paper's filter, which drops error spans shorter than five words (the authors' code: for relevance)
+  - the paper's filter, which drops error spans shorter than five words (in its code, only for relevance)
   - its reward models' encoders, which read the whole response, with separator tokens: here a causal model is
     read at a segment's last token, and sees nothing after it
-  - three separate reward models, by default: three heads share one trunk (--share_trunk=False trains three)
   - hiding the passages from the relevance model, as the authors' code does
   - completeness labels from matching passages (see data/qa_feedback.py)
   - settings of the authors' code that the recipe qa_feedback does not use: sampling at τ = 0.7 from the 20
@@ -66,7 +68,7 @@ AXES = {
 @dataclass
 class Config(ppo.Config):
     reward: Literal["finegrained", "rm", "gold"] = "finegrained"  # rm, gold: one scalar per response
-    reward_models: str | None = None  # their folder; None: out/rewards-RECIPE, trained first if missing
+    reward_models: str | None = None  # their folder; None: out/rewards-RECIPE. Trained first if missing
     share_trunk: bool = True          # three heads on one trunk; False: three models
     value_init: Literal["reward", "sft"] = "sft"  # the value model's start; reward only with --reward=rm
     w1: float = 0.3                   # weight of relevance: ±w1 for each sub-sentence
@@ -74,11 +76,12 @@ class Config(ppo.Config):
     w3: float = 0.3                   # weight of completeness: ±w3 for a score one std from the mean
     soft: bool = False                # 2p − 1 instead of ±1, with p the probability that the segment is good
     reward_steps: PositiveInt = 2000  # optimizer steps of the reward models
-    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # responses per step; a quarter as many comparisons
+    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # marked responses a step, ¼ as many comparisons
     reward_lr: NonNegativeFloat = 2e-3  # peak learning rate of the reward models
 
 
 RECIPES = {
+    # w1 to w3 and kl_coef are those of the authors' code; the rest is our choice, for GPT-2
     "qa_feedback": dict(data="qa_feedback", w1=0.3, w2=0.5, w3=0.3, kl_coef=0.3, max_new_tokens=200,
                         steps=500, batch_size=64, max_len=1024, lr=3e-6, value_lr=1e-5, warmup=10,
                         ckpt_every=50, eval_n=64, reward_steps=700, reward_lr=1e-5),
@@ -112,7 +115,7 @@ def cut_response(tokenizer, response):
 
 
 def segment_label(segment, spans):
-    """1 for a good segment, 0 if a span of its axis overlaps it, None if there is nothing to learn from it.
+    """1 for a good segment, 0 if a span of its axis overlaps it, None if its label is unknown.
 
     Annotators did not judge the truth of what they had flagged as irrelevant, redundant or incoherent: where
     only such spans overlap, factuality is unknown (as in the code of arXiv:2306.01693). spans:
@@ -137,10 +140,9 @@ class Mark(NamedTuple):
 
 @dataclass
 class Feedback:
-    """Groups, and the tokens to judge in them. (In reward_fn there is no feedback: the labels are unused.)"""
-    groups: list  # (prompt_ids, [response_ids, …])
-    marks: list   # for each group a list of Mark
-    clusters: list | None = None  # of each group's prompt; standard errors treat a cluster as one sample
+    groups: list    # (prompt_ids, [response_ids, …])
+    marks: list     # for each group a list of Mark
+    clusters: list  # of each group's prompt; standard errors treat a cluster as one sample
 
 
 def load_feedback(data, split, axes, tokenizer, max_len, limit=None):
@@ -193,7 +195,7 @@ def rank_marks(group, ranks):
 
 
 def check_feedback(feedback, axes, run):
-    """Warns about an axis whose labels are all the same; exits if comparisons have nothing to learn from."""
+    """Warns about an axis whose labels are all the same; exits if the comparisons teach nothing."""
     for axis in axes:
         if axis == "completeness":
             continue
@@ -222,7 +224,7 @@ class PackedMarks:
 
 
 def pack_marks(groups, marks, axes, device):
-    """The packed batch of some groups, and their marks (a list of Mark per group) -> Batch, PackedMarks."""
+    """Packs groups, of lists or arrays of ids, and their marks, a list of Mark each -> Batch, PackedMarks."""
     rows = []  # one per mark: axis, token, label, group
     first = 0  # where the group's response tokens begin, among those of the batch
     for i, ((_, responses), group_marks) in enumerate(zip(groups, marks)):
@@ -234,20 +236,20 @@ def pack_marks(groups, marks, axes, device):
     return pack(groups).to(device), PackedMarks(axis, token, label, group)
 
 
-def judge(models, batch, marks):
+def judge(models, batch, packed_marks):
     """Each mark's score, from the head of its axis: (M,) float32.
 
-    The models' heads, side by side, are in the order of the axes.
+    Concatenated, the models' heads are in the order of the axes.
     """
     # A judgement is read at the segment's last token itself, not at the state before it as V(s_t) is.
     # token_index (N,): where each response token stands among all tokens of the batch, prompts included.
-    positions = batch.token_index[marks.token]
+    positions = batch.token_index[packed_marks.token]
     scores = [model.scalars(model.states(batch, positions)) for model in models]
     scores = torch.cat(scores, 1)  # (M, axes): by every head
-    return scores.gather(1, marks.axis[:, None])[:, 0]
+    return scores.gather(1, packed_marks.axis[:, None])[:, 0]
 
 
-def reward_losses(scores, marks, axes):
+def reward_losses(scores, packed_marks, axes):
     """The summed loss and the number of correct judgements of each axis: dicts. scores: (M,), one per mark.
 
     Relevance and factuality: the sum over segments of the cross-entropy of σ(score) with the label.
@@ -255,14 +257,15 @@ def reward_losses(scores, marks, axes):
     """
     losses, right = {}, {}
     for k, axis in enumerate(axes):
-        of_axis = marks.axis == k
+        of_axis = packed_marks.axis == k
         s = scores[of_axis]
-        label = marks.label[of_axis]
+        label = packed_marks.label[of_axis]
         if axis == "completeness":
-            group = marks.group[of_axis]
+            group = packed_marks.group[of_axis]
             # ranking_loss is a mean over comparisons (each has a pair: load_feedback left out those whose
-            # responses all tie), and 0 without any. Times their number, it is a sum. No margin, and no
-            # center_coef: the score is normalized after training instead.
+            # responses all tie), and 0 without any. Times their number, it is a sum. There is no margin and
+            # no center_coef, so each prompt's scores keep a free offset, which the normalizer, one mean and
+            # std for all prompts, does not remove.
             n_comparisons = len(group.unique())
             loss, accuracy = reward.ranking_loss(s, group, label)
             losses[axis] = n_comparisons * loss
@@ -274,18 +277,18 @@ def reward_losses(scores, marks, axes):
 
 
 @torch.no_grad()
-def judgements(models, feedback, axes, micro_tokens):
-    """Judges every mark. Yields per micro-batch its indices into feedback.groups, marks, and scores (M,).
+def judgements(models, groups, marks, axes, micro_tokens):
+    """Judges every mark of groups. Yields per micro-batch its indices into groups, PackedMarks, scores (M,).
 
-    The marks and scores are in the order of the indices, and for each group in the order of feedback.marks.
+    Both are in the order of the indices, and for each group in the order of its marks.
     """
     # Each process judges all the groups that it is given: its share in reward_fn, all of them elsewhere. A
     # sharded model must run equally often in every process, so where one has fewer micro-batches than
     # another, all_micro_batches cuts them smaller.
-    for indices in batches.all_micro_batches(feedback.groups, micro_tokens, models[0]):
-        groups = [feedback.groups[i] for i in indices]
-        batch, marks = pack_marks(groups, [feedback.marks[i] for i in indices], axes, models[0].device)
-        yield indices, marks, judge(models, batch, marks)
+    for indices in batches.all_micro_batches(groups, micro_tokens, models[0]):
+        batch, packed_marks = pack_marks(
+            [groups[i] for i in indices], [marks[i] for i in indices], axes, models[0].device)
+        yield indices, packed_marks, judge(models, batch, packed_marks)
 
 
 def count_per_axis(marks, axes):
@@ -348,12 +351,12 @@ def train_rewards(cfg, init, axes):
         # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone). With
         # several processes, each works through its own share, in the same number of micro-batches.
         for indices in run.micro_batches(step_batches[step], groups):
-            batch, batch_marks = pack_marks(
+            batch, packed_marks = pack_marks(
                 [groups[i] for i in indices], [marks[i] for i in indices], axes, run.device)
 
             # Relevance, factuality: −log σ(±score) of each segment. Completeness: −log σ(r_w − r_l).
-            scores = judge([model], batch, batch_marks)  # (M,)
-            losses, right = reward_losses(scores, batch_marks, axes)
+            scores = judge([model], batch, packed_marks)  # (M,)
+            losses, right = reward_losses(scores, packed_marks, axes)
             loss = sum(losses[axis] / n_of_axis[axis] for axis in axes)
             loss.backward()
             metrics.add(loss=loss)
@@ -364,8 +367,9 @@ def train_rewards(cfg, init, axes):
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(model, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log the sums over micro-batches and processes. Save a checkpoint when one is due; the last one is
-        # saved below, with the normalizer.
+        # 3. Log the batch means: each term was divided by the batch's count, so the sum over micro-batches
+        # and processes is a mean. Save a checkpoint when one is due; the last one is saved below, with the
+        # normalizer.
         run.log(step + 1, **metrics.total(), lr=lr, grad_norm=grad_norm)
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, model, optimizer, axes=axes)
@@ -386,48 +390,51 @@ def train_rewards(cfg, init, axes):
 
 def completeness_normalizer(model, feedback, axes, cfg):
     """The mean and standard deviation of the completeness scores of some comparisons."""
-    some = Feedback(feedback.groups[:cfg.center_n], feedback.marks[:cfg.center_n])
-    scores = torch.cat([scores for _, _, scores in judgements([model], some, axes, cfg.micro_tokens)])
+    groups = feedback.groups[:cfg.center_n]
+    marks = feedback.marks[:cfg.center_n]
+    judged = judgements([model], groups, marks, axes, cfg.micro_tokens)
+    scores = torch.cat([scores for _, _, scores in judged])
     return scores.mean().item(), scores.std().item()
 
 
 def accuracy_rows(model, axes, feedback, cfg):
-    """A row per axis: the accuracy, that of always predicting the majority class, and the F1 on errors."""
-    comparisons_right = []
-    labels = {axis: [] for axis in axes}   # is the segment good?
-    guesses = {axis: [] for axis in axes}  # does the model think so?
+    """A row per axis: the accuracy, that of the best constant guess, and for segments the F1 on errors."""
+    right = {axis: [] for axis in axes}     # is the judgement right? A share of the pairs for a comparison
     clusters = {axis: [] for axis in axes}  # of the prompt
+    labels = {axis: [] for axis in axes}    # is the segment good?
+    guesses = {axis: [] for axis in axes}   # does the model think so?
     for source in feedback.values():
-        for indices, marks, scores in judgements([model], source, axes, cfg.micro_tokens):
+        for indices, packed_marks, scores in judgements(
+                [model], source.groups, source.marks, axes, cfg.micro_tokens):
             batch_clusters = [source.clusters[i] for i in indices]
             for k, axis in enumerate(axes):
-                of_axis = marks.axis == k
+                of_axis = packed_marks.axis == k
                 s = scores[of_axis]
-                label = marks.label[of_axis]
-                group = marks.group[of_axis]
+                label = packed_marks.label[of_axis]
+                group = packed_marks.group[of_axis]
                 if axis == "completeness":
-                    for g in group.unique():
-                        _, accuracy = reward.ranking_loss(s[group == g], group[group == g], label[group == g])
-                        comparisons_right.append(accuracy.item())
+                    for g in group.unique().tolist():  # one comparison
+                        of_g = group == g
+                        _, accuracy = reward.ranking_loss(s[of_g], group[of_g], label[of_g])
+                        right[axis].append(accuracy.item())
                         clusters[axis].append(batch_clusters[g])
                 else:
+                    right[axis] += ((s > 0) == (label == 1)).tolist()
+                    clusters[axis] += [batch_clusters[g] for g in group.tolist()]
                     labels[axis] += (label == 1).tolist()
                     guesses[axis] += (s > 0).tolist()
-                    clusters[axis] += [batch_clusters[g] for g in group]
+
     rows = []
     for axis in axes:
-        # "checkpoint" is the name of the table's first column.
+        # The table's first column is called "checkpoint", and it wants a _se beside each number.
         row = {"checkpoint": axis, "majority": None, "majority_se": None, "f1": None, "f1_se": None}
         if axis == "completeness":
-            right = comparisons_right
             row["majority"] = 0.5  # guessing which of two responses is better
-        else:
-            right = [label == guess for label, guess in zip(labels[axis], guesses[axis])]
-            if right:
-                good = labels[axis].count(True) / len(right)
-                row["majority"] = max(good, 1 - good)
-                row["f1"] = f1_of_errors(labels[axis], guesses[axis])
-        row["accuracy"], row["accuracy_se"] = mean_se(right, clusters[axis])
+        elif right[axis]:
+            good = labels[axis].count(True) / len(labels[axis])
+            row["majority"] = max(good, 1 - good)
+            row["f1"] = f1_of_errors(labels[axis], guesses[axis])
+        row["accuracy"], row["accuracy_se"] = mean_se(right[axis], clusters[axis])
         rows.append(row)
     return rows
 
@@ -482,12 +489,13 @@ def load_or_train(folder, axes, init, cfg):
         if checkpoint["step"] == checkpoint["config"]["steps"]:
             return checkpoint  # finished: used as it is, whatever --reward_steps says now
     dist.print0(f"no finished reward model for {', '.join(axes)} in {folder}: training it first")
-    # The settings, later ones winning: those of reward.py's recipe, then --reward_steps and the like. (The
-    # loop above does not use k, margin, center_coef and val_every; center_n counts comparisons there.)
+    # The settings, later ones winning: those of reward.py's recipe, then --reward_steps and the like.
+    # (train_rewards does not use k, margin, center_coef and val_every; center_n is the number of comparisons
+    # behind the normalizer.)
     settings = {"recipe": cfg.recipe, **reward.RECIPES.get(cfg.recipe, {})}
     settings |= {"steps": cfg.reward_steps, "batch_size": cfg.reward_batch_size, "lr": cfg.reward_lr}
-    # These are as for PPO. All else is reward.Config's, also the seed: runs of PPO with other seeds share
-    # their reward models.
+    # These are as for PPO. All else, including the seed, keeps reward.Config's default: runs of PPO with
+    # other seeds share their reward models.
     for name in ("data", "data_dir", "device", "compile", "dtype", "checkpoint_blocks", "fsdp", "max_len",
                  "micro_tokens", "n_layer", "n_head", "n_embd"):
         settings[name] = getattr(cfg, name)
@@ -515,14 +523,15 @@ def finegrained_reward(reward_models, tokenizer, cfg):
         marks = []
         for response in responses:
             segments_of_response = cut_response(tokenizer, response)
+            # The label is not used here.
             marks.append([Mark(s.axis, s.token, label=0) for s in segments_of_response if weights[s.axis]])
-        feedback = Feedback([(prompt, [response]) for prompt, response in zip(prompts, responses)], marks)
+        groups = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
 
         # Judge: a score for each segment. Scores come in the order of `indices`, and within a response in
         # the order of its marks.
         r = torch.zeros(grids.length_mask(responses).shape)  # (B, R)
         for indices, _, scores in judgements(
-                reward_models.models, feedback, reward_models.axes, cfg.micro_tokens):
+                reward_models.models, groups, marks, reward_models.axes, cfg.micro_tokens):
             response_and_mark = []
             for i in indices:
                 response_and_mark += [(i, mark) for mark in marks[i]]

@@ -11,11 +11,12 @@ the prompt once for all of them. The loss averages over these pairs:
 
     L(θ) = −E_x [ 1/(K choose 2) Σ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]                             (eq. 1)
 
-Eq. 1 sees only differences within a prompt, so each prompt's scores have a free offset. It is set in two steps:
+Eq. 1 sees only differences within a prompt, so each prompt's scores have a free offset. Two steps set it:
 
 - During training, a small term center_coef · (2 r̄)² pulls each prompt's mean score r̄ to 0, so that all
   prompts share one level. Otherwise PPO's value model would have to learn a separate offset for each prompt.
-  Its gradient is the same for all of a prompt's scores. (It is ours; at K = 2 it is the (r_w + r_l)² of arXiv:2312.09244.)
+  Its gradient is the same for all of a prompt's scores. (It is ours; at K = 2 it is the (r_w + r_l)² of
+  arXiv:2312.09244.)
 - At the end, as in InstructGPT, the head's bias is shifted once, so that demonstrations score 0 on average.
 
 This file also saves the standard deviation of the demonstrations' scores, for PPO to divide scores by, and
@@ -50,7 +51,7 @@ from engine.packing import pack
 
 @dataclass
 class Config(RunConfig):
-    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); a file's are all used
+    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); of a file, all
     margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m), a constant (arXiv:2307.09288 eq. 2)
     center_coef: NonNegativeFloat = 0.01  # weight of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1600           # optimizer steps
@@ -184,7 +185,8 @@ def train(cfg):
     # The untrained head's scores of all S validation responses, for the table at the end: (S,), without
     # gradient. This comes before run.start_or_resume, which with --resume replaces the initial weights.
     scores_before = run.scores_of_responses(reward_model, validation_groups)
-    # β2 is 0.99, not the 0.95 of the other stages: these gradients are noisy, so their squares are averaged over more steps.
+    # β2 is 0.99, not the 0.95 of the other stages: these gradients are noisy, so their squares are averaged
+    # over more steps.
     optimizer = make_optimizer(reward_model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
     checkpoint = run.start_or_resume(reward_model, optimizer)  # the last checkpoint, or {}; sets run.start
 
