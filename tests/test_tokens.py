@@ -15,14 +15,13 @@ from conftest import make_model
 from test_stages import TINY
 
 import dpo
-import evaluate
 import finegrained
 import ppo
 import reward
 import sample
 import sft
 import simpo
-from common import grids
+from common import compared, grids
 from common.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from common.models import load_model, load_reward_model
 from common.optim import make_optimizer
@@ -31,6 +30,7 @@ from data.schema import Comparison
 from engine.packing import pack
 from model import GPT
 from tokens import numbers
+from tokens.models import with_reference
 from tokens.page import QUANTITIES, TEMPLATE, write_page
 
 TOKENIZER = get_tokenizer("animals")
@@ -341,9 +341,9 @@ def test_another_reference_than_that_of_the_training_is_pointed_out(runs, capsys
 def test_bad_input_gets_one_line(runs, argv, message, monkeypatch):
     if "small-gpt2" in argv:
         make_model(vocab_size=50257, n_layer=1, n_embd=16).save_pretrained("small-gpt2")
-        real = evaluate.load_model  # without the published encoding, which may not be here
+        real = compared.load_model  # without the published encoding, which may not be here
         fake = SimpleNamespace(name="gpt2")
-        monkeypatch.setattr(evaluate, "load_model", lambda name: (real(name) if name == "start" else (load_gpt2(), fake)))
+        monkeypatch.setattr(compared, "load_model", lambda name: (real(name) if name == "start" else (load_gpt2(), fake)))
     for name, changes in (("lost", {"init": "gone"}), ("lost-fine", {"reward_models": "gone"})):
         if argv == [name]:
             checkpoint = load_checkpoint("fine")
@@ -360,6 +360,15 @@ def test_bad_input_gets_one_line(runs, argv, message, monkeypatch):
 
 def load_gpt2():
     return GPT.from_pretrained("small-gpt2")
+
+
+def test_the_reference_of_a_run_may_be_a_model_of_the_hub(runs):
+    checkpoint = load_checkpoint("dpo")
+    checkpoint["config"] |= {"init": "hub:someone/gpt2"}
+    os.makedirs("from-hub")
+    torch.save(checkpoint, "from-hub/ckpt.pt")
+    assert with_reference(["from-hub"]) == ["hub:someone/gpt2", "from-hub"]
+    assert with_reference(["hub:someone/gpt2"]) == ["hub:someone/gpt2"]
 
 
 def test_nothing_held_out_gets_one_line(runs, monkeypatch, capsys):
