@@ -189,7 +189,7 @@ def test_from_a_file_to_a_verdict(kind, tmp_path, monkeypatch, capsys):
             argv += ["--max_len=32", "--steps=20", "--batch_size=16", "--lr=1e-2", "--warmup=2", "--eval_n=10"]
             module.train(parse(module.Config, module.RECIPES, argv))
     out = capsys.readouterr().out
-    assert out.count("the first example") == 3 and "warning" not in out
+    assert out.count("the first example") == 3 and "warning:" not in out
     rows = json.load(open("out/dpo-mine/eval.json"))
     assert rows[1]["accuracy"] > rows[0]["accuracy"] == 0.5 and None not in (rows[1]["score"], rows[1]["win_rate"])
     assert load_checkpoint("out/dpo-mine")["template"] == ("turns" if kind == "chat" else "plain")
