@@ -24,6 +24,9 @@ from engine import devices
 from engine.packing import group_length
 
 
+MANY_EPOCHS = 20  # more passes than this over the examples get a warning
+
+
 class Run:
     """The machinery of one run, which never calls the code of the page that made it.
 
@@ -199,6 +202,9 @@ class Run:
         cfg = self.cfg
         self.digests["data"] = examples_digest(examples, self.digests["data"])
         batch_size = batch_size or cfg.batch_size
+        n_epochs = (steps or cfg.steps) * batch_size / len(examples)
+        if n_epochs > MANY_EPOCHS:
+            print0(f"warning: --steps={cfg.steps} go {n_epochs:.0f} times through the {len(examples)} examples")
         self.tokens_per_step += tokens_of_batch(examples, batch_size, cfg)
         return shuffled_batches(len(examples), batch_size, steps or cfg.steps,
                                 cfg.seed if seed is None else seed)

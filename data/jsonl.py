@@ -241,8 +241,8 @@ def check_unused(record, used, prompt, responses, where):
             continue  # as in UltraFeedback, where messages is the prompt and the chosen response once more
         if key == "text" and responses and all(response.strip() in value for response in responses):
             continue  # as in Alpaca, where text is all of the record once more
-        raise SystemExit(f"{where}: {short_repr(key)} holds text that would be lost: name it prompt or "
-                         "system if it is one, or remove it")
+        raise SystemExit(f"{where}: {short_repr(key)} holds text that would be lost: give it one of the "
+                         "names of docs/data.md (prompt, system, chosen, rejected, completion, …), or remove it")
 
 
 # --------------------------------------------------------------------------------------------------- the file
@@ -308,8 +308,8 @@ class Jsonl:
             if len(responses) > 1:
                 comparisons.append(Comparison(prompt, responses, ranks))
         if split == "train" and not comparisons:
-            raise SystemExit(f"{self.path}: holds demonstrations only; "
-                             "a comparison has 'chosen' and 'rejected'")
+            raise SystemExit(f"{self.path}: holds no comparisons; "
+                             "a comparison has 'chosen' and 'rejected', or 'responses'")
         most = max((len(comparison.responses) for comparison in comparisons), default=k)
         if k > max(2, most):
             raise SystemExit(f"--k={k}: {self.path} ranks at most {most} responses to a prompt")

@@ -387,7 +387,7 @@ def test_files_with_nothing_to_train_on(tmp_path):
         dataset(write(tmp_path / "a.jsonl", [])).demonstrations("train")
     with pytest.raises(SystemExit, match="no example to train on"):
         dataset(write(tmp_path / "b.jsonl", [OK])).comparisons("train")
-    with pytest.raises(SystemExit, match="holds demonstrations only"):
+    with pytest.raises(SystemExit, match="holds no comparisons"):
         dataset(write(tmp_path / "c.jsonl", [{"prompt": "p", "completion": "c"}] * 5)).comparisons("train")
     with pytest.raises(SystemExit, match="no such file, and none of the datasets"):
         dataset(str(tmp_path / "d.jsonl"))

@@ -1,6 +1,7 @@
 """The first example as a model sees it, warnings about data, and a console that fits the screen."""
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import feedback
@@ -129,3 +130,14 @@ def test_the_temperature_and_the_length_of_an_answer(start, capsys):
     for option, message in (("--temperature=-1", "expected at least 0"), ("--max_new_tokens=0", "expected at least 1")):
         with pytest.raises(SystemExit, match=message):
             sample.main([folder, "--prompt=x", option])
+
+
+def test_many_passes_over_few_examples_get_a_warning(capsys):
+    """A file of one's own gets the steps of hh, which are for 160,000 pairs."""
+    run = Run.__new__(Run)
+    run.cfg = SimpleNamespace(steps=100, batch_size=4, seed=0)
+    run.digests, run.tokens_per_step = {"data": ""}, 0
+    run.shuffled_batches([([1], [[2]])] * 20)
+    assert capsys.readouterr().out == ""
+    run.shuffled_batches([([1], [[2]])] * 8)
+    assert capsys.readouterr().out == "warning: --steps=100 go 50 times through the 8 examples\n"
