@@ -142,7 +142,7 @@ def run(seed, point):
         if is_finished(folder):
             return
         options += [f"--seed={seed}", f"--out={folder}"]
-        if script in ("sft.py", "dpo.py", "simpo.py", "ppo.py"):
+        if script not in ("reward.py", "finegrained.py"):  # their tables are of comparisons and spans
             options.append("--eval_n=0")  # `evaluate` compares all points at the end
         if checkpoint_files(folder):
             options.append("--resume")
