@@ -214,7 +214,7 @@ def naive_generate(model, prompts, new_tokens):
 
 # --------------------------------------------------------------------------------------------------- the rows
 
-def make_row(path, seconds, tokens, memory, limit=None):
+def make_row(path, seconds, tokens, memory, limit):
     return {"path": path, "tokens_per_s": tokens / seconds, "seconds": seconds, "memory_gb": memory / 1e9,
             "limit": limit, "vs_naive": None}
 

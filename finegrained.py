@@ -231,8 +231,8 @@ def pack_marks(groups, marks, axes, device):
         for mark in group_marks:
             rows.append((axes.index(mark.axis), first + mark.token, mark.label, i))
         first += sum(map(len, responses))
-    rows = torch.tensor(rows, dtype=torch.long, device=device).view(-1, 4)  # also where no group has a mark
-    axis, token, label, group = rows.unbind(1)
+    table_of_marks = torch.tensor(rows, dtype=torch.long, device=device).view(-1, 4)  # (0, 4) without marks
+    axis, token, label, group = table_of_marks.unbind(1)
     return pack(groups).to(device), PackedMarks(axis, token, label, group)
 
 

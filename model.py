@@ -251,8 +251,9 @@ class GPT(nn.Module):
         return self.token_logprobs(self.states(batch), batch.target, temperature)
 
     def scalars(self, states):
-        """The scalar heads, in float32: (…, C) -> (…, n_scalars)."""
-        return self.scalar_head(states.float())
+        """The scalar heads, in float32 also under a caller's autocast: (…, C) -> (…, n_scalars)."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.scalar_head(states.float())
 
     def score(self, batch):
         """A reward model's r(x, y) of each response of a packed batch, read at its last token: (S,)."""

@@ -11,7 +11,7 @@ def load_models(names, need_same_data=True):
     """Loads checkpoints to compare -> [(name, GPT), …], their tokenizer, each one's config ({} if not a run).
 
     Exits with one line if one of them is a reward model, if their tokenizers differ, or if they were trained
-    on different data although need_same_data.
+    on different data and need_same_data is set.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models, tokenizers, configs = [], [], []
@@ -62,6 +62,6 @@ def table_temperature(names, configs):
 
 
 def named_reward_model(path, configs):
-    """The reward model that --reward_model names, or else the first that a run names; None: there is none."""
+    """The reward model that --reward_model names, or else the first that a run names; None if none does."""
     named = [config["reward_model"] for config in configs if config.get("reward_model")]
     return path or (named[0] if named else None)

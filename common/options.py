@@ -150,9 +150,10 @@ def usage(Config, RECIPES):
     width.append(0)  # the comment needs no padding
 
     script = os.path.basename(inspect.getfile(Config))
-    lines = [f"python {script} [RECIPE] [--option=value …]       recipes: {', '.join(recipes)}", ""]
+    lines = [f"python {script} [RECIPE] [--option=value …]       recipes: {', '.join(recipes)}"]
     if "hh" in recipes:
-        lines.insert(1, "--data=FILE without a recipe takes the settings of hh")
+        lines.append("--data=FILE without a recipe takes the settings of hh")
+    lines.append("")
     for row in rows:
         lines.append("  ".join(cell.ljust(w) for cell, w in zip(row, width)).rstrip())
     return "\n".join(lines)

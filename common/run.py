@@ -16,7 +16,7 @@ from common.models import load_model, load_reward_model, template_of_checkpoint
 from common.optim import lr_schedule
 from common.options import check_config
 from common.prerequisites import run_dir, train_if_missing
-from common.scoring import logp_of_responses, logp_of_batches, scores_of_responses
+from common.scoring import logp_of_batches, logp_of_responses, scores_of_responses
 from common.stop import StopSignal, resume_command
 from data import check_contract, dataset, encode_groups, encode_pairs, encode_prompts
 from data.turns import apply_template, template_of
@@ -204,7 +204,8 @@ class Run:
         batch_size = batch_size or cfg.batch_size
         n_epochs = (steps or cfg.steps) * batch_size / len(examples)
         if n_epochs > MANY_EPOCHS:
-            print0(f"warning: --steps={cfg.steps} go {n_epochs:.0f} times through the {len(examples)} examples")
+            print0(f"warning: --steps={cfg.steps} goes through the {len(examples)} examples "
+                   f"{n_epochs:.0f} times")
         self.tokens_per_step += tokens_of_batch(examples, batch_size, cfg)
         return shuffled_batches(len(examples), batch_size, steps or cfg.steps,
                                 cfg.seed if seed is None else seed)

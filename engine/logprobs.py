@@ -81,7 +81,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def product_operands(model, states):
-    """The states and the vocabulary matrix in the precision of their product."""
+    """The states and the vocabulary matrix, in the dtype in which they are multiplied."""
     dtype = model.product_dtype()
     return states.to(dtype), model.wte.weight.to(dtype)
 
@@ -89,13 +89,15 @@ def product_operands(model, states):
 def token_logprobs(model, states, target, temperature):
     """log π(y_t | s_t) at temperature τ: states (N, C), target (N,) -> (N,) float32, in nats."""
     states, weight = product_operands(model, states)
-    return TokenLogprobs.apply(states, weight, target, model.config.vocab_size, temperature)
+    with torch.autocast(model.device.type, enabled=False):  # a caller's autocast would round the logits
+        return TokenLogprobs.apply(states, weight, target, model.config.vocab_size, temperature)
 
 
 def log_softmax(model, states, temperature):
     """log π(· | s) of at most CHUNK states: (n, vocab_size) float32, bit for bit those of token_logprobs."""
     vocab_size = model.config.vocab_size
     states, weight = product_operands(model, states)
-    logits = scaled_logits(states, weight, vocab_size, temperature)
-    logsumexp = logsumexp_(logits.clone())
-    return (logits - logsumexp[:, None])[:, :vocab_size]
+    with torch.autocast(model.device.type, enabled=False):
+        logits = scaled_logits(states, weight, vocab_size, temperature)
+        logsumexp = logsumexp_(logits.clone())
+        return (logits - logsumexp[:, None])[:, :vocab_size]

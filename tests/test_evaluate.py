@@ -169,7 +169,8 @@ def test_responses_and_kl_do_not_depend_on_how_much_memory_they_may_take(monkeyp
     assert evaluate.respond(policy, prompts, eos=3) == responses and rows == [2, 2, 2]
     torch.testing.assert_close(evaluate.exact_kl(policy, ref_policy, prompts, responses), kl, atol=1e-5, rtol=1e-5)
     groups = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
-    assert len(cut_by_tokens(range(len(groups)), groups, 70)) > 1
+    pieces = cut_by_tokens(range(len(groups)), groups, 70)
+    assert len(pieces) > 1 and sum(map(len, pieces)) == len(prompts)
 
 
 # ------------------------------------------------------------------------------------------------ win rate

@@ -140,4 +140,4 @@ def test_many_passes_over_few_examples_get_a_warning(capsys):
     run.shuffled_batches([([1], [[2]])] * 20)
     assert capsys.readouterr().out == ""
     run.shuffled_batches([([1], [[2]])] * 8)
-    assert capsys.readouterr().out == "warning: --steps=100 go 50 times through the 8 examples\n"
+    assert capsys.readouterr().out == "warning: --steps=100 goes through the 8 examples 50 times\n"

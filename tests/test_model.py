@@ -308,8 +308,10 @@ def test_logits_scores_and_values_are_not_rounded_to_bfloat16():
         model.wte.weight[:, 0], states[:, 0] = -10, 10  # a logit of -100 more, for each token
         weight, rounded = (x.bfloat16().double() for x in (model.wte.weight[:100], states))
         exact = (rounded @ weight.t()).log_softmax(-1).gather(1, target[:, None])[:, 0].float()
-        scores = model.scalars(states)
         model.dtype = torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model.token_logprobs(states, target), exact, atol=1e-4, rtol=0)
+            scores = model.scalars(states)
         torch.testing.assert_close(model.token_logprobs(states, target), exact, atol=1e-4, rtol=0)
         assert torch.equal(scores, model.scalars(states))
         half = copy.deepcopy(model).bfloat16()
