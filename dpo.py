@@ -69,8 +69,8 @@ RECIPES = {
     # App. B: β is 0.5 on TL;DR; the learning rate, batches and warm-up are those of hh. Again one epoch
     "tldr": dict(data="tldr", beta=0.5, steps=1450, max_len=640, lr=1e-6, warmup=150, ckpt_every=500,
                  eval_n=64),
-    # App. C.1: 25,000 prefixes with 4 completions each, so 6 pairs (sample.py makes them). We hold out a
-    # tenth of the prefixes. One epoch. Figure 2 uses β = 0.05, 0.1, 1 and 5
+    # App. C.1: 25,000 prefixes, each with 4 completions and so 6 pairs (sample.py makes them). We hold out a
+    # tenth of the prefixes. One epoch. Figure 2 uses β = 0.05, 0.1, 1 and 5. max_len: 8 + 128 tokens
     "imdb": dict(data="out/imdb-pairs.jsonl", init="out/sft-imdb", beta=0.1, steps=2100, max_len=136, lr=1e-6,
                  warmup=150, ckpt_every=500, eval_n=64),
 }
@@ -95,8 +95,8 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409: an unbiased estimate of the
                                                                 loss without noise, if ε is the true share;
                                                                 unbounded below where ε > 0
-    Returns three tensors (B,): the losses, and, detached, the implicit rewards β log π/π_ref of the chosen
-    and of the rejected responses.
+    Returns three (B,) tensors: the losses, and the implicit rewards β log π/π_ref of the chosen and of the
+    rejected responses, detached.
     """
     chosen_logratio = chosen_logp - ref_chosen_logp        # log π/π_ref (y_w|x)
     rejected_logratio = rejected_logp - ref_rejected_logp  # log π/π_ref (y_l|x)
@@ -121,8 +121,9 @@ def pair_logp(policy, pairs, average=False):
     pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The prompt and its two responses are packed into
     one row, so the prompt goes through the model once. Each response sees the prompt and itself, and its
     positions continue from the prompt's, so the log-probs equal those of two separate rows, up to rounding.
-    run.logp_of_batches and run.logp_of_responses, below, do not call this function but response_logp in
-    common/scoring.py, which computes the same (a test compares them): if you change one, change the other.
+    This is the pass with gradients. Those without, run.logp_of_batches and run.logp_of_responses below, use
+    response_logp of common/scoring.py, which takes any number of responses to a prompt. If you change how
+    log-probs are computed, change both; a test compares them.
     """
     batch = pack(pairs).to(policy.device)
     logprobs = policy.logprobs(batch)       # (N,): one per response token
@@ -130,6 +131,26 @@ def pair_logp(policy, pairs, average=False):
     if average:
         logp = logp / batch.response_length
     return logp[0::2], logp[1::2]
+
+
+def compare_with_reference(run, policy, ref_name, ref_policy):
+    """The end of the run: prints two tables, each with a row for the reference and a row for the policy.
+
+    - Answers to the first eval_n prompts of the test split: KL to the reference, length and, with the data's
+      true reward or --reward_model, reward and win rate against the reference.
+    - The first eval_n comparisons of the validation split: how often the implicit rewards β log π/π_ref rank
+      the responses correctly. Those of the reference itself are all 0: all pairs tie, its accuracy is 0.5.
+    """
+    cfg = run.cfg
+    # Twice the same comparisons: as text with ranks, and as token ids, [(prompt_ids, [response_ids, …]), …].
+    comparisons, groups = run.held_out_comparisons()
+    # Log-probs and rewards are (S,): one for each response, those of the first comparison, of the second, …
+    logp = run.logp_of_responses(policy, groups, cfg.ipo_average)
+    logp_of_reference = run.logp_of_responses(ref_policy, groups, cfg.ipo_average)
+    rewards = cfg.beta * (logp - logp_of_reference)
+    rewards_of_reference = torch.zeros_like(rewards)
+    evaluate.report(run, policy, ref_name, ref_policy, cfg.reward_model,
+                    preferences=(comparisons, rewards_of_reference, rewards))
 
 
 def check_settings(cfg):
@@ -171,10 +192,11 @@ def train(cfg):
     ref_policy = run.prepare(ref_policy)
 
     # π_ref is frozen, so by default its log-probs are computed once, before training, for all pairs that
-    # `batches` visits: row i holds the two of pairs[i], and every process gets all rows. A pair is computed
-    # in the micro-batch in which training first meets it, so that both passes see the same packing and round
-    # alike: without --ref, all pairs of the first batch tie. (On a GPU, a compiled pass may round differently
-    # with gradients than without.) A resumed run computes them again.
+    # `batches` visits: row i holds the two of pairs[i], and every process gets all rows. They are not saved:
+    # a resumed run computes them again.
+    # Each pair is computed in the micro-batch in which training first meets it. Packed alike, both passes
+    # round alike, so that without --ref all pairs of the first batch tie. (Except on a GPU, where a compiled
+    # pass with gradients may round differently from one without.)
     if cfg.precompute_ref:
         ref_logp = run.logp_of_batches(ref_policy, pairs, batches, cfg.ipo_average)  # (len(pairs), 2)
         ref_policy = None  # frees its memory
@@ -194,7 +216,8 @@ def train(cfg):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Under
-        # torchrun, each process works through its own part of the batch, all in the same number of pieces.
+        # torchrun, each process takes its own share of the batch. All have the same number of micro-batches,
+        # because a sharded model's processes must run forward and backward together.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp = pair_logp(
                 policy, [pairs[i] for i in indices], cfg.ipo_average)  # (b,) each
@@ -208,7 +231,7 @@ def train(cfg):
 
             # The policy's accuracy as a reward model: is the chosen response's reward higher? A tie counts
             # one half. There is no dropout, so without --ref, π equals π_ref before the first update: all
-            # pairs tie, and the first accuracy is 0.5.
+            # pairs tie (but for the rounding described above), and the first accuracy is 0.5.
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
@@ -217,9 +240,10 @@ def train(cfg):
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
-        # 2. One optimizer step on the whole batch. First, sum the gradients over the processes: a sum, since
-        # each loss was divided by the size of the whole batch. (A sharded model did so in its backward
-        # pass.) Then clip, step and clear. If a gradient is not finite, the weights stay as they are.
+        # 2. One optimizer step on the whole batch. First, sum the gradients over the processes: a sum, not a
+        # mean, since each loss was divided by the size of the whole batch. (A sharded model has already
+        # summed them in its backward pass.) Then clip, step and clear. If a gradient is not finite, the
+        # weights stay as they are.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then down to 0
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
@@ -231,25 +255,12 @@ def train(cfg):
         # too, and exits: the tables below are not made.
         run.save_if_due(step + 1, policy, optimizer)
 
-    # Two tables, unless eval_n is 0, each with a row for the reference and one for the policy.
-    # - Answers to the first eval_n prompts of the test split: KL to the reference, length and, with the
-    #   data's true reward or --reward_model, reward and win rate against the reference.
-    # - The first eval_n comparisons of the validation split: how often the implicit rewards β log π/π_ref
-    #   rank the responses correctly. The reference's are all 0, so all pairs tie, and its accuracy is 0.5.
-    if cfg.eval_n == 0:
-        return policy
-    del optimizer  # frees memory for the evaluation
-    if ref_policy is None:
-        ref_policy = run.load_again(ref_name)  # freed above; frozen and prepared, as before
-    # comparisons: text, with ranks; groups: the same ones as token ids, (prompt_ids, [response_ids, …]). The
-    # rewards are (S,), one per response, group after group, where S counts the responses of all groups.
-    comparisons, groups = run.held_out_comparisons()
-    logp = run.logp_of_responses(policy, groups, cfg.ipo_average)
-    logp_of_reference = run.logp_of_responses(ref_policy, groups, cfg.ipo_average)
-    rewards = cfg.beta * (logp - logp_of_reference)
-    rewards_of_reference = torch.zeros_like(rewards)
-    evaluate.report(run, policy, ref_name, ref_policy, cfg.reward_model,
-                    preferences=(comparisons, rewards_of_reference, rewards))
+    # What has training changed? Two tables, on held-out data.
+    if cfg.eval_n > 0:
+        del optimizer  # frees memory for the evaluation
+        if ref_policy is None:
+            ref_policy = run.load_again(ref_name)  # freed above; frozen and prepared, as before
+        compare_with_reference(run, policy, ref_name, ref_policy)
     return policy
 
 

@@ -2,6 +2,7 @@
 
     python evaluate.py out/sft-animals out/dpo-animals
     python evaluate.py out/sft-animals out/dpo-animals out/ppo-animals --frontier --plot=frontier.png
+    python evaluate.py out/sft-animals out/mine --frontier --beside=docs/frontier.json --plot=mine.png
     python evaluate.py out/ppo-animals --overoptimization --plot=overoptimization.png
     python evaluate.py out/sft-animals out/ppo-seed0 out/ppo-seed1 out/ppo-seed2 --mean
     python evaluate.py --curves out/sft-animals out/dpo-animals out/ppo-animals --plot=curves.png
@@ -124,8 +125,8 @@ def exact_kl(policy, ref_policy, prompts, responses, temperature=1.0):
     return one_number_per_response(policy, kl_of_responses, groups, KL_TOKENS)
 
 
-def encode_cut(prompts, context, tokenizer):
-    """Encodes prompts as lists of ids. A prompt longer than half of the context loses its beginning."""
+def encode_with_room(prompts, context, tokenizer):
+    """Encodes prompts as lists of ids. One that fills more than half of the context loses its beginning."""
     room = (context + 1) // 2
     return [ids[-room:].tolist() for ids in encode_prompts(tokenizer, prompts)]
 
@@ -155,7 +156,7 @@ def evaluate_model(name, policy, setting):
     data = setting.data
     prompts = setting.prompts
     eos = setting.tokenizer.eot_token
-    ids = encode_cut(prompts, setting.context, setting.tokenizer)
+    ids = encode_with_room(prompts, setting.context, setting.tokenizer)
     responses = respond(policy, ids, eos, ANSWER_SEED, setting.max_new_tokens(ids), setting.temperature)
     texts = [decode(setting.tokenizer, response) for response in responses]
     kl = exact_kl(policy, setting.ref_policy, ids, responses, setting.temperature)
@@ -190,7 +191,7 @@ def evaluate_model(name, policy, setting):
 
 def reference_rewards(setting, n, seed):
     """Samples n responses of the reference per prompt -> their rewards (P, n): gold, or else the score."""
-    ids = repeat_each(encode_cut(setting.prompts, setting.context, setting.tokenizer), n)
+    ids = repeat_each(encode_with_room(setting.prompts, setting.context, setting.tokenizer), n)
     responses = respond(setting.ref_policy, ids, setting.tokenizer.eot_token, seed,
                         setting.max_new_tokens(ids), setting.temperature)
     if hasattr(setting.data, "gold"):
@@ -236,10 +237,16 @@ def compare(models, data, tokenizer, n, reward_model=None, template="plain", tem
 
 
 def mean_row(rows):
-    """The mean of rows (runs of one method with different seeds), and its standard error over them."""
+    """The mean of rows (runs of one method with different seeds), and its standard error over them.
+
+    It has a gap if all of them have one.
+    """
     row = {"checkpoint": f"mean of {len(rows)}"}
     for key in KEYS:
         row[key], row[key + "_se"] = mean_se([r[key] for r in rows if r[key] is not None])
+    gaps = [r.get("gap") for r in rows]
+    if None not in gaps:
+        row["gap"], row["gap_se"] = mean_se(gaps)
     return row
 
 
@@ -325,9 +332,18 @@ def samples(models, prompts, texts, columns, k=3):
 
 # ----------------------------------------------------------------------------------------------- the frontier
 
-def show_frontier(args, models, rows, columns, setting):
-    """Prints the frontier and each checkpoint's gap to it, draws it if asked to, and returns its rows."""
-    key = "gold" if hasattr(setting.data, "gold") else "score"
+def reward_key(data):
+    """The column of the reward that the frontier is about."""
+    return "gold" if hasattr(data, "gold") else "score"
+
+
+def show_frontier(args, models, rows, columns, setting, rows_beside):
+    """Prints the frontier and each checkpoint's gap to it, and draws it if asked to.
+
+    rows_beside: of another table, to draw too. Returns the rows that it adds to the table: of the mean, if
+    asked for, now with its gap; of the optimum; of best-of-n.
+    """
+    key = reward_key(setting.data)
     max_reward = getattr(setting.data, "max_gold", None)
     if key == "score":
         print("the true reward of this data is not known: the reward model's score is used instead")
@@ -348,10 +364,11 @@ def show_frontier(args, models, rows, columns, setting):
     print("\nhow far below it each checkpoint is, at its own KL\n")
     shown = ["checkpoint", key, "kl", "gap", "gap_at_most"]
     shown += [name + "_se" for name in shown[1:]]
-    print(table([{name: row[name] for name in shown} for row in rows]))
+    mean_rows = [mean_row(rows[1:])] if args.mean else []
+    print(table([{name: row.get(name) for name in shown} for row in rows + mean_rows]))
     if args.plot:
-        plots.plot_frontier(args.plot, key, rows, optimum, best_of_n)
-    return optimum + best_of_n
+        plots.plot_frontier(args.plot, key, rows + rows_beside, optimum, best_of_n)
+    return mean_rows + optimum + best_of_n
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -375,6 +392,8 @@ def arguments(argv):
     add("--curves", action="store_true", help="draw what the runs logged, into --plot (default curves.png)")
     add("--plot", metavar="FILE",
         help="draw --frontier, --overoptimization or --curves there (needs matplotlib)")
+    add("--beside", metavar="FILE",
+        help="draw the rows of another table too: docs/frontier.json, or what --json wrote")
     add("--reward_model", metavar="RUN", help="for the column score; default: the first that a run names")
     add("--data", help="default: what the checkpoints were trained on")
     add("--data_dir", help="likewise")
@@ -391,6 +410,8 @@ def arguments(argv):
         raise SystemExit(f"--plot={args.plot}: name a .png, a .pdf or an .svg file")
     if args.plot:
         plots.import_pyplot()  # reports a missing package now, not after the work
+    if args.beside and not (args.frontier and args.plot):
+        raise SystemExit("--beside adds to the picture that --frontier --plot=FILE draws")
     if args.overoptimization and not args.plot:
         raise SystemExit("--overoptimization takes runs of ppo.py and --plot=FILE")
     if args.mean and len(args.checkpoints) < 2:
@@ -424,6 +445,7 @@ def main(argv=None):
         raise SystemExit("--frontier needs at least two prompts, for its standard errors")
     if args.frontier and not hasattr(data, "gold") and not reward_model:
         raise SystemExit("--frontier: the true reward of this data is not known; name a --reward_model")
+    rows_beside = plots.read_rows(args.beside, reward_key(data)) if args.beside else []
 
     templates = [template_of_checkpoint(name) for name in args.checkpoints]
     template = "turns" if "turns" in templates else "plain"
@@ -433,7 +455,7 @@ def main(argv=None):
     more = [mean_row(rows[1:])] if args.mean else []
     print_table(rows + more, models, setting, texts, columns)
     if args.frontier:
-        more += show_frontier(args, models, rows, columns, setting)
+        more = show_frontier(args, models, rows, columns, setting, rows_beside)
     if args.json:
         all_rows = rows + more
         keys = {}  # every row gets the keys of all rows

@@ -9,8 +9,8 @@ k-th reward model, the reward at token t is
 where T_j^k is the last token of the j-th segment. R_1, relevance, judges sub-sentences; R_2, factuality,
 judges sentences; both give +1 or −1 (with --soft, a number in between). R_3, completeness, judges the whole
 response: it is the normalized score of a model trained on comparisons. PPO itself is in ppo.py; it subtracts
-the KL penalty (and missing_eos_penalty) from r_t, after --reward_clip. This page cuts the segments, trains
-the reward models, and puts their scores on the (B, R) grid: reward_fn.
+the KL penalty (and missing_eos_penalty) from r_t, after --reward_clip. This page first cuts a response into
+segments, judges them and makes r_t of the scores; then it trains the reward models that judge.
 
     python finegrained.py                          the animals world, from scratch
     python finegrained.py --reward=rm              the baseline: one reward per response
@@ -67,16 +67,16 @@ AXES = {
 
 @dataclass
 class Config(ppo.Config):
-    reward: Literal["finegrained", "rm", "gold"] = "finegrained"  # rm, gold: one scalar per response
+    reward: Literal["finegrained", "rm", "gold"] = "finegrained"  # rm, gold: one scalar per response (ppo.py)
     reward_models: str | None = None  # their folder; None: out/rewards-RECIPE. Trained first if missing
     share_trunk: bool = True          # three heads on one trunk; False: three models
-    value_init: Literal["reward", "sft"] = "sft"  # the value model's start; reward only with --reward=rm
+    value_init: Literal["reward", "sft"] = "sft"  # the value model's start; "reward" needs --reward=rm
     w1: float = 0.3                   # weight of relevance: ±w1 for each sub-sentence
     w2: float = 0.3                   # weight of factuality: ±w2 for each sentence
     w3: float = 0.3                   # weight of completeness: ±w3 for a score one std from the mean
     soft: bool = False                # 2p − 1 instead of ±1, with p the probability that the segment is good
     reward_steps: PositiveInt = 2000  # optimizer steps of the reward models
-    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # marked responses a step, ¼ as many comparisons
+    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # responses with spans a step; ¼ as many comparisons
     reward_lr: NonNegativeFloat = 2e-3  # peak learning rate of the reward models
 
 
@@ -88,7 +88,7 @@ RECIPES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- segments
+# --------------------------------------------------------------------------------------------------- segments
 
 class Segment(NamedTuple):
     axis: str
@@ -114,105 +114,14 @@ def cut_response(tokenizer, response):
     return cuts
 
 
-def segment_label(segment, spans):
-    """1 for a good segment, 0 if a span of its axis overlaps it, None if its label is unknown.
-
-    Annotators did not judge the truth of what they had flagged as irrelevant, redundant or incoherent: where
-    only such spans overlap, factuality is unknown (as in the code of arXiv:2306.01693). spans:
-    [(start, end, category), …] in characters.
-    """
-    overlapping = [category for start, end, category in spans if start < segment.end and segment.start < end]
-    if any(category in AXES[segment.axis] for category in overlapping):
-        return 0
-    if overlapping and segment.axis == "factuality":
-        return None
-    return 1
-
-
-# ------------------------------------------------------------------------------------------------- feedback
+# ----------------------------------------------------------------------------------------------- judging them
 
 class Mark(NamedTuple):
     """A response token at which a reward model is read, and in training the label to learn there."""
     axis: str
     token: int  # counted from the start of its group's first response
-    label: int  # relevance, factuality: 1 good, 0 bad; completeness: a rank, 0 best; not used in reward_fn
+    label: int  # relevance, factuality: 1 good, 0 bad; completeness: a rank, 0 best. reward_fn sets 0
 
-
-@dataclass
-class Feedback:
-    groups: list    # (prompt_ids, [response_ids, …])
-    marks: list     # for each group a list of Mark
-    clusters: list  # of each group's prompt; standard errors treat a cluster as one sample
-
-
-def load_feedback(data, split, axes, tokenizer, max_len, limit=None):
-    """The feedback of a split: {"spans": Feedback, "comparisons": Feedback}, or only what `axes` need.
-
-    limit: at most this many examples of each kind.
-
-    An example longer than max_len loses the beginning of its prompt, and if that is not enough the end of its
-    response. Decoding a response's tokens gives back the annotated text from its beginning, character for
-    character, so the spans' offsets stay valid; a span beyond the cut overlaps no segment.
-    """
-    feedback = {}
-    if "relevance" in axes or "factuality" in axes:
-        examples = data.spans(split)[:limit]
-        groups = encode_groups(tokenizer, [(prompt, [response]) for prompt, response, _ in examples], max_len)
-        marks = [span_marks(tokenizer, group, spans, axes) for group, (_, _, spans) in zip(groups, examples)]
-        clusters = clusters_of(data, [prompt for prompt, _, _ in examples])
-        feedback["spans"] = Feedback(groups, marks, clusters)
-    if "completeness" in axes:
-        comparisons = data.completeness(split)[:limit]
-        comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # drop those whose responses all tie
-        groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], max_len)
-        marks = [rank_marks(group, c.ranks) for group, c in zip(groups, comparisons)]
-        clusters = clusters_of(data, [c.prompt for c in comparisons])
-        feedback["comparisons"] = Feedback(groups, marks, clusters)
-    return feedback
-
-
-def span_marks(tokenizer, group, spans, axes):
-    """The marks of a group with one response: a label for each segment of relevance and factuality."""
-    _, (response,) = group
-    marks = []
-    for segment in cut_response(tokenizer, response.tolist()):
-        if segment.axis == "completeness" or segment.axis not in axes:
-            continue
-        label = segment_label(segment, spans)
-        if label is not None:
-            marks.append(Mark(segment.axis, segment.token, label))
-    return marks
-
-
-def rank_marks(group, ranks):
-    """The marks of a comparison: the rank of each response, at its last token."""
-    marks = []
-    end = 0
-    for response, rank in zip(group[1], ranks):
-        end += len(response)
-        marks.append(Mark("completeness", end - 1, rank))
-    return marks
-
-
-def check_feedback(feedback, axes, run):
-    """Warns about an axis whose labels are all the same; exits if the comparisons teach nothing."""
-    for axis in axes:
-        if axis == "completeness":
-            continue
-        labels = set()
-        for marks in feedback["spans"].marks:
-            labels.update(mark.label for mark in marks if mark.axis == axis)
-        if len(labels) < 2:
-            every_or_no = "every" if labels == {0} else "no"  # label 0 is a flagged segment
-            run.print0(f"{every_or_no} segment of {run.cfg.data} is flagged as {' or '.join(AXES[axis])}: "
-                       f"the {axis} model has nothing to learn")
-    if "comparisons" in feedback:
-        comparisons = feedback["comparisons"]
-        ranks = [[mark.label for mark in marks] for marks in comparisons.marks]
-        check_pairs(comparisons.groups, ranks, run.cfg.max_len, run.cfg.data)
-
-
-# -------------------------------------------------------------------------------------------- reward models
 
 @dataclass
 class PackedMarks:
@@ -245,9 +154,163 @@ def judge(models, batch, packed_marks):
     # token_index (N,): where each response token stands among all tokens of the batch, prompts included.
     positions = batch.token_index[packed_marks.token]
     scores = [model.scalars(model.states(batch, positions)) for model in models]
-    scores = torch.cat(scores, 1)  # (M, axes): by every head
+    scores = torch.cat(scores, 1)  # (M, axes): every head scores every mark
     return scores.gather(1, packed_marks.axis[:, None])[:, 0]
 
+
+@torch.no_grad()
+def judgements(models, groups, marks, axes, micro_tokens):
+    """Judges every mark of groups. Yields per micro-batch its indices into groups, PackedMarks, scores (M,).
+
+    Marks and scores follow the order of the indices, and within a group the order of its marks.
+    """
+    # Under torchrun each process judges the groups that it passes in: its own responses in reward_fn,
+    # elsewhere the same groups as all others. A sharded model must run equally often in every process, so
+    # all_micro_batches cuts the groups of a process that has fewer tokens into smaller micro-batches.
+    for indices in batches.all_micro_batches(groups, micro_tokens, models[0]):
+        batch, packed_marks = pack_marks(
+            [groups[i] for i in indices], [marks[i] for i in indices], axes, models[0].device)
+        yield indices, packed_marks, judge(models, batch, packed_marks)
+
+
+# ------------------------------------------------------------------------------------------- the reward of §2
+
+@dataclass
+class RewardModels:
+    models: list              # one with three heads, or three with one
+    axes: list                # of their heads, in order
+    completeness_mean: float  # of the completeness scores on training comparisons
+    completeness_std: float
+
+
+def finegrained_reward(reward_models, tokenizer, cfg):
+    """A reward_fn for ppo.train: r_t of §2. reward_models: RewardModels."""
+    weights = {"relevance": cfg.w1, "factuality": cfg.w2, "completeness": cfg.w3}  # w_k
+
+    def reward_of(axis, score):
+        """R_k of a segment, from its score."""
+        if axis == "completeness":
+            return (score - reward_models.completeness_mean) / reward_models.completeness_std
+        if cfg.soft:
+            return 2 * score.sigmoid() - 1
+        return score.sign()
+
+    def reward_fn(prompts, responses):
+        """B prompts and responses, lists of token ids -> r_t of every response token, 0 elsewhere: (B, R)."""
+        # Segment: cut each response, differently for each axis. Segments of an axis of weight 0 are left out.
+        marks = []
+        for response in responses:
+            segments_of_response = cut_response(tokenizer, response)
+            marks.append([Mark(s.axis, s.token, label=0) for s in segments_of_response if weights[s.axis]])
+        groups = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
+
+        # Judge: a score for each segment. Scores come in the order of `indices`, and within a response in
+        # the order of its marks.
+        r = torch.zeros(grids.length_mask(responses).shape)  # (B, R)
+        for indices, _, scores in judgements(
+                reward_models.models, groups, marks, reward_models.axes, cfg.micro_tokens):
+            response_and_mark = []
+            for i in indices:
+                response_and_mark += [(i, mark) for mark in marks[i]]
+            for (i, mark), score in zip(response_and_mark, scores.cpu()):
+                # w_k R_k, added at T_j^k: segments of different axes can end at the same token.
+                r[i, mark.token] += weights[mark.axis] * reward_of(mark.axis, score)
+        return r
+
+    return reward_fn
+
+
+# ------------------------------------------------------------------------------------- feedback to learn from
+
+@dataclass
+class Feedback:
+    groups: list    # (prompt_ids, [response_ids, …])
+    marks: list     # for each group a list of Mark
+    clusters: list  # of each group's prompt; standard errors treat a cluster as one sample
+
+
+def load_feedback(data, split, axes, tokenizer, max_len, limit=None):
+    """The feedback of a split: {"spans": Feedback, "comparisons": Feedback}, or only what `axes` need.
+
+    limit: at most this many examples of each kind. An example longer than max_len loses the beginning of its
+    prompt, and if that is not enough the end of its response, and with it the EOS. What is left of a response
+    decodes to the beginning of the annotated text, so the spans' offsets stay valid; a span beyond the cut
+    overlaps no segment.
+    """
+    feedback = {}
+    if "relevance" in axes or "factuality" in axes:
+        examples = data.spans(split)[:limit]
+        groups = encode_groups(tokenizer, [(prompt, [response]) for prompt, response, _ in examples], max_len)
+        marks = [span_marks(tokenizer, group, spans, axes) for group, (_, _, spans) in zip(groups, examples)]
+        clusters = clusters_of(data, [prompt for prompt, _, _ in examples])
+        feedback["spans"] = Feedback(groups, marks, clusters)
+    if "completeness" in axes:
+        comparisons = data.completeness(split)[:limit]
+        comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # drop those whose responses all tie
+        groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], max_len)
+        marks = [rank_marks(group, c.ranks) for group, c in zip(groups, comparisons)]
+        clusters = clusters_of(data, [c.prompt for c in comparisons])
+        feedback["comparisons"] = Feedback(groups, marks, clusters)
+    return feedback
+
+
+def span_marks(tokenizer, group, spans, axes):
+    """The marks of a group with one response: a label for each segment of relevance and factuality."""
+    _, (response,) = group
+    marks = []
+    for segment in cut_response(tokenizer, response.tolist()):
+        if segment.axis == "completeness" or segment.axis not in axes:
+            continue
+        label = segment_label(segment, spans)
+        if label is not None:
+            marks.append(Mark(segment.axis, segment.token, label))
+    return marks
+
+
+def segment_label(segment, spans):
+    """1 for a good segment, 0 if a span of its axis overlaps it, None if its label is unknown.
+
+    Annotators did not judge the truth of what they had flagged as irrelevant, redundant or incoherent: where
+    spans overlap, but none of factuality, factuality is unknown (as in the code of arXiv:2306.01693). spans:
+    [(start, end, category), …] in characters.
+    """
+    overlapping = [category for start, end, category in spans if start < segment.end and segment.start < end]
+    if any(category in AXES[segment.axis] for category in overlapping):
+        return 0
+    if overlapping and segment.axis == "factuality":
+        return None
+    return 1
+
+
+def rank_marks(group, ranks):
+    """The marks of a comparison: the rank of each response, at its last token."""
+    marks = []
+    end = 0
+    for response, rank in zip(group[1], ranks):
+        end += len(response)
+        marks.append(Mark("completeness", end - 1, rank))
+    return marks
+
+
+def check_feedback(feedback, axes, run):
+    """Warns about an axis whose labels are all the same; exits if the comparisons teach nothing."""
+    for axis in axes:
+        if axis == "completeness":
+            continue
+        labels = set()
+        for marks in feedback["spans"].marks:
+            labels.update(mark.label for mark in marks if mark.axis == axis)
+        if len(labels) < 2:
+            every_or_no = "every" if labels == {0} else "no"  # label 0 is a flagged segment
+            run.print0(f"{every_or_no} segment of {run.cfg.data} is flagged as {' or '.join(AXES[axis])}: "
+                       f"the {axis} model has nothing to learn")
+    if "comparisons" in feedback:
+        comparisons = feedback["comparisons"]
+        ranks = [[mark.label for mark in marks] for marks in comparisons.marks]
+        check_pairs(comparisons.groups, ranks, run.cfg.max_len, run.cfg.data)
+
+
+# --------------------------------------------------------------------------------- training the reward models
 
 def reward_losses(scores, packed_marks, axes):
     """The summed loss and the number of correct judgements of each axis: dicts. scores: (M,), one per mark.
@@ -262,10 +325,8 @@ def reward_losses(scores, packed_marks, axes):
         label = packed_marks.label[of_axis]
         if axis == "completeness":
             group = packed_marks.group[of_axis]
-            # ranking_loss is a mean over comparisons (each has a pair: load_feedback left out those whose
-            # responses all tie), and 0 without any. Times their number, it is a sum. There is no margin and
-            # no center_coef, so each prompt's scores keep a free offset, which the normalizer, one mean and
-            # std for all prompts, does not remove.
+            # ranking_loss returns a mean over comparisons (0 if there are none): multiply it back to a sum.
+            # Each comparison has a pair, since load_feedback left out those whose responses all tie.
             n_comparisons = len(group.unique())
             loss, accuracy = reward.ranking_loss(s, group, label)
             losses[axis] = n_comparisons * loss
@@ -274,21 +335,6 @@ def reward_losses(scores, packed_marks, axes):
             losses[axis] = F.binary_cross_entropy_with_logits(s, label.float(), reduction="sum")
             right[axis] = ((s > 0) == (label == 1)).sum()
     return losses, right
-
-
-@torch.no_grad()
-def judgements(models, groups, marks, axes, micro_tokens):
-    """Judges every mark of groups. Yields per micro-batch its indices into groups, PackedMarks, scores (M,).
-
-    Both are in the order of the indices, and for each group in the order of its marks.
-    """
-    # Each process judges all the groups that it is given: its share in reward_fn, all of them elsewhere. A
-    # sharded model must run equally often in every process, so where one has fewer micro-batches than
-    # another, all_micro_batches cuts them smaller.
-    for indices in batches.all_micro_batches(groups, micro_tokens, models[0]):
-        batch, packed_marks = pack_marks(
-            [groups[i] for i in indices], [marks[i] for i in indices], axes, models[0].device)
-        yield indices, packed_marks, judge(models, batch, packed_marks)
 
 
 def count_per_axis(marks, axes):
@@ -348,8 +394,9 @@ def train_rewards(cfg, init, axes):
         n_of_axis = count_per_axis([marks[i] for i in step_batches[step]], axes)
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
-        # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone). With
-        # several processes, each works through its own share, in the same number of micro-batches.
+        # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone). Under
+        # torchrun, each process takes its own share of the batch. All have the same number of micro-batches,
+        # because a sharded model's processes must run forward and backward together.
         for indices in run.micro_batches(step_batches[step], groups):
             batch, packed_marks = pack_marks(
                 [groups[i] for i in indices], [marks[i] for i in indices], axes, run.device)
@@ -389,7 +436,11 @@ def train_rewards(cfg, init, axes):
 
 
 def completeness_normalizer(model, feedback, axes, cfg):
-    """The mean and standard deviation of the completeness scores of some comparisons."""
+    """The mean and standard deviation of the completeness scores of some comparisons.
+
+    Training sees only differences of scores (no center_coef), so each prompt's scores have a free offset. One
+    mean and standard deviation for all prompts does not remove it.
+    """
     groups = feedback.groups[:cfg.center_n]
     marks = feedback.marks[:cfg.center_n]
     judged = judgements([model], groups, marks, axes, cfg.micro_tokens)
@@ -397,12 +448,14 @@ def completeness_normalizer(model, feedback, axes, cfg):
     return scores.mean().item(), scores.std().item()
 
 
+# --------------------------------------------------------------------------------------------- their accuracy
+
 def accuracy_rows(model, axes, feedback, cfg):
     """A row per axis: the accuracy, that of the best constant guess, and for segments the F1 on errors."""
-    right = {axis: [] for axis in axes}     # is the judgement right? A share of the pairs for a comparison
+    right = {axis: [] for axis in axes}     # is the judgement right? For a comparison: the share of its pairs
     clusters = {axis: [] for axis in axes}  # of the prompt
-    labels = {axis: [] for axis in axes}    # is the segment good?
-    guesses = {axis: [] for axis in axes}   # does the model think so?
+    labels = {axis: [] for axis in axes}    # True for a good segment
+    guesses = {axis: [] for axis in axes}   # the model's guess of it
     for source in feedback.values():
         for indices, packed_marks, scores in judgements(
                 [model], source.groups, source.marks, axes, cfg.micro_tokens):
@@ -445,13 +498,7 @@ def f1_of_errors(labels, guesses):
     return 2 * caught / max(1, labels.count(False) + guesses.count(False))
 
 
-@dataclass
-class RewardModels:
-    models: list              # one with three heads, or three with one
-    axes: list                # of their heads, in order
-    completeness_mean: float  # of the completeness scores on training comparisons
-    completeness_std: float
-
+# ---------------------------------------------------------------------------------------------- their folders
 
 def reward_folders(cfg):
     """The folders of the reward models, and the axes of each one's heads: a dict."""
@@ -503,45 +550,7 @@ def load_or_train(folder, axes, init, cfg):
     return checkpoints.load_checkpoint(folder)
 
 
-# ----------------------------------------------------------------------------------------------- the reward
-
-def finegrained_reward(reward_models, tokenizer, cfg):
-    """A reward_fn for ppo.train: r_t of §2. reward_models: RewardModels."""
-    weights = {"relevance": cfg.w1, "factuality": cfg.w2, "completeness": cfg.w3}  # w_k
-
-    def reward_of(axis, score):
-        """R_k of a segment, from its score."""
-        if axis == "completeness":
-            return (score - reward_models.completeness_mean) / reward_models.completeness_std
-        if cfg.soft:
-            return 2 * score.sigmoid() - 1
-        return score.sign()
-
-    def reward_fn(prompts, responses):
-        """B prompts and responses, lists of token ids -> r_t of every response token, 0 elsewhere: (B, R)."""
-        # Segment: cut each response, differently for each axis. Segments of an axis of weight 0 are left out.
-        marks = []
-        for response in responses:
-            segments_of_response = cut_response(tokenizer, response)
-            # The label is not used here.
-            marks.append([Mark(s.axis, s.token, label=0) for s in segments_of_response if weights[s.axis]])
-        groups = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
-
-        # Judge: a score for each segment. Scores come in the order of `indices`, and within a response in
-        # the order of its marks.
-        r = torch.zeros(grids.length_mask(responses).shape)  # (B, R)
-        for indices, _, scores in judgements(
-                reward_models.models, groups, marks, reward_models.axes, cfg.micro_tokens):
-            response_and_mark = []
-            for i in indices:
-                response_and_mark += [(i, mark) for mark in marks[i]]
-            for (i, mark), score in zip(response_and_mark, scores.cpu()):
-                # w_k R_k, added at T_j^k: segments of different axes can end at the same token.
-                r[i, mark.token] += weights[mark.axis] * reward_of(mark.axis, score)
-        return r
-
-    return reward_fn
-
+# ---------------------------------------------------------------------------------------------------- the run
 
 def train(cfg):
     """Runs the stage, after training the models it needs if they are missing. Returns the trained policy."""

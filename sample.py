@@ -40,7 +40,7 @@ SPARE = 8  # tokens sampled beyond max_len, because a text that is encoded again
 
 def answer(model, prompt, tokenizer, args):
     """Samples one answer to a prompt; both are text."""
-    ids = evaluate.encode_cut([prompt], model.config.block_size, tokenizer)
+    ids = evaluate.encode_with_room([prompt], model.config.block_size, tokenizer)
     seed = torch.seed() % 2**32  # another answer each time
     responses = evaluate.respond(model, ids, tokenizer.eot_token, seed, args.max_new_tokens, args.temperature)
     return decode(tokenizer, responses[0])
@@ -81,8 +81,8 @@ def typed_lines():
 
 # --------------------------------------------------------------------------------------------- ranked answers
 
-def complete(policy, tokenizer, prompts, k, max_new_tokens, max_len, batch_size=128):
-    """Samples k responses to each prompt at temperature 1 -> [(prompt, [response, …]), …], as text.
+def complete(policy, tokenizer, prompts, k, max_new_tokens, max_len, temperature=1.0, batch_size=128):
+    """Samples k responses to each prompt -> [(prompt, [response, …]), …], as text.
 
     Leaves out empty responses, repeated ones, and those that did not end although max_len has room for more,
     because whoever reads their text would take the place where sampling stopped for the end.
@@ -92,7 +92,7 @@ def complete(policy, tokenizer, prompts, k, max_new_tokens, max_len, batch_size=
     for i in range(0, len(prompts), batch_size):
         print(f"{i} of {len(prompts)} prompts answered", flush=True)
         repeated = repeat_each(ids[i:i + batch_size], k)
-        responses = policy.generate(repeated, max_new_tokens, eos=tokenizer.eot_token)
+        responses = policy.generate(repeated, max_new_tokens, temperature, eos=tokenizer.eot_token)
         for j, prompt in enumerate(prompts[i:i + batch_size]):
             texts = []
             for response in responses[k * j:k * (j + 1)]:
@@ -172,7 +172,8 @@ def write_ranked(args, policy, tokenizer, data):
         pass  # a place that cannot be written is an error now, not after the work
     torch.manual_seed(args.seed)
     max_new_tokens = min(args.max_len + SPARE, block_size - longest)
-    examples = complete(sampling_copy(policy), tokenizer, prompts, args.k, max_new_tokens, args.max_len)
+    examples = complete(sampling_copy(policy), tokenizer, prompts, args.k, max_new_tokens, args.max_len,
+                        args.temperature)
     examples = [(prompt, responses) for prompt, responses in examples if len(responses) > 1]
     if not examples:
         raise SystemExit("no prompt got two different answers that ended: there is nothing to rank")
@@ -221,7 +222,7 @@ def arguments(argv):
     add("--prompt", metavar="TEXT", help="print each model's answer to TEXT, instead of asking for lines")
     add("--raw", action="store_true", help="prompts as they are, not as turns of a conversation")
     add("--temperature", type=float, default=1.0,
-        help="of the answers to lines and --prompt; 0: the likeliest (default 1)")
+        help="of the answers, but not for --page; 0: the likeliest (default 1)")
     add("--max_new_tokens", type=int, default=128, help="the longest answer, not for --rank (default 128)")
     add("--rank", metavar="gold|RUN",
         help="sample answers and rank them by the true reward, or by this reward model")

@@ -135,7 +135,8 @@ def train(cfg):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone). Under
-        # torchrun, each process works through its own part of the batch, all in the same number of pieces.
+        # torchrun, each process takes its own share of the batch. All have the same number of micro-batches,
+        # because a sharded model's processes must run forward and backward together.
         for indices in run.micro_batches(batches[step], groups):
             # Packed into rows, so that a prompt is computed once and padding is rare: prompt, y1, y2, the
             # next prompt, … A token sees its prompt and the earlier tokens of its own response, nothing else
@@ -146,9 +147,10 @@ def train(cfg):
             loss.backward()
             metrics.add(loss=-logprobs)  # summed over tokens, without gradient; divided in step 4
 
-        # 2. One optimizer step on the whole batch. First, sum the gradients over the processes: a sum, since
-        # each loss was divided by the tokens of the whole batch. (A sharded model did so in its backward
-        # pass.) Then clip, step and clear. If a gradient is not finite, the weights stay as they are.
+        # 2. One optimizer step on the whole batch. First, sum the gradients over the processes: a sum, not a
+        # mean, since each loss was divided by the tokens of the whole batch. (A sharded model has already
+        # summed them in its backward pass.) Then clip, step and clear. If a gradient is not finite, the
+        # weights stay as they are.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then down to 0
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)

@@ -4,7 +4,7 @@ DPO's reward for a response is β log π/π_ref, a sum over its tokens. But gene
 log-probs, so SimPO leaves π_ref out. Without it, a sum of log-probs falls with every token: where the chosen
 response is the longer one, training must inflate the probabilities of its tokens to make it win. So SimPO
 divides by the length |y|: the reward is β times the mean log-prob (eq. 4). Without the division, the paper's
-models write long, repetitive responses. The chosen response should win by at least γ:
+models write long, repetitive responses. The chosen response y_w should win over the rejected y_l by γ:
 
     r(x, y) = β/|y| log π_θ(y|x)
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
@@ -15,10 +15,10 @@ small learning rate, diverse data and the robustness of large models.
 
 In our runs on the animals world, a small synthetic data set, responses become too short with this loss alone
 (docs/results.md). We have not isolated the reason. One candidate: 1/|y| gives each token of a short response,
-its EOS included, more weight than a token of a long one. So preferring a short chosen response raises its EOS
-more, and a short rejected one lowers its EOS more; the two need not cancel. Adding an SFT term keeps the
-length up. The authors' code has one too, averaged over the tokens of a micro-batch; ours averages over the
-batch:
+its EOS included, more weight than a token of a long one. So a short chosen response raises its EOS strongly,
+and a short rejected one lowers its EOS strongly. Which of the two wins depends on the data. An SFT term keeps
+the length up. The authors' code has the same term, averaged over the chosen tokens of a micro-batch; ours is
+averaged over those of the whole batch:
 
     sft_weight · ( −Σ log π_θ(y_w|x) ) / ( Σ |y_w| )
 
@@ -63,7 +63,7 @@ class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, �
 
 
 # `python simpo.py hh` selects a recipe; --data=FILE selects hh's settings. None of these data sets is in the
-# paper, and nothing was tuned on them: learning rate, steps and warm-up are those of dpo.py, β and γ the
+# paper, and nothing was tuned on them: learning rate, steps and warm-up are those of dpo.py, and β and γ the
 # defaults above.
 RECIPES = {
     "hh": dict(data="hh", sft_weight=0.0, steps=2500, max_len=512, lr=1e-6, warmup=150, sample_every=250,
@@ -109,12 +109,12 @@ def pair_logp(policy, pairs):
 
 
 def count_chosen_tokens(pairs):
-    """Σ |y_w|: the number of tokens in the chosen responses."""
+    """Σ |y_w|: the number of tokens in the chosen responses, EOS included."""
     return sum(len(chosen) for _, (chosen, _) in pairs)
 
 
 def length_statistics(responses, eos):
-    """To see early whether responses shrink to nothing, or no longer end. responses: lists of token ids.
+    """Shows early whether responses shrink to nothing, or no longer end. responses: lists of token ids.
 
     response_len: mean length in tokens, EOS included; empty: the share of responses that are nothing but the
     EOS; unfinished: the share that reached the limit of new tokens before an EOS.
@@ -124,6 +124,25 @@ def length_statistics(responses, eos):
     n_empty = sum(response == [eos] for response in responses)
     n_unfinished = sum(response[-1] != eos for response in responses)
     return {"response_len": n_tokens / n, "empty": n_empty / n, "unfinished": n_unfinished / n}
+
+
+def compare_with_initial_policy(run, policy, init_name):
+    """The end of the run: prints two tables, each with a row for the initial and one for the trained policy.
+
+    - Answers to the first eval_n prompts of the test split: KL to the initial policy, length and, with the
+      data's true reward or --reward_model, reward and win rate against the initial policy.
+    - The first eval_n comparisons of the validation split: how often the rewards β/|y| log π(y|x) rank the
+      responses correctly.
+    """
+    cfg = run.cfg
+    initial_policy = run.load_again(init_name)
+    # Twice the same comparisons: as text with ranks, and as token ids, [(prompt_ids, [response_ids, …]), …].
+    comparisons, groups = run.held_out_comparisons()
+    # Rewards are (S,): one for each response, those of the first comparison, of the second, …
+    rewards_before = cfg.beta * run.logp_of_responses(initial_policy, groups, average=True)
+    rewards = cfg.beta * run.logp_of_responses(policy, groups, average=True)
+    evaluate.report(run, policy, init_name, initial_policy, cfg.reward_model,
+                    preferences=(comparisons, rewards_before, rewards))
 
 
 def train(cfg):
@@ -148,7 +167,7 @@ def train(cfg):
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
     # Validation prompts to watch the length on. A prompt longer than half of the model's context loses its
     # beginning, to leave room for the response.
-    sample_prompts = evaluate.encode_cut(
+    sample_prompts = evaluate.encode_with_room(
         run.data.prompts("validation")[:cfg.sample_n], policy.config.block_size, tokenizer)
 
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
@@ -161,7 +180,8 @@ def train(cfg):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Under
-        # torchrun, each process works through its own part of the batch, all in the same number of pieces.
+        # torchrun, each process takes its own share of the batch. All have the same number of micro-batches,
+        # because a sharded model's processes must run forward and backward together.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(
                 policy, [pairs[i] for i in indices])  # (b,) each
@@ -188,9 +208,10 @@ def train(cfg):
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
-        # 2. One optimizer step on the whole batch. First, sum the gradients over the processes: a sum, since
-        # each loss was divided by the size of the whole batch. (A sharded model did so in its backward
-        # pass.) Then clip, step and clear. If a gradient is not finite, the weights stay as they are.
+        # 2. One optimizer step on the whole batch. First, sum the gradients over the processes: a sum, not a
+        # mean, since each loss was divided by the size of the whole batch. (A sharded model has already
+        # summed them in its backward pass.) Then clip, step and clear. If a gradient is not finite, the
+        # weights stay as they are.
         sync_gradients(policy)
         lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then down to 0
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
@@ -210,23 +231,10 @@ def train(cfg):
         # too, and exits: the tables below are not made.
         run.save_if_due(step + 1, policy, optimizer)
 
-    # Two tables (none if eval_n is 0). Each has a row for the initial policy, which is loaded again, and a
-    # row for the trained policy.
-    # - Answers to the first eval_n prompts of the test split: KL to the initial policy, length and, with the
-    #   data's true reward or --reward_model, reward and win rate against the initial policy.
-    # - The first eval_n comparisons of the validation split: how often the rewards β/|y| log π rank the
-    #   responses correctly.
-    if cfg.eval_n == 0:
-        return policy
-    del optimizer  # frees memory for the evaluation
-    initial_policy = run.load_again(init_name)
-    # comparisons: text, with ranks; groups: the same ones as token ids, (prompt_ids, [response_ids, …]). The
-    # rewards β/|y| log π are (S,), one per response, group after group.
-    comparisons, groups = run.held_out_comparisons()
-    rewards_before = cfg.beta * run.logp_of_responses(initial_policy, groups, average=True)
-    rewards = cfg.beta * run.logp_of_responses(policy, groups, average=True)
-    evaluate.report(run, policy, init_name, initial_policy, cfg.reward_model,
-                    preferences=(comparisons, rewards_before, rewards))
+    # What has training changed? Two tables, on held-out data.
+    if cfg.eval_n > 0:
+        del optimizer  # frees memory for the evaluation
+        compare_with_initial_policy(run, policy, init_name)
     return policy
 
 

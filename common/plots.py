@@ -1,4 +1,5 @@
 """The picture of the frontier. It needs matplotlib."""
+import json
 import os
 
 import torch
@@ -16,6 +17,29 @@ def import_pyplot():
 def save_figure(figure, path):
     with write_atomically(path, "wb") as f:
         figure.savefig(f, dpi=120, format=path.rpartition(".")[2])
+
+
+def read_rows(path, key):
+    """The rows of another table to draw beside one's own: of docs/frontier.json, or what --json wrote.
+
+    Leaves out those of the optimum and of best-of-n. Exits with one line if the file is no such table, or if
+    no row has a `key`, "gold" or "score".
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            table = json.load(f)
+        rows = []
+        for row in table:
+            is_model = not row["checkpoint"].startswith(("optimum", "best"))
+            if is_model and row["kl"] is not None and row.get(key) is not None:
+                rows.append(row)
+    except OSError as error:
+        raise SystemExit(f"--beside={path}: cannot be read ({error})")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SystemExit(f"--beside={path}: not a table that evaluate.py --json or docs/frontier.py wrote")
+    if not rows:
+        raise SystemExit(f"--beside={path}: no row has both kl and {key}")
+    return rows
 
 
 COLORS = [f"C{i}" for i in (0, 1, 2, 3, 4, 5, 6, 8, 9)]  # matplotlib's, without the gray of best-of-n

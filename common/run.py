@@ -61,9 +61,13 @@ class Run:
             self.data.prompts(split)  # a bad record is an error now, not after training
         self.out = cfg.out or run_dir(stage, cfg)
         is_used = os.path.isdir(self.out) and len(checkpoint_files(self.out)) > 0
-        if is_used and not cfg.resume and not cfg.overwrite:
-            raise SystemExit(f"{self.out}: holds a run already; --resume continues it, --overwrite starts it "
-                             "again, --out=FOLDER starts another")
+        if is_used and not cfg.resume:
+            if not cfg.overwrite:
+                raise SystemExit(f"{self.out}: holds a run already; --resume continues it, --overwrite starts "
+                                 "it again, --out=FOLDER starts another")
+            if cfg.init and os.path.isdir(cfg.init) and os.path.samefile(cfg.init, self.out):
+                raise SystemExit(f"--init={cfg.init}: --overwrite would delete it; "
+                                 "name another --out=FOLDER")
         if cfg.warmup > cfg.steps / 2:
             print0(f"warning: --warmup={cfg.warmup} takes most of --steps={cfg.steps}, so the learning rate "
                    "is hardly ever near its peak")

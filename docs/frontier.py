@@ -6,9 +6,9 @@
 
 The first seed makes all points; the others make those that the table has errors for. A run that is finished
 is skipped, so this may be stopped and started again, and `python docs/frontier.py 0` and `… 1` may run side
-by side. When all of these seeds are done, it prints the table and draws frontier.png, with --all also
-overoptimization.png (which needs matplotlib). Everything lies in out/frontier/SEED. ± is the standard error
-over seeds.
+by side. When all of these seeds are done, it prints the table, draws frontier.png, and writes the rows drawn
+there into frontier.json, for `evaluate.py --beside`; with --all it also draws overoptimization.png. (Drawing
+needs matplotlib.) Everything lies in out/frontier. ± is the standard error over seeds.
 """
 import json
 import math
@@ -249,6 +249,9 @@ def main():
         best.append(mean_over_seeds(name, same))
     print(markdown(rows, optimum))
     drawn = [row for point, row in rows if point.label is not None]
+    keys = ["checkpoint", "method", "label", "n_seeds", *COLUMNS, *[key + "_se" for key in COLUMNS]]
+    with open(f"{FOLDER}/frontier.json", "w") as f:
+        json.dump([{key: row[key] for key in keys} for row in drawn], f, indent=1)
     plot_frontier(f"{FOLDER}/frontier.png", "gold", drawn, optimum, best)
     if with_extras:
         weak = [f"{FOLDER}/{seed}/ppo-weak" for seed in seeds]

@@ -148,7 +148,7 @@ def test_special_token_text_is_text_on_every_way_in(name):
     assert t.decode(prompt.tolist()) == text and t.eot_token not in prompt
     assert [t.decode(r[:-1].tolist()) for r in responses] == [text, "<|endoftext|>"] and [r.tolist().count(t.eot_token) for r in responses] == [1, 1]
     assert [t.decode(p.tolist()) for p in encode_prompts(t, [text])] == [text]
-    ids, = evaluate.encode_cut([text], make_model().config.block_size, t)
+    ids, = evaluate.encode_with_room([text], make_model().config.block_size, t)
     assert t.decode(ids) == text[-len(t.decode(ids)):] and t.eot_token not in ids
 
 

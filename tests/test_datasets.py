@@ -333,14 +333,15 @@ def test_a_completion_that_did_not_end_gets_no_eos():
     mice, eos = tokenizer.encode(" mice")[0], tokenizer.eot_token
 
     class Policy:
-        def generate(self, prompts, max_new_tokens, eos):
+        def generate(self, prompts, max_new_tokens, temperature, eos):
+            assert temperature == 0.7
             return [[mice] * 3 + [eos] if i % 2 else [mice] * max_new_tokens for i in range(len(prompts))]
-    examples = sample.complete(Policy(), tokenizer, ["It eats", "It"], 4, 16 + sample.SPARE, 16, batch_size=1)
+    examples = sample.complete(Policy(), tokenizer, ["It eats", "It"], 4, 16 + sample.SPARE, 16, 0.7, batch_size=1)
     assert [prompt for prompt, _ in examples] == ["It eats", "It"] and examples[0][1][1] == " mice mice mice"
     for prompt, responses in encode_groups(tokenizer, examples, 16):  # each text once
         assert [r.tolist() for r in responses] == [[mice] * (16 - len(prompt)), [mice] * 3 + [eos]]
     # If the model's context ends before max_len, a completion that did not end is left out.
-    assert sample.complete(Policy(), tokenizer, ["It"], 4, 12, 16) == [("It", [" mice mice mice"])]
+    assert sample.complete(Policy(), tokenizer, ["It"], 4, 12, 16, 0.7) == [("It", [" mice mice mice"])]
 
 
 def test_the_command_runs_from_any_folder(tmp_path):

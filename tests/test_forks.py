@@ -99,6 +99,7 @@ def test_the_equations_of_a_fork_still_stand_in_their_functions(fork):
 def test_a_loss_of_ones_own_in_the_three_steps_of_the_readme(fork, start, tmp_path):
     readme = (fork / "README.md").read_text(encoding="utf-8")
     assert 'cp dpo.py mine.py' in readme and 'Run("dpo", cfg) to Run("mine", cfg)' in readme
+    assert 'evaluate.py out/sft-animals out/mine-animals --frontier --beside=docs/frontier.json --plot=' in readme
     page = (fork / "dpo.py").read_text(encoding="utf-8")
     page = page.replace('Run("dpo", cfg)', 'Run("mine", cfg)')
     changed = page.replace("losses = F.relu(1 - beta * h)", "losses = torch.exp(-beta * h)")  # another loss of the margin

@@ -274,8 +274,10 @@ def test_no_checkpoint_lies_above_the_optimum(tmp_path, small_world, capsys):
         ppo.train(ppo.Config(**tiny, reward="gold", kl_coef=kl_coef, steps=8, batch_size=64, out=str(tmp_path / f"ppo{kl_coef}")))
     dpo.train(dpo.Config(**tiny, steps=6, batch_size=32, out=str(tmp_path / "dpo")))
     folders = [str(tmp_path / name) for name in ("sft", "ppo0.05", "ppo0.5", "dpo")]
-    evaluate.main([*folders, "--n=40", "--frontier", "--samples=128", f"--json={tmp_path}/rows.json"])
-    rows = json.load(open(tmp_path / "rows.json"))[:4]
+    evaluate.main([*folders, "--n=40", "--frontier", "--samples=128", "--mean", f"--json={tmp_path}/rows.json"])
+    *rows, mean = json.load(open(tmp_path / "rows.json"))[:5]
+    gaps = [row["gap"] for row in rows[1:]]
+    assert mean["checkpoint"] == "mean of 3" and mean["gap"] == (None if None in gaps else pytest.approx(sum(gaps) / 3))
     assert rows[1]["gold"] > rows[0]["gold"] + 0.1 and rows[1]["kl"] > 0.1
     for row in rows:
         if row["gap"] is None:
@@ -298,6 +300,29 @@ def test_pictures(start, small_world, capsys):
     (run / "log.jsonl").write_text("".join(json.dumps({"step": k, "kl": k / 10, "score": k / 5, "gold": 1 - k / 9}) + "\n" for k in range(12)))
     evaluate.main([str(run), "--overoptimization", f"--plot={start}/over.png"])
     assert all((start / name).read_bytes().startswith(b"\x89PNG") for name in ("frontier.png", "over.png"))
+
+
+def test_another_tables_rows_are_drawn_beside(start, small_world, monkeypatch):
+    """The points of docs/frontier.json, and those that --json wrote, without the optimum's."""
+    drawn = []
+    monkeypatch.setattr(plots, "import_pyplot", lambda: None)
+    monkeypatch.setattr(plots, "plot_frontier", lambda path, key, rows, optimum, best: drawn.append([row["checkpoint"] for row in rows]))
+    folder, rows = str(start / "start"), f"{start}/beside.json"
+    command = [folder, "--n=5", "--frontier", "--samples=48"]
+    evaluate.main([*command, f"--json={rows}"])
+    published = json.loads((ROOT / "docs/frontier.json").read_text())
+    for beside, names in ((rows, [folder]), (str(ROOT / "docs/frontier.json"), [row["checkpoint"] for row in published])):
+        evaluate.main([*command, "--plot=x.png", f"--beside={beside}"])
+        assert drawn.pop() == [folder, *names]
+    assert {"sft", "dpo-beta1.0", "simpo", "ppo-kl0.1", "finegrained"} <= {row["checkpoint"] for row in published}
+    (start / "no-table.json").write_text('{"gold": 1}')
+    (start / "scores.json").write_text('[{"checkpoint": "a", "kl": 1.0, "score": 1.0}]')
+    for beside, message in (("missing.json", "cannot be read"), ("no-table.json", "not a table that"), ("scores.json", "no row has both kl and gold")):
+        with pytest.raises(SystemExit, match=f"--beside=.*{beside}: {message}") as error:
+            evaluate.main([*command, "--plot=x.png", f"--beside={start}/{beside}"])
+        assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit, match="--beside adds to the picture"):
+        evaluate.main([*command, f"--beside={rows}"])
 
 
 def test_a_label_covers_no_error_bar(tmp_path, monkeypatch):

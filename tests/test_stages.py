@@ -64,6 +64,8 @@ def test_from_nothing_to_a_table(tmp_path, monkeypatch, small_world, capsys):
         "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp"}
     with pytest.raises(SystemExit, match="^out/dpo-animals: holds a run already; --resume continues it, --overwrite starts it again, --out="):
         dpo.train(dpo.Config(**TINY, steps=2, eval_n=0))
+    with pytest.raises(SystemExit, match="^--init=./out/dpo-animals: --overwrite would delete it; name another --out=FOLDER$"):
+        dpo.train(dpo.Config(**TINY, steps=2, eval_n=0, overwrite=True, init="./out/dpo-animals"))
     dpo.train(dpo.Config(**TINY, steps=2, eval_n=0, overwrite=True))
     out = capsys.readouterr().out
     assert "training it first" not in out and "the SFT model is that of out/sft-animals, trained from scratch" in out

@@ -76,7 +76,7 @@ def held_out_prompts(names, models, data, n, tokenizer):
     templates = [template_of_checkpoint(name) for name in names]
     template = "turns" if "turns" in templates else "plain"
     context = min(policy.config.block_size for _, policy in models)
-    return evaluate.encode_cut(apply_template(template, texts), context, tokenizer)
+    return evaluate.encode_with_room(apply_template(template, texts), context, tokenizer)
 
 
 def shared_sampling(names, models, configs, prompts, max_new_tokens):
