@@ -5,9 +5,9 @@ RLHF maximizes E[r(x, y)] − β KL(π ‖ π_ref) (eq. 3). Its optimum has a cl
     π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x)                                                      (eq. 4)
     r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x)                                                 (eq. 5)
 
-Z(x) sums over all possible responses, so it cannot be computed. But it depends on x alone: apart
-from this term, a policy is a reward model in disguise. The Bradley–Terry model gives the probability that y_w
-is preferred to y_l:
+Z(x) sums over all possible responses, so it cannot be computed. But it depends on x alone: up to this term,
+every policy is a reward model in disguise. The Bradley–Terry model gives the probability that y_w is
+preferred to y_l:
 
     P(y_w ≻ y_l | x) = σ( r(x, y_w) − r(x, y_l) )                                                   (eq. 1)
 
@@ -22,8 +22,8 @@ In the comments below, log π/π_ref (y|x) is short for log π_θ(y|x)/π_ref(y|
     python dpo.py                                           the animals world, from scratch, SFT included
     python dpo.py hh                                        Anthropic's HH-RLHF, GPT-2
     python dpo.py tldr                                      summaries of Reddit posts
-    python dpo.py imdb                                      one point of Figure 2; first follow data/imdb.py
-    python dpo.py --data=mine.jsonl --beta=0.3              your own comparisons: recipe hh, with β 0.3
+    python dpo.py imdb                                      one point of Figure 2; see data/imdb.py first
+    python dpo.py --data=mine.jsonl --steps=100 --warmup=10     your own comparisons: recipe hh, but shorter
 
 π_ref is the initial policy, unless --ref names another model. The initial policy is --init, by default the
 SFT model of the same data and recipe, which is trained first if it is missing. For DPO in rounds, each on new
@@ -62,7 +62,8 @@ class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, �
 
 
 # Config's defaults are for the animals world, a small data set with a known true reward. A recipe replaces
-# some of them: `python dpo.py hh`. --data=FILE without a recipe uses hh.
+# some of them: `python dpo.py hh`. --data=FILE without a recipe uses hh, whose steps are for 160,000 pairs:
+# set --steps and --warmup to the size of your file. An epoch has pairs / batch_size steps.
 RECIPES = {
     # arXiv:2305.18290 App. B: β 0.1, lr 1e-6, batches of 64, 150 steps of warm-up. 2500 steps are one epoch
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
@@ -86,15 +87,15 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
     With h = log π/π_ref (y_w|x) − log π/π_ref (y_l|x), and ε = label_smoothing:
         sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0, otherwise cDPO (Mitchell 2023,
                                                                 ericmitchell.ai/cdpo.pdf eq. 3)
-        ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17, whose τ is β: pulls h
+        ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17 with τ = β: pulls h
                                                                 towards 1/(2β). Log-probs are sums over
                                                                 tokens, as in the paper; its authors later
                                                                 recommended means (--ipo_average): h and its
                                                                 target 1/(2β) are then per token
         hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409: an unbiased estimate of the
-                                                                loss without noise, if ε is the true share;
-                                                                unbounded below where ε > 0
+                                                                noise-free loss, if ε is the true share;
+                                                                unbounded below if ε > 0
     Returns three (B,) tensors: the losses, and the implicit rewards β log π/π_ref of the chosen and of the
     rejected responses, detached.
     """
@@ -121,9 +122,9 @@ def pair_logp(policy, pairs, average=False):
     pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The prompt and its two responses are packed into
     one row, so the prompt goes through the model once. Each response sees the prompt and itself, and its
     positions continue from the prompt's, so the log-probs equal those of two separate rows, up to rounding.
-    This is the pass with gradients. Those without, run.logp_of_batches and run.logp_of_responses below, use
-    response_logp of common/scoring.py, which takes any number of responses to a prompt. If you change how
-    log-probs are computed, change both; a test compares them.
+    Training uses this function, for the policy and, with --precompute_ref=False, for the reference. Otherwise
+    run.logp_of_batches and run.logp_of_responses use response_logp of common/scoring.py: the same sums, for
+    any number of responses to a prompt. If you change one, change both; a test compares them.
     """
     batch = pack(pairs).to(policy.device)
     logprobs = policy.logprobs(batch)       # (N,): one per response token
@@ -134,7 +135,7 @@ def pair_logp(policy, pairs, average=False):
 
 
 def compare_with_reference(run, policy, ref_name, ref_policy):
-    """The end of the run: prints two tables, each with a row for the reference and a row for the policy.
+    """Ends the run: prints two tables, each with a row for the reference and a row for the policy.
 
     - Answers to the first eval_n prompts of the test split: KL to the reference, length and, with the data's
       true reward or --reward_model, reward and win rate against the reference.
@@ -142,7 +143,7 @@ def compare_with_reference(run, policy, ref_name, ref_policy):
       the responses correctly. Those of the reference itself are all 0: all pairs tie, its accuracy is 0.5.
     """
     cfg = run.cfg
-    # Twice the same comparisons: as text with ranks, and as token ids, [(prompt_ids, [response_ids, …]), …].
+    # The same comparisons in two forms: text with ranks, and token ids, [(prompt_ids, [response_ids, …]), …].
     comparisons, groups = run.held_out_comparisons()
     # Log-probs and rewards are (S,): one for each response, those of the first comparison, of the second, …
     logp = run.logp_of_responses(policy, groups, cfg.ipo_average)
@@ -194,9 +195,10 @@ def train(cfg):
     # π_ref is frozen, so by default its log-probs are computed once, before training, for all pairs that
     # `batches` visits: row i holds the two of pairs[i], and every process gets all rows. They are not saved:
     # a resumed run computes them again.
-    # Each pair is computed in the micro-batch in which training first meets it. Packed alike, both passes
-    # round alike, so that without --ref all pairs of the first batch tie. (Except on a GPU, where a compiled
-    # pass with gradients may round differently from one without.)
+    # Each pair is computed in the micro-batch in which training first meets it. The packing is then the same,
+    # and so is the rounding: without --ref, all pairs of the first batch tie exactly. (Except on a GPU, where
+    # a compiled pass with gradients may round differently from one without.) In later epochs the packing
+    # differs, which changes nothing but rounding.
     if cfg.precompute_ref:
         ref_logp = run.logp_of_batches(ref_policy, pairs, batches, cfg.ipo_average)  # (len(pairs), 2)
         ref_policy = None  # frees its memory
@@ -230,7 +232,7 @@ def train(cfg):
             (losses.sum() / cfg.batch_size).backward()
 
             # The policy's accuracy as a reward model: is the chosen response's reward higher? A tie counts
-            # one half. There is no dropout, so without --ref, π equals π_ref before the first update: all
+            # as one half. There is no dropout, so without --ref, π equals π_ref before the first update: all
             # pairs tie (but for the rounding described above), and the first accuracy is 0.5.
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
@@ -252,7 +254,7 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
 
         # 4. Save a checkpoint every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one
-        # too, and exits: the tables below are not made.
+        # too, and exits, skipping the tables below.
         run.save_if_due(step + 1, policy, optimizer)
 
     # What has training changed? Two tables, on held-out data.

@@ -1,7 +1,7 @@
 """Fine-Grained RLHF (Wu et al. 2023, arXiv:2306.01693): a reward for each segment, along each of three axes.
 
-Instead of one reward for the whole response, three reward models (relevance, factuality, completeness) each
-score it segment by segment, at a granularity of their own. With the response y cut into L_k segments for the
+Instead of one reward for the whole response, three reward models (relevance, factuality, completeness)
+score it segment by segment, each at its own granularity. With the response y cut into L_k segments for the
 k-th reward model, the reward at token t is
 
     r_t = Σ_k Σ_{j ≤ L_k} 1(t = T_j^k) · w_k · R_k(x, y, j)                                         (§2)
@@ -10,7 +10,7 @@ where T_j^k is the last token of the j-th segment. R_1, relevance, judges sub-se
 judges sentences; both give +1 or −1 (with --soft, a number in between). R_3, completeness, judges the whole
 response: it is the normalized score of a model trained on comparisons. PPO itself is in ppo.py; it subtracts
 the KL penalty (and missing_eos_penalty) from r_t, after --reward_clip. This page first cuts a response into
-segments, judges them and makes r_t of the scores; then it trains the reward models that judge.
+segments, judges them and turns the scores into r_t; then it trains the reward models that judge.
 
     python finegrained.py                          the animals world, from scratch
     python finegrained.py --reward=rm              the baseline: one reward per response
@@ -76,7 +76,7 @@ class Config(ppo.Config):
     w3: float = 0.3                   # weight of completeness: ±w3 for a score one std from the mean
     soft: bool = False                # 2p − 1 instead of ±1, with p the probability that the segment is good
     reward_steps: PositiveInt = 2000  # optimizer steps of the reward models
-    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # responses with spans a step; ¼ as many comparisons
+    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # annotated responses per step; ¼ as many comparisons
     reward_lr: NonNegativeFloat = 2e-3  # peak learning rate of the reward models
 
 
@@ -133,7 +133,7 @@ class PackedMarks:
 
 
 def pack_marks(groups, marks, axes, device):
-    """Packs groups, of lists or arrays of ids, and their marks, a list of Mark each -> Batch, PackedMarks."""
+    """Packs groups (lists or arrays of ids) and each group's list of Marks -> Batch, PackedMarks."""
     rows = []  # one per mark: axis, token, label, group
     first = 0  # where the group's response tokens begin, among those of the batch
     for i, ((_, responses), group_marks) in enumerate(zip(groups, marks)):
@@ -164,9 +164,9 @@ def judgements(models, groups, marks, axes, micro_tokens):
 
     Marks and scores follow the order of the indices, and within a group the order of its marks.
     """
-    # Under torchrun each process judges the groups that it passes in: its own responses in reward_fn,
-    # elsewhere the same groups as all others. A sharded model must run equally often in every process, so
-    # all_micro_batches cuts the groups of a process that has fewer tokens into smaller micro-batches.
+    # Under torchrun each process judges the groups that it is given: in reward_fn its own responses,
+    # elsewhere the same groups as the others. A sharded model must run equally often in every process, so
+    # all_micro_batches gives them all the same number of micro-batches.
     for indices in batches.all_micro_batches(groups, micro_tokens, models[0]):
         batch, packed_marks = pack_marks(
             [groups[i] for i in indices], [marks[i] for i in indices], axes, models[0].device)
@@ -293,7 +293,7 @@ def rank_marks(group, ranks):
 
 
 def check_feedback(feedback, axes, run):
-    """Warns about an axis whose labels are all the same; exits if the comparisons teach nothing."""
+    """Warns about an axis whose labels are all the same; exits if no comparison has a pair to learn from."""
     for axis in axes:
         if axis == "completeness":
             continue
@@ -378,10 +378,10 @@ def train_rewards(cfg, init, axes):
         marks += source.marks
     sizes = ", ".join(f"{len(source.groups)} {kind}" for kind, source in feedback.items())
     run.print0(f"finegrained: {sizes} of {cfg.data}, {init} -> {run.out} on {run.device}")
-    # Prints the first group, with a | after each token at which its first response is judged, and warns if
-    # the data look wrong.
-    first_marks = [mark.token for mark in marks[0]]
-    run.show_data(groups, loss_tokens=[first_marks])
+    # Prints the first group's first response, with a | after each token at which it is judged, and warns if
+    # the data look wrong. (In a comparison, other marks belong to the later responses.)
+    judged_tokens = [mark.token for mark in marks[0]]
+    run.show_data(groups, loss_tokens=[judged_tokens])
 
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
     console = ["loss"] + [f"{axis}_accuracy" for axis in axes]  # the columns that the console shows
@@ -439,7 +439,8 @@ def completeness_normalizer(model, feedback, axes, cfg):
     """The mean and standard deviation of the completeness scores of some comparisons.
 
     Training sees only differences of scores (no center_coef), so each prompt's scores have a free offset. One
-    mean and standard deviation for all prompts does not remove it.
+    mean and standard deviation for all prompts does not remove it; but it is the same for all responses to a
+    prompt, and V(s) can learn it.
     """
     groups = feedback.groups[:cfg.center_n]
     marks = feedback.marks[:cfg.center_n]
@@ -452,7 +453,7 @@ def completeness_normalizer(model, feedback, axes, cfg):
 
 def accuracy_rows(model, axes, feedback, cfg):
     """A row per axis: the accuracy, that of the best constant guess, and for segments the F1 on errors."""
-    right = {axis: [] for axis in axes}     # is the judgement right? For a comparison: the share of its pairs
+    right = {axis: [] for axis in axes}     # is the judgement right? For a comparison, the share of its pairs
     clusters = {axis: [] for axis in axes}  # of the prompt
     labels = {axis: [] for axis in axes}    # True for a good segment
     guesses = {axis: [] for axis in axes}   # the model's guess of it
@@ -541,8 +542,8 @@ def load_or_train(folder, axes, init, cfg):
     # behind the normalizer.)
     settings = {"recipe": cfg.recipe, **reward.RECIPES.get(cfg.recipe, {})}
     settings |= {"steps": cfg.reward_steps, "batch_size": cfg.reward_batch_size, "lr": cfg.reward_lr}
-    # These are as for PPO. All else, including the seed, keeps reward.Config's default: runs of PPO with
-    # other seeds share their reward models.
+    # These are as for PPO. All else, including the seed, comes from reward.py's recipe or defaults: runs of
+    # PPO with other seeds share their reward models.
     for name in ("data", "data_dir", "device", "compile", "dtype", "checkpoint_blocks", "fsdp", "max_len",
                  "micro_tokens", "n_layer", "n_head", "n_embd"):
         settings[name] = getattr(cfg, name)

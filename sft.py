@@ -164,7 +164,7 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(n_tokens), val_loss=val_loss, lr=lr, grad_norm=grad_norm)
 
         # 5. Save a checkpoint every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one
-        # too, and exits: the table below is not made.
+        # too, and exits, skipping the table below.
         run.save_if_due(step + 1, policy, optimizer)
 
     # The final table: answers to prompts of the test split before and after training, with their reward where

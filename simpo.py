@@ -127,7 +127,7 @@ def length_statistics(responses, eos):
 
 
 def compare_with_initial_policy(run, policy, init_name):
-    """The end of the run: prints two tables, each with a row for the initial and one for the trained policy.
+    """Ends the run: prints two tables, each with a row for the initial and one for the trained policy.
 
     - Answers to the first eval_n prompts of the test split: KL to the initial policy, length and, with the
       data's true reward or --reward_model, reward and win rate against the initial policy.
@@ -136,7 +136,7 @@ def compare_with_initial_policy(run, policy, init_name):
     """
     cfg = run.cfg
     initial_policy = run.load_again(init_name)
-    # Twice the same comparisons: as text with ranks, and as token ids, [(prompt_ids, [response_ids, …]), …].
+    # The same comparisons in two forms: text with ranks, and token ids, [(prompt_ids, [response_ids, …]), …].
     comparisons, groups = run.held_out_comparisons()
     # Rewards are (S,): one for each response, those of the first comparison, of the second, …
     rewards_before = cfg.beta * run.logp_of_responses(initial_policy, groups, average=True)
@@ -197,7 +197,7 @@ def train(cfg):
             (total_losses.sum() / cfg.batch_size).backward()
 
             # The policy's accuracy as a reward model: is the chosen response's reward higher? A tie counts
-            # one half.
+            # as one half.
             tie = (chosen_reward == rejected_reward).float()
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
@@ -228,7 +228,7 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), **sample_stats, lr=lr, grad_norm=grad_norm)
 
         # 5. Save a checkpoint every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one
-        # too, and exits: the tables below are not made.
+        # too, and exits, skipping the tables below.
         run.save_if_due(step + 1, policy, optimizer)
 
     # What has training changed? Two tables, on held-out data.
