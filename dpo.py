@@ -23,7 +23,7 @@ In the comments below, log π/π_ref (y|x) is short for log π_θ(y|x)/π_ref(y|
     python dpo.py hh                                        Anthropic's HH-RLHF, GPT-2
     python dpo.py tldr                                      summaries of Reddit posts
     python dpo.py imdb                                      one point of Figure 2; see data/imdb.py first
-    python dpo.py --data=mine.jsonl --steps=100 --warmup=10     your own comparisons: recipe hh, but shorter
+    python dpo.py --data=mine.jsonl --steps=100 --warmup=10  your own comparisons: recipe hh, but shorter
 
 π_ref is the initial policy, unless --ref names another model. The initial policy is --init, by default the
 SFT model of the same data and recipe, which is trained first if it is missing. For DPO in rounds, each on new
@@ -219,7 +219,8 @@ def train(cfg):
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Under
         # torchrun, each process takes its own share of the batch. All have the same number of micro-batches,
-        # because a sharded model's processes must run forward and backward together.
+        # because a sharded model's processes must run forward and backward together: where one has fewer,
+        # some of its micro-batches are halved.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp = pair_logp(
                 policy, [pairs[i] for i in indices], cfg.ipo_average)  # (b,) each
@@ -242,12 +243,13 @@ def train(cfg):
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
                         chosen_logp=chosen_logp, rejected_logp=rejected_logp)
 
-        # 2. One optimizer step on the whole batch. First, sum the gradients over the processes: a sum, not a
-        # mean, since each loss was divided by the size of the whole batch. (A sharded model has already
-        # summed them in its backward pass.) Then clip, step and clear. If a gradient is not finite, the
-        # weights stay as they are.
+        # 2. Sum the gradients over the processes: a sum, not a mean, since each loss was divided by the size
+        # of the whole batch. (A sharded model has already summed them, in its backward pass.)
         sync_gradients(policy)
-        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then down to 0
+
+        # One optimizer step on the whole batch: clip, step and clear. If a gradient is not finite, the
+        # weights stay as they are.
+        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then half a cosine to 0
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Log the batch means: the sums over all processes, divided by the batch size.

@@ -11,16 +11,17 @@ the prompt once for all of them. The loss averages over these pairs:
 
     L(θ) = −E_x [ 1/(K choose 2) Σ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]                             (eq. 1)
 
-Eq. 1 sees only differences within a prompt, so each prompt's scores have a free offset. Two steps set it:
+Eq. 1 sees only differences within a prompt, so each prompt's scores have a free offset. Two things fix it:
 
 - During training, a small term center_coef · (2 r̄)² pulls each prompt's mean score r̄ to 0, so that all
   prompts share one level. Otherwise PPO's value model would have to learn a separate offset for each prompt.
-  Its gradient is the same for all of a prompt's scores. (It is ours; at K = 2 it is the (r_w + r_l)² of
-  arXiv:2312.09244.)
-- At the end, as in InstructGPT, the head's bias is shifted once, so that demonstrations score 0 on average.
+  Its gradient is the same for each of a prompt's scores, so it moves their mean and not their differences.
+  (It is ours; at K = 2 it is the (r_w + r_l)² of arXiv:2312.09244.)
+- At the end, as in InstructGPT, the head's bias is shifted once, so that demonstrations score 0 on average:
+  that sets the common level.
 
-This file also saves the standard deviation of the demonstrations' scores, for PPO to divide scores by, and
-has an optional margin by which r_w should exceed r_l (--margin).
+The final checkpoint also holds the standard deviation of the demonstrations' scores, by which PPO can divide
+its rewards. With --margin, r_w should exceed r_l by a constant.
 
     python reward.py                                the animals world; trains its SFT model first
     python reward.py hh --init=out/sft-hh           Anthropic's HH-RLHF, GPT-2
@@ -51,12 +52,12 @@ from engine.packing import pack
 
 @dataclass
 class Config(RunConfig):
-    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); of a file, all
-    margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m), a constant (arXiv:2307.09288 eq. 2)
+    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); a file's: all
+    margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m); arXiv:2307.09288 eq. 2 varies it
     center_coef: NonNegativeFloat = 0.01  # weight of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1600           # optimizer steps
     batch_size: PositiveInt = 16        # prompts per step, each with its K responses, over all processes
-    micro_tokens: PositiveInt = 1024    # at most this many tokens a forward pass (a longer group goes alone)
+    micro_tokens: PositiveInt = 1024    # most tokens per forward pass (a longer group goes alone)
     lr: NonNegativeFloat = 2e-3         # peak learning rate
     warmup: NonNegativeInt = 20         # steps of linear warm-up, before the cosine to 0
     val_every: PositiveInt = 800        # steps between validations
@@ -171,7 +172,7 @@ def train(cfg):
     # Pairs whose responses are identical after cutting teach nothing, but are kept. This prints their number,
     # and exits if there are no other pairs.
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
-    # The first eval_n validation comparisons, and the same as token ids
+    # The first eval_n validation comparisons, as text with ranks, and the same comparisons as token ids
     validation, validation_groups = run.held_out_comparisons(cfg.k)
     # One list per step, of exactly batch_size indices into groups. Each epoch is shuffled anew, and drops its
     # last, incomplete batch.
@@ -196,7 +197,8 @@ def train(cfg):
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone). Under
         # torchrun, each process takes its own share of the batch. All have the same number of micro-batches,
-        # because a sharded model's processes must run forward and backward together.
+        # because a sharded model's processes must run forward and backward together: where one has fewer,
+        # some of its micro-batches are halved.
         for indices in run.micro_batches(batches[step], groups):
             # r(x, y) of every response, group by group; the responses to one prompt do not see each other.
             batch = pack([groups[i] for i in indices]).to(run.device)
@@ -218,12 +220,13 @@ def train(cfg):
             metrics.add(loss=loss * n_groups, accuracy=accuracy * n_groups,
                         margin=score_gap(scores, group, rank))
 
-        # 2. One optimizer step on the whole batch. First, sum the gradients over the processes: a sum, not a
-        # mean, since each loss was divided by the size of the whole batch. (A sharded model has already
-        # summed them in its backward pass.) Then clip, step and clear. If a gradient is not finite, the
-        # weights stay as they are.
+        # 2. Sum the gradients over the processes: a sum, not a mean, since each loss was divided by the size
+        # of the whole batch. (A sharded model has already summed them, in its backward pass.)
         sync_gradients(reward_model)
-        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then down to 0
+
+        # One optimizer step on the whole batch: clip, step and clear. If a gradient is not finite, the
+        # weights stay as they are.
+        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then half a cosine to 0
         grad_norm = optimizer_step(reward_model, optimizer, lr, cfg.grad_clip)
 
         # 3. Log the batch means over all processes. Every val_every steps, and after the last, also log the
@@ -243,8 +246,9 @@ def train(cfg):
             run.save_if_due(step + 1, reward_model, optimizer)
 
     # Center the scores: shift the bias so that training demonstrations (the best responses, if the data have
-    # only comparisons) score 0 on average. Resuming a finished run without further steps skips this: it is
-    # centered already, and its checkpoint has score_std.
+    # only comparisons) score 0 on average. Every process scores all of them, so all have the same mean.
+    # Resuming a finished run without further steps skips this: it is centered already, and its checkpoint has
+    # score_std.
     is_centered = run.start == cfg.steps and "score_std" in checkpoint
     if is_centered:
         score_std = checkpoint["score_std"]
@@ -260,7 +264,7 @@ def train(cfg):
     run.print0(f"\ndemonstrations score 0 ± {score_std:.3f}")
 
     # The final table, which save_rows writes to eval.json: how well the scores order the validation
-    # comparisons, before training (the row has the initial model's name) and after. Below it, three
+    # comparisons, before training (in the row with the initial model's name) and after. Below it, three
     # comparisons with their scores.
     if validation:
         scores = run.scores_of_responses(reward_model, validation_groups)

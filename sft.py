@@ -90,7 +90,7 @@ def sft_loss(logprobs, n_tokens):
 
 
 def count_response_tokens(groups):
-    """The number of response tokens in groups of token ids, EOS included: those that carry loss."""
+    """The number of response tokens in groups of token ids, EOS included: those that the loss is about."""
     total = 0
     for _, responses in groups:
         total += sum(map(len, responses))
@@ -136,7 +136,8 @@ def train(cfg):
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone). Under
         # torchrun, each process takes its own share of the batch. All have the same number of micro-batches,
-        # because a sharded model's processes must run forward and backward together.
+        # because a sharded model's processes must run forward and backward together: where one has fewer,
+        # some of its micro-batches are halved.
         for indices in run.micro_batches(batches[step], groups):
             # Packed into rows, so that a prompt is computed once and padding is rare: prompt, y1, y2, the
             # next prompt, … A token sees its prompt and the earlier tokens of its own response, nothing else
@@ -145,14 +146,15 @@ def train(cfg):
             logprobs = policy.logprobs(micro_batch)  # log π(y_t | x, y_<t) of every response token: (N,)
             loss = sft_loss(logprobs, n_tokens)
             loss.backward()
-            metrics.add(loss=-logprobs)  # summed over tokens, without gradient; divided in step 4
+            metrics.add(loss=-logprobs)  # detached and summed; divided by n_tokens under 4 below
 
-        # 2. One optimizer step on the whole batch. First, sum the gradients over the processes: a sum, not a
-        # mean, since each loss was divided by the tokens of the whole batch. (A sharded model has already
-        # summed them in its backward pass.) Then clip, step and clear. If a gradient is not finite, the
-        # weights stay as they are.
+        # 2. Sum the gradients over the processes: a sum, not a mean, since each loss was divided by the
+        # tokens of the whole batch. (A sharded model has already summed them, in its backward pass.)
         sync_gradients(policy)
-        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then down to 0
+
+        # One optimizer step on the whole batch: clip, step and clear. If a gradient is not finite, the
+        # weights stay as they are.
+        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then half a cosine to 0
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 3. Every val_every steps, and after the last, the loss on the validation split.
