@@ -28,7 +28,8 @@ model's hidden states at the s_t, (N, n_embd), which predict the batch's N respo
     python ppo.py --reward=gold           the true reward, from a program: a verifier
     python ppo.py --advantage=rloo --k=8  without a value model: eight responses to each prompt
     python ppo.py hh --init=out/sft-hh    Anthropic's HH-RLHF, GPT-2
-    python ppo.py tldr                    summaries of Reddit posts; likewise imdb
+    python ppo.py tldr                    summaries of Reddit posts
+    python ppo.py imdb                    film reviews, to be positive
 
 Or call train(cfg, reward_fn) with your own reward. If yours takes two texts, wrap it: text_reward(function,
 tokenizer). In general, reward_fn(prompts, responses) takes two lists of B lists of token ids, and returns a
@@ -61,7 +62,7 @@ from engine.packing import group_length, pack
 
 
 @dataclass
-class Config(RunConfig):
+class Config(RunConfig):  # data, init, max_len, micro_tokens, grad_clip, resume, …: see common/options.py
     reward: Literal["rm", "gold"] = "rm"  # rm: a reward model; gold: the data's true reward, if known
     reward_model: str | None = None     # a run of reward.py; None: out/reward-…, trained first if missing
     normalize_reward: bool = False      # divide scores by their standard deviation on demonstrations
@@ -295,29 +296,14 @@ def dense_reward(rewards, logprobs, ref_logprobs, ended, mask, kl_coef, reward_c
                  missing_eos_penalty=0.0):
     """The r_t that PPO sees: rewards − β log π/π_ref (y_t|s_t). All (B, R).
 
-    Summed over a response, this is arXiv:1909.08593 eq. 2. Two options change `rewards` first: they are
-    clipped to ±reward_clip, and a response that has not `ended` (B,) pays missing_eos_penalty at its last
-    token.
+    Summed over a response, this is arXiv:1909.08593 eq. 2. Before that, rewards are clipped to ±reward_clip,
+    if it is set, and a response that has not `ended` (B,) pays missing_eos_penalty at its last token.
     """
     if reward_clip is not None:
         rewards = rewards.clamp(-reward_clip, reward_clip)
     penalty = missing_eos_penalty * (~ended).float()
     rewards = rewards - grids.on_last_token(penalty, mask)
     return (rewards - kl_coef * (logprobs - ref_logprobs)) * mask
-
-
-def k1_k3(logprobs, ref_logprobs, mask):
-    """Two unbiased estimates of KL(π‖π_ref) from samples of π, in nats per response: scalars.
-
-    k1 = log π/π_ref, and k3 = π_ref/π − 1 + log π/π_ref, which is never negative (Schulman 2020,
-    http://joschu.net/blog/kl-approx.html). Near π_ref, k3 has much less variance. But π_ref/π is unbounded:
-    where π rarely takes an action that π_ref often takes, k3 has more. For π = (0.99, 0.01) and
-    π_ref = (0.5, 0.5), the variances are 20 (k3) and 0.2 (k1).
-    """
-    logratio = (logprobs - ref_logprobs) * mask
-    k1 = logratio
-    k3 = (torch.exp(-logratio) - 1 + logratio) * mask
-    return k1.sum(1).mean(), k3.sum(1).mean()
 
 
 # -------------------------------------------------------------------------------------------- 4. advantages
@@ -367,7 +353,8 @@ def rloo_advantages(totals):
     """REINFORCE leave-one-out, Ahmadian et al. 2024, arXiv:2402.14740: A_i = R_i − mean_{j≠i} R_j.
 
     totals: (P, K), the total rewards R_i of each prompt's K responses; returns (P, K). The mean of the others
-    does not depend on y_i, so as a baseline it does not bias the gradient.
+    does not depend on y_i, so as a baseline it does not bias the gradient. Step 5 remains PPO's clipped
+    update of tokens; the paper has REINFORCE on whole responses.
     """
     K = totals.size(1)
     mean_of_others = (totals.sum(1, keepdim=True) - totals) / (K - 1)
@@ -380,7 +367,7 @@ def grpo_advantages(totals):
     Dr. GRPO (arXiv:2503.20783) found a bias in the std: it gives more weight to prompts whose K rewards are
     nearly equal, such as very easy and very hard ones. Here R includes the KL penalty, which GRPO has in the
     loss instead. So where the task's rewards are all equal, the advantages come from the penalty alone, and
-    the std brings them to unit size. Without the std, this is RLOO times (K − 1)/K.
+    dividing by the std scales them to unit size. Without the std, this is RLOO times (K − 1)/K.
     """
     mean = totals.mean(1, keepdim=True)
     std = totals.std(1, keepdim=True)
@@ -431,7 +418,7 @@ def value_loss(values, old_values, returns, mask, clip):
 def ptx_loss(policy, demonstrations, n_tokens):
     """arXiv:2203.02155 eq. 2's second term for some demonstrations: −Σ_t log π(y_t | x, y_<t) / n_tokens.
 
-    At temperature 1, whatever the rollout's: eq. 2 trains π itself to imitate the demonstrations.
+    At temperature 1, whatever the rollout's: demonstrations are imitated by the untempered model.
     """
     batch = pack(demonstrations).to(policy.device)
     return -policy.logprobs(batch).sum() / n_tokens
@@ -498,7 +485,8 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                 (loss * weight).backward()
 
             # InstructGPT's eq. 2, second term: ptx_coef · E[log π] on demonstrations; its gradient is added
-            # to PPO's. Each loss is divided by the tokens of all processes, so that the losses add up.
+            # to PPO's. Each sum is divided by the number of demonstration tokens of all processes, so that
+            # the losses of micro-batches and processes add up to the mean per token.
             if ptx_batches is not None:
                 demonstrations = next(ptx_batches)  # [(prompt_ids, [response_ids]), …], in every process
                 n_ptx_tokens = sum(len(response) for _, (response,) in demonstrations)
@@ -532,7 +520,12 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
         if stop_early:
             break
 
-    if not history:  # the first step was cancelled: approx_kl is 0 there but for rounding, stop_kl was tiny
+    return mean_over_steps(history, cfg)
+
+
+def mean_over_steps(history, cfg):
+    """The means of an iteration's metrics, the loss that they add up to, the number of optimizer steps."""
+    if not history:  # the first step was cancelled: stop_kl is below the rounding error of approx_kl
         return {"optimizer_steps": 0}
     means = {}
     for key in history[0]:
@@ -565,6 +558,20 @@ class AdaptiveKL:
 
 
 # --------------------------------------------------------------------------------------------------- 7. log
+
+def k1_k3(logprobs, ref_logprobs, mask):
+    """Two unbiased estimates of KL(π‖π_ref) from samples of π, in nats per response: scalars.
+
+    k1 = log π/π_ref, and k3 = π_ref/π − 1 + log π/π_ref, which is never negative (Schulman 2020,
+    http://joschu.net/blog/kl-approx.html). Near π_ref, k3 has much less variance. But π_ref/π is unbounded:
+    where π rarely takes an action that π_ref often takes, k3 has more. For π = (0.99, 0.01) and
+    π_ref = (0.5, 0.5), the variances are 20 (k3) and 0.2 (k1).
+    """
+    logratio = (logprobs - ref_logprobs) * mask
+    k1 = logratio
+    k3 = (torch.exp(-logratio) - 1 + logratio) * mask
+    return k1.sum(1).mean(), k3.sum(1).mean()
+
 
 def statistics(episodes, kl_coef, data, tokenizer):
     """The logged statistics of an iteration's episodes: a dict of numbers."""
@@ -700,7 +707,7 @@ def train(cfg, reward_fn=None):
     kl_controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
 
     prompts = run.rollout_prompts(cfg.max_new_tokens)  # lists of ids; long ones lose their beginning
-    prompt_batches = run.shuffled_batches(prompts, cfg.batch_size // cfg.k)
+    prompt_indices = run.shuffled_batches(prompts, cfg.batch_size // cfg.k)  # for each step a list of them
     if cfg.ptx_coef:
         demonstration_batches = DemonstrationBatches(run, tokenizer)  # of eq. 2's second term
     run.print0(
@@ -721,7 +728,7 @@ def train(cfg, reward_fn=None):
     for step in range(run.start, cfg.steps):
         # 1. Rollout: sample K responses y ~ π(·|x) for each prompt, and get their rewards r(x, y).
         begin = time.time()
-        batch_prompts = [prompts[i] for i in prompt_batches[step]]
+        batch_prompts = [prompts[i] for i in prompt_indices[step]]
         episodes = rollout(models.policy, batch_prompts, reward_fn, tokenizer, cfg)
         rollout_s = time.time() - begin
 
