@@ -9,6 +9,9 @@ from common.digests import file_digest
 from common.dist import print0
 
 NAMES = {"sft": "SFT", "reward": "reward"}  # of the models that other stages need, as printed
+# The most prompts in the final table of an SFT model that another stage needs: that stage's own table has its
+# answers to all prompts. (An untrained model, the table's first row, writes long answers, which take time.)
+SFT_EVAL_N = 100
 
 
 def run_dir(stage, cfg):
@@ -43,7 +46,10 @@ def train_if_missing(stage, cfg):
         for name in ("data", "data_dir", "device", "compile", "dtype", "checkpoint_blocks", "fsdp",
                      "max_len", "n_layer", "n_head", "n_embd"):
             settings[name] = getattr(cfg, name)
-        page.train(page.Config(**settings, resume=bool(checkpoint_files(out))))
+        page_cfg = page.Config(**settings, resume=bool(checkpoint_files(out)))
+        if stage == "sft":
+            page_cfg.eval_n = min(page_cfg.eval_n, SFT_EVAL_N)
+        page.train(page_cfg)
         print0()
     torch.manual_seed(cfg.seed)  # the random state does not depend on whether anything was trained
     return out

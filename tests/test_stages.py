@@ -23,6 +23,7 @@ import ppo
 import reward
 import sample
 import sft
+from common import prerequisites
 from common.batches import shuffled_batches
 from common.checkpoints import load_checkpoint, save_checkpoint
 from common.models import load_model
@@ -45,10 +46,11 @@ def test_from_nothing_to_a_table(tmp_path, monkeypatch, small_world, capsys):
     """`python dpo.py` on a fresh clone: SFT, DPO, the table, the files."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sft.RECIPES, "animals", dict(steps=20, batch_size=8, eval_n=20))
+    monkeypatch.setattr(prerequisites, "SFT_EVAL_N", 15)
     policy = dpo.train(dpo.Config(**TINY, steps=10, eval_n=20))
     assert isinstance(policy, torch.nn.Module)
     out = capsys.readouterr().out
-    assert "no SFT model in out/sft-animals: training it first" in out and "20 held-out prompts" in out
+    assert "no SFT model in out/sft-animals: training it first" in out and out.index("15 held-out prompts") < out.index("20 held-out prompts")
     for stage, before in (("sft", "scratch"), ("dpo", "out/sft-animals")):
         folder = tmp_path / "out" / f"{stage}-animals"
         assert {p.name for p in folder.iterdir()} == {"ckpt.pt", "log.jsonl", "eval.json"}
