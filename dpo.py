@@ -122,9 +122,10 @@ def pair_logp(policy, pairs, average=False):
     pairs: list of (prompt_ids, [chosen_ids, rejected_ids]). The prompt and its two responses are packed into
     one row, so the prompt goes through the model once. Each response sees the prompt and itself, and its
     positions continue from the prompt's, so the log-probs equal those of two separate rows, up to rounding.
-    Training uses this function, for the policy and, with --precompute_ref=False, for the reference. Otherwise
-    run.logp_of_batches and run.logp_of_responses use response_logp of common/scoring.py: the same sums, for
-    any number of responses to a prompt. If you change one, change both; a test compares them.
+    The training loop uses this function, for the policy and, with --precompute_ref=False, for the reference.
+    Before and after the loop, run.logp_of_batches and run.logp_of_responses use response_logp of
+    common/scoring.py: the same sums, for any number of responses to a prompt. If you change one of the two,
+    change the other; a test compares them.
     """
     batch = pack(pairs).to(policy.device)
     logprobs = policy.logprobs(batch)       # (N,): one per response token
@@ -145,7 +146,7 @@ def compare_with_reference(run, policy, ref_name, ref_policy):
     cfg = run.cfg
     # The same comparisons in two forms: text with ranks, and token ids, [(prompt_ids, [response_ids, …]), …].
     comparisons, groups = run.held_out_comparisons()
-    # Log-probs and rewards are (S,): one for each response, those of the first comparison, of the second, …
+    # Log-probs and rewards are (S,): one per response, comparison after comparison.
     logp = run.logp_of_responses(policy, groups, cfg.ipo_average)
     logp_of_reference = run.logp_of_responses(ref_policy, groups, cfg.ipo_average)
     rewards = cfg.beta * (logp - logp_of_reference)
@@ -219,8 +220,8 @@ def train(cfg):
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Under
         # torchrun, each process takes its own share of the batch. All have the same number of micro-batches,
-        # because a sharded model's processes must run forward and backward together: where one has fewer,
-        # some of its micro-batches are halved.
+        # because a sharded model's processes must run forward and backward together: a process that would
+        # have fewer halves its largest.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp = pair_logp(
                 policy, [pairs[i] for i in indices], cfg.ipo_average)  # (b,) each

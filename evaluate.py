@@ -333,7 +333,7 @@ def samples(models, prompts, texts, columns, k=3):
 # ----------------------------------------------------------------------------------------------- the frontier
 
 def reward_key(data):
-    """The column of the reward that the frontier is about."""
+    """The column that the frontier is about: the true reward, or else the reward model's score."""
     return "gold" if hasattr(data, "gold") else "score"
 
 

@@ -114,7 +114,7 @@ def cut_response(tokenizer, response):
     return cuts
 
 
-# ----------------------------------------------------------------------------------------------- judging them
+# ------------------------------------------------------------------------------------------- judging segments
 
 class Mark(NamedTuple):
     """A response token at which a reward model is read, and in training the label to learn there."""
@@ -396,8 +396,8 @@ def train_rewards(cfg, init, axes):
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone). Under
         # torchrun, each process takes its own share of the batch. All have the same number of micro-batches,
-        # because a sharded model's processes must run forward and backward together: where one has fewer,
-        # some of its micro-batches are halved.
+        # because a sharded model's processes must run forward and backward together: a process that would
+        # have fewer halves its largest.
         for indices in run.micro_batches(step_batches[step], groups):
             batch, packed_marks = pack_marks(
                 [groups[i] for i in indices], [marks[i] for i in indices], axes, run.device)
@@ -457,7 +457,9 @@ def accuracy_rows(model, axes, feedback, cfg):
     right = {axis: [] for axis in axes}     # is the judgement right? For a comparison, the share of its pairs
     clusters = {axis: [] for axis in axes}  # of the prompt
     labels = {axis: [] for axis in axes}    # True for a good segment
-    guesses = {axis: [] for axis in axes}   # the model's guess of it
+    guesses = {axis: [] for axis in axes}   # True where the model takes the segment for a good one
+
+    # Judge all held-out feedback, and collect what came out for each axis.
     for source in feedback.values():
         for indices, packed_marks, scores in judgements(
                 [model], source.groups, source.marks, axes, cfg.micro_tokens):
@@ -479,6 +481,7 @@ def accuracy_rows(model, axes, feedback, cfg):
                     labels[axis] += (label == 1).tolist()
                     guesses[axis] += (s > 0).tolist()
 
+    # The table: a row for each axis, with its accuracy beside that of always guessing the commoner label.
     rows = []
     for axis in axes:
         # The table's first column is called "checkpoint", and it wants a _se beside each number.

@@ -29,7 +29,7 @@ model's hidden states at the s_t, (N, n_embd), which predict the batch's N respo
     python ppo.py --advantage=rloo --k=8  without a value model: eight responses to each prompt
     python ppo.py hh --init=out/sft-hh    Anthropic's HH-RLHF, GPT-2
     python ppo.py tldr                    summaries of Reddit posts
-    python ppo.py imdb                    film reviews, to be positive
+    python ppo.py imdb                    positive film reviews
 
 Or call train(cfg, reward_fn) with your own reward. If yours takes two texts, wrap it: text_reward(function,
 tokenizer). In general, reward_fn(prompts, responses) takes two lists of B lists of token ids, and returns a
@@ -354,7 +354,7 @@ def rloo_advantages(totals):
 
     totals: (P, K), the total rewards R_i of each prompt's K responses; returns (P, K). The mean of the others
     does not depend on y_i, so as a baseline it does not bias the gradient. Step 5 remains PPO's clipped
-    update of tokens; the paper has REINFORCE on whole responses.
+    update of tokens; the paper uses plain REINFORCE on whole responses.
     """
     K = totals.size(1)
     mean_of_others = (totals.sum(1, keepdim=True) - totals) / (K - 1)
@@ -524,7 +524,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
 
 
 def mean_over_steps(history, cfg):
-    """The means of an iteration's metrics, the loss that they add up to, the number of optimizer steps."""
+    """The means of the metrics over an iteration's optimizer steps, the whole loss, and the number of steps."""
     if not history:  # the first step was cancelled: stop_kl is below the rounding error of approx_kl
         return {"optimizer_steps": 0}
     means = {}
@@ -707,7 +707,7 @@ def train(cfg, reward_fn=None):
     kl_controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
 
     prompts = run.rollout_prompts(cfg.max_new_tokens)  # lists of ids; long ones lose their beginning
-    prompt_indices = run.shuffled_batches(prompts, cfg.batch_size // cfg.k)  # for each step a list of them
+    prompt_indices = run.shuffled_batches(prompts, cfg.batch_size // cfg.k)  # a list per step
     if cfg.ptx_coef:
         demonstration_batches = DemonstrationBatches(run, tokenizer)  # of eq. 2's second term
     run.print0(

@@ -11,7 +11,7 @@ the prompt once for all of them. The loss averages over these pairs:
 
     L(θ) = −E_x [ 1/(K choose 2) Σ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]                             (eq. 1)
 
-Eq. 1 sees only differences within a prompt, so each prompt's scores have a free offset. Two things fix it:
+Eq. 1 sees only differences within a prompt, so each prompt's scores have a free offset. Two things set it:
 
 - During training, a small term center_coef · (2 r̄)² pulls each prompt's mean score r̄ to 0, so that all
   prompts share one level. Otherwise PPO's value model would have to learn a separate offset for each prompt.
@@ -20,8 +20,8 @@ Eq. 1 sees only differences within a prompt, so each prompt's scores have a free
 - At the end, as in InstructGPT, the head's bias is shifted once, so that demonstrations score 0 on average:
   that sets the common level.
 
-The final checkpoint also holds the standard deviation of the demonstrations' scores, by which PPO can divide
-its rewards. With --margin, r_w should exceed r_l by a constant.
+The final checkpoint also holds the standard deviation of the demonstrations' scores, by which ppo.py
+--normalize_reward divides scores. With --margin, r_w should exceed r_l by a constant.
 
     python reward.py                                the animals world; trains its SFT model first
     python reward.py hh --init=out/sft-hh           Anthropic's HH-RLHF, GPT-2
@@ -52,7 +52,7 @@ from engine.packing import pack
 
 @dataclass
 class Config(RunConfig):
-    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); a file's: all
+    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); of a file, all
     margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m); arXiv:2307.09288 eq. 2 varies it
     center_coef: NonNegativeFloat = 0.01  # weight of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1600           # optimizer steps
@@ -197,8 +197,8 @@ def train(cfg):
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone). Under
         # torchrun, each process takes its own share of the batch. All have the same number of micro-batches,
-        # because a sharded model's processes must run forward and backward together: where one has fewer,
-        # some of its micro-batches are halved.
+        # because a sharded model's processes must run forward and backward together: a process that would
+        # have fewer halves its largest.
         for indices in run.micro_batches(batches[step], groups):
             # r(x, y) of every response, group by group; the responses to one prompt do not see each other.
             batch = pack([groups[i] for i in indices]).to(run.device)

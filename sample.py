@@ -222,7 +222,7 @@ def arguments(argv):
     add("--prompt", metavar="TEXT", help="print each model's answer to TEXT, instead of asking for lines")
     add("--raw", action="store_true", help="prompts as they are, not as turns of a conversation")
     add("--temperature", type=float, default=1.0,
-        help="of the answers, but not for --page; 0: the likeliest (default 1)")
+        help="of the answers (--page uses that of the runs); 0: the likeliest (default 1)")
     add("--max_new_tokens", type=int, default=128, help="the longest answer, not for --rank (default 128)")
     add("--rank", metavar="gold|RUN",
         help="sample answers and rank them by the true reward, or by this reward model")

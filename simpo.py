@@ -4,7 +4,7 @@ DPO's reward for a response is β log π/π_ref, a sum over its tokens. But gene
 log-probs, so SimPO leaves π_ref out. Without it, a sum of log-probs falls with every token: where the chosen
 response is the longer one, training must inflate the probabilities of its tokens to make it win. So SimPO
 divides by the length |y|: the reward is β times the mean log-prob (eq. 4). Without the division, the paper's
-models write long, repetitive responses. The chosen response y_w should win over the rejected y_l by γ:
+models write long, repetitive responses. The chosen y_w should win over the rejected y_l by at least γ:
 
     r(x, y) = β/|y| log π_θ(y|x)
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
@@ -114,7 +114,7 @@ def count_chosen_tokens(pairs):
 
 
 def length_statistics(responses, eos):
-    """Shows early whether responses shrink to nothing, or no longer end. responses: lists of token ids.
+    """Statistics that show early whether responses (lists of token ids) shrink to nothing, or no longer end.
 
     response_len: mean length in tokens, EOS included; empty: the share of responses that are nothing but the
     EOS; unfinished: the share that reached the limit of new tokens before an EOS.
@@ -138,7 +138,7 @@ def compare_with_initial_policy(run, policy, init_name):
     initial_policy = run.load_again(init_name)
     # The same comparisons in two forms: text with ranks, and token ids, [(prompt_ids, [response_ids, …]), …].
     comparisons, groups = run.held_out_comparisons()
-    # Rewards are (S,): one for each response, those of the first comparison, of the second, …
+    # Rewards are (S,): one per response, comparison after comparison.
     rewards_before = cfg.beta * run.logp_of_responses(initial_policy, groups, average=True)
     rewards = cfg.beta * run.logp_of_responses(policy, groups, average=True)
     evaluate.report(run, policy, init_name, initial_policy, cfg.reward_model,
@@ -181,8 +181,8 @@ def train(cfg):
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Under
         # torchrun, each process takes its own share of the batch. All have the same number of micro-batches,
-        # because a sharded model's processes must run forward and backward together: where one has fewer,
-        # some of its micro-batches are halved.
+        # because a sharded model's processes must run forward and backward together: a process that would
+        # have fewer halves its largest.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(
                 policy, [pairs[i] for i in indices])  # (b,) each

@@ -9,8 +9,9 @@ from common.digests import file_digest
 from common.dist import print0
 
 NAMES = {"sft": "SFT", "reward": "reward"}  # of the models that other stages need, as printed
-# The most prompts in the final table of an SFT model that another stage needs: that stage's own table has its
-# answers to all prompts. (An untrained model, the table's first row, writes long answers, which take time.)
+# An SFT model that is trained because another stage needs it gets a final table of at most this many prompts.
+# Its answers to all prompts are in that stage's own table. (The SFT table's first row is an untrained model,
+# whose answers seldom end, and so take long.)
 SFT_EVAL_N = 100
 
 
