@@ -524,7 +524,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
 
 
 def mean_over_steps(history, cfg):
-    """The means of the metrics over an iteration's optimizer steps, the whole loss, and the number of steps."""
+    """The means of the metrics over the optimizer steps, the whole loss, and the number of those steps."""
     if not history:  # the first step was cancelled: stop_kl is below the rounding error of approx_kl
         return {"optimizer_steps": 0}
     means = {}
