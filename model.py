@@ -128,17 +128,19 @@ class GPT(nn.Module):
         self.packed_forward = packed_forward
 
     def init_weights(self):
-        """Biases 0, matrices N(0, 0.02²).
+        """Biases 0, matrices N(0, σ²) with σ = 0.02 √(768/C): GPT-2's 0.02 at its width of 768.
 
-        For the 2·n_layer projections into the residual stream, the std is 0.02/√(2·n_layer).
+        With 0.02, a much narrower model learns slowly at first. For the 2·n_layer projections into the residual
+        stream, the std is σ/√(2·n_layer).
         """
+        std = 0.02 * (768 / self.config.n_embd) ** 0.5
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, std=0.02 / (2 * self.config.n_layer) ** 0.5)
+                nn.init.normal_(parameter, std=std / (2 * self.config.n_layer) ** 0.5)
             elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=std)
 
     def set_scalar_heads(self, n):
         """Replaces the scalar heads with n new ones: weights N(0, 1/(C+1)) as in arXiv:2009.01325 B.1."""

@@ -55,7 +55,7 @@ class Config(RunConfig):
     k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); of a file, all
     margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m); arXiv:2307.09288 eq. 2 varies it
     center_coef: NonNegativeFloat = 0.01  # weight of (2 r̄)², which keeps a prompt's mean score near 0
-    steps: PositiveInt = 1600           # optimizer steps
+    steps: PositiveInt = 1200           # optimizer steps
     batch_size: PositiveInt = 16        # prompts per step, each with its K responses, over all processes
     micro_tokens: PositiveInt = 1024    # most tokens per forward pass (a longer group goes alone)
     lr: NonNegativeFloat = 2e-3         # peak learning rate

@@ -37,9 +37,9 @@ from engine.packing import pack
 @dataclass
 class Config(RunConfig):  # all other options: common/options.py
     init: str = "scratch"           # scratch, gpt2[-medium|-large|-xl], hub:OWNER/NAME, or a folder
-    steps: PositiveInt = 1500       # optimizer steps
+    steps: PositiveInt = 700        # optimizer steps
     batch_size: PositiveInt = 16    # groups per step; a group is a prompt with up to four responses
-    lr: NonNegativeFloat = 4e-3     # peak learning rate; 4e-3 suits a tiny new model, not GPT-2
+    lr: NonNegativeFloat = 6e-3     # peak learning rate; 6e-3 suits a tiny new model, not GPT-2
     warmup: NonNegativeInt = 20     # steps of linear warm-up, before the cosine to 0
     val_every: PositiveInt = 100    # steps between validation losses
     log_every: PositiveInt = 50     # steps between lines on the console
