@@ -60,7 +60,7 @@ class Config(RunConfig):
     micro_tokens: PositiveInt = 1024    # most tokens per forward pass (a longer group goes alone)
     lr: NonNegativeFloat = 2e-3         # peak learning rate
     warmup: NonNegativeInt = 20         # steps of linear warm-up, before the cosine to 0
-    val_every: PositiveInt = 800        # steps between validations
+    val_every: PositiveInt = 600        # steps between validations
     log_every: PositiveInt = 50         # steps between lines on the console
     ckpt_every: PositiveInt = 100       # steps between checkpoints
     eval_n: NonNegativeInt = 1000       # number of validation comparisons

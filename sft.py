@@ -41,7 +41,7 @@ class Config(RunConfig):  # all other options: common/options.py
     batch_size: PositiveInt = 16    # groups per step; a group is a prompt with up to four responses
     lr: NonNegativeFloat = 6e-3     # peak learning rate; 6e-3 suits a tiny new model, not GPT-2
     warmup: NonNegativeInt = 20     # steps of linear warm-up, before the cosine to 0
-    val_every: PositiveInt = 100    # steps between validation losses
+    val_every: PositiveInt = 200    # steps between validation losses
     log_every: PositiveInt = 50     # steps between lines on the console
     ckpt_every: PositiveInt = 100   # steps between checkpoints
 
