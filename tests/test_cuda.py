@@ -18,7 +18,7 @@ from conftest import make_model
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 import dpo
-import finegrained
+import segment_reward
 import model as model_module
 import ppo
 import reward
@@ -33,7 +33,7 @@ from common.sharding import gather_state, sampling_copy, shard_model, unshard_mo
 from data import get_tokenizer
 from engine import attention, decode, devices
 from engine.packing import pack, per_sequence
-from finegrained import Mark
+from segment_reward import Mark
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
@@ -234,8 +234,8 @@ def finegrained_loss(model, groups):
         second_end = first_end + len(responses[1])
         marks.append([Mark("relevance", first_end, 1), Mark("relevance", second_end, 0),
                       Mark("completeness", first_end, 0), Mark("completeness", second_end, 1)])
-    batch, packed_marks = finegrained.pack_marks(groups, marks, axes, model.device)
-    losses, _ = finegrained.reward_losses(finegrained.judge([model], batch, packed_marks), packed_marks, axes)
+    batch, packed_marks = segment_reward.pack_marks(groups, marks, axes, model.device)
+    losses, _ = segment_reward.reward_losses(segment_reward.judge([model], batch, packed_marks), packed_marks, axes)
     return sum(losses.values())
 
 

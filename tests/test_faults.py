@@ -25,6 +25,7 @@ import evaluate
 import finegrained
 import ppo
 import reward
+import segment_reward
 import sft
 from common.checkpoints import checkpoint_files, load_checkpoint
 from common.log import SampleFile
@@ -374,14 +375,14 @@ def test_feedback_without_a_mark_or_with_nothing_else_is_said(start, capsys):
         path = start / "small_feedback.json"
         path.write_text(json.dumps([feedback(question=f"{i}?", errors=errors) for i in range(40)]))
         cfg = reward.Config(**TINY | dict(data=str(path), out=str(start / f"r{len(errors)}"), steps=1))
-        finegrained.train_rewards(cfg, str(start / "start"), list(finegrained.AXES))
+        segment_reward.train_rewards(cfg, str(start / "start"), list(segment_reward.AXES))
         out = capsys.readouterr().out
         assert all(out.count(line.format(path)) == 1 for line in said), out
     r = feedback()
     r["feedback"]["corrected-prediction"] = r["prediction 1"]
     path.write_text(json.dumps([r] * 40))
     with pytest.raises(SystemExit, match="all 32 pairs are identical"):
-        finegrained.train_rewards(replace(cfg, overwrite=True), str(start / "start"), list(finegrained.AXES))
+        segment_reward.train_rewards(replace(cfg, overwrite=True), str(start / "start"), list(segment_reward.AXES))
 
 
 def test_a_learning_rate_of_0_is_said_and_changes_nothing(start, capsys):

@@ -15,14 +15,16 @@ import common.run
 import finegrained
 import ppo
 import reward
+import segment_reward
 import sft
 from common.checkpoints import save_checkpoint
 from common.models import load_model
 from common.optim import make_optimizer
 from data import animals, dataset, get_tokenizer
 from data.segments import decode_with_ends, segments, sentences
-from finegrained import (AXES, PackedMarks, RewardModels, Segment, accuracy_rows, cut_response, finegrained_reward,
-                         judge, load_feedback, pack_marks, reward_losses, segment_label)
+from finegrained import RewardModels, finegrained_reward
+from segment_reward import (AXES, PackedMarks, Segment, accuracy_rows, cut_response, judge, load_feedback, pack_marks,
+                            reward_losses, segment_label)
 from test_stages import TINY, log_of
 
 QA = SHARED / "qa_feedback/dev_feedback.json"
@@ -125,7 +127,7 @@ def test_labels_by_hand():
 
 def test_the_example_at_the_top_of_the_page():
     text = "A crab has ten legs, and it can swim in the sea. It has fur."
-    assert '"A crab has ten legs, and it can swim in the sea. It has fur."' in finegrained.__doc__
+    assert '"A crab has ten legs, and it can swim in the sea. It has fur."' in segment_reward.__doc__
     irrelevant, wrong = "it can swim in the sea", "It has fur"
     spans = [(text.index(irrelevant), text.index(irrelevant) + len(irrelevant), "Irrelevant"),
              (text.index(wrong), text.index(wrong) + len(wrong), "Wrong-Grounding")]
@@ -340,7 +342,7 @@ def test_from_nothing_to_a_policy(world, options, capsys):
 
 def test_reward_models_that_were_cut_off_go_on_to_the_bit(world, monkeypatch):
     settings = finegrained.reward.Config(**TINY | dict(batch_size=8), steps=6, ckpt_every=2, eval_n=20)
-    finegrained.train_rewards(replace(settings, out="whole"), "start", list(AXES))
+    segment_reward.train_rewards(replace(settings, out="whole"), "start", list(AXES))
     save = common.run.save_checkpoint
 
     def save_and_die(out, step, *args, **more):
@@ -348,9 +350,9 @@ def test_reward_models_that_were_cut_off_go_on_to_the_bit(world, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(common.run, "save_checkpoint", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        finegrained.train_rewards(replace(settings, out="cut"), "start", list(AXES))
+        segment_reward.train_rewards(replace(settings, out="cut"), "start", list(AXES))
     monkeypatch.setattr(common.run, "save_checkpoint", save)
-    finegrained.train_rewards(replace(settings, out="cut", resume=True), "start", list(AXES))
+    segment_reward.train_rewards(replace(settings, out="cut", resume=True), "start", list(AXES))
     assert log_of("whole") == log_of("cut") and len(log_of("cut")) == 6
     assert json.load(open("whole/eval.json")) == json.load(open("cut/eval.json"))
 
@@ -362,7 +364,7 @@ def test_reward_models_learn_what_they_are_shown(small_world, tmp_path, monkeypa
     model = make_model(vocab_size=get_tokenizer("animals").n_vocab, scale=1.0)
     save_checkpoint_of(tmp_path / "start", model, sft.Config())
     cfg = finegrained.reward.Config(**TINY | dict(batch_size=16), lr=3e-3, steps=120, out="r")
-    finegrained.train_rewards(cfg, "start", ["relevance"])
+    segment_reward.train_rewards(cfg, "start", ["relevance"])
     log = log_of("r")
     assert log[-1]["loss"] < 0.5 * log[0]["loss"] and log[-1]["relevance_accuracy"] > 0.85
 

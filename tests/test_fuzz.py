@@ -18,7 +18,7 @@ import pytest
 from conftest import SHARED, feedback
 
 import dpo
-import finegrained
+import segment_reward
 import ppo
 import sft
 from common.options import parse, split_type
@@ -117,7 +117,7 @@ def read_all(data, splits=("validation", "test", "train")):
     prompts = encode_prompts(tokenizer, [prompt for split in splits for prompt in data.prompts(split)])
     assert all(len(p) for p in prompts) and (not groups or pack(groups, 64 * 9))
     if hasattr(data, "spans"):
-        finegrained.load_feedback(data, "train", list(finegrained.AXES), tokenizer, 64)
+        segment_reward.load_feedback(data, "train", list(segment_reward.AXES), tokenizer, 64)
 
 
 def trouble(read, place):

@@ -19,6 +19,7 @@ import finegrained
 import ppo
 import reward
 import sample
+import segment_reward
 import sft
 import simpo
 from common import compared, grids
@@ -262,15 +263,15 @@ def test_judgements_of_spans_add_up_to_the_reward(runs):
                 assert span["axis"] == "completeness" or (span["judgement"] > 0) == (span["p_good"] > 0.5)
             same(total, row_rewards)
             axes |= {span["axis"] for span in spans}
-            cuts = [(s.axis, s.token) for s in finegrained.cut_response(TOKENIZER, response)]
+            cuts = [(s.axis, s.token) for s in segment_reward.cut_response(TOKENIZER, response)]
             assert cuts == [(s["axis"], s["last"]) for s in spans] and all(s["first"] <= s["last"] for s in spans)
-    assert axes == set(finegrained.AXES)  # factuality has weight 0 and is shown all the same
+    assert axes == set(segment_reward.AXES)  # factuality has weight 0 and is shown all the same
 
 
 def test_where_spans_begin():
     ids = TOKENIZER.encode_ordinary(" It eats mice. It can fly.") + [TOKENIZER.eot_token]
     viewer = SimpleNamespace(cfg=finegrained.Config(), span_rewards=finegrained.RewardModels(
-        [make_model(vocab_size=TOKENIZER.n_vocab, n_scalars=3)], list(finegrained.AXES), 0.0, 1.0))
+        [make_model(vocab_size=TOKENIZER.n_vocab, n_scalars=3)], list(segment_reward.AXES), 0.0, 1.0))
     spans, = numbers.judge_spans(viewer, [[1, 2]], [ids], TOKENIZER)
     places = {(s["axis"], s["first"], s["last"]) for s in spans}
     assert places == {("relevance", 0, 3), ("relevance", 4, 7), ("factuality", 0, 3), ("factuality", 4, 7), ("completeness", 0, 8)}

@@ -8,6 +8,7 @@ import dpo
 import evaluate
 import finegrained
 import ppo
+import segment_reward
 import simpo
 from common import grids
 from common.batches import all_micro_batches
@@ -244,7 +245,7 @@ def judge_spans(viewer, prompts, responses, tokenizer):
     for i, response in enumerate(responses):
         _, ends = decode_with_ends(tokenizer, response)  # characters complete after each token
         spans = []
-        for axis, last, start, _ in finegrained.cut_response(tokenizer, response):
+        for axis, last, start, _ in segment_reward.cut_response(tokenizer, response):
             p_good = None
             if axis in soft:
                 p_good = (soft[axis][i, last].item() + 1) / 2
