@@ -32,13 +32,13 @@ import torch
 
 import ppo
 import reward
-from common import checkpoints, grids
+from common import checkpoints
 from common.dist import print0
 from common.models import load_model
 from common.options import AtLeast, NonNegativeFloat, PositiveInt, parse
 from common.prerequisites import run_dir
 from common.run import Run
-from segment_reward import AXES, Mark, cut_response, judgements, train_rewards
+from segment_reward import AXES, Mark, cut_response, judge_all, train_rewards
 
 
 @dataclass
@@ -95,16 +95,14 @@ def finegrained_reward(reward_models, tokenizer, cfg):
             marks.append([Mark(s.axis, s.token, label=0) for s in segments_of_response if weights[s.axis]])
         groups = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
 
-        # Judge: a score for each segment. Scores come in the order of `indices`, and within a response in
-        # the order of its marks.
-        r = torch.zeros(grids.length_mask(responses).shape)  # (B, R)
-        for indices, _, scores in judgements(
-                reward_models.models, groups, marks, reward_models.axes, cfg.micro_tokens):
-            response_and_mark = []
-            for i in indices:
-                response_and_mark += [(i, mark) for mark in marks[i]]
-            for (i, mark), score in zip(response_and_mark, scores.cpu()):
-                # w_k R_k, added at T_j^k: segments of different axes can end at the same token.
+        # Judge: a score for each segment.
+        scores = judge_all(reward_models.models, groups, marks, reward_models.axes, cfg.micro_tokens)
+
+        # Weigh: add w_k R_k at T_j^k. (Segments of different axes can end at the same token.)
+        longest = max(map(len, responses))
+        r = torch.zeros(len(responses), longest)  # (B, R)
+        for i in range(len(responses)):
+            for mark, score in zip(marks[i], scores[i]):
                 r[i, mark.token] += weights[mark.axis] * reward_of(mark.axis, score)
         return r
 

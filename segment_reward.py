@@ -125,18 +125,22 @@ def judge(models, batch, packed_marks):
 
 
 @torch.no_grad()
-def judgements(models, groups, marks, axes, micro_tokens):
-    """Judges every mark of groups. Yields per micro-batch its indices into groups, PackedMarks, scores (M,).
+def judge_all(models, groups, marks, axes, micro_tokens):
+    """The scores of every group's marks, without gradient: a list of (len(marks[i]),) tensors on the CPU.
 
-    Marks and scores follow the order of the indices, and within a group the order of its marks.
+    Under torchrun, each process judges the groups that it is given.
     """
-    # Under torchrun each process judges the groups that it is given: in reward_fn its own responses,
-    # elsewhere the same groups as the others. A sharded model must run equally often in every process, so
-    # all_micro_batches gives them all the same number of micro-batches.
+    scores = [None] * len(groups)
+    # Lists of indices into groups, at most micro_tokens tokens each. A sharded model must run equally often
+    # in every process, so all processes get the same number of lists.
     for indices in all_micro_batches(groups, micro_tokens, models[0]):
         batch, packed_marks = pack_marks(
             [groups[i] for i in indices], [marks[i] for i in indices], axes, models[0].device)
-        yield indices, packed_marks, judge(models, batch, packed_marks)
+        n_marks = [len(marks[i]) for i in indices]
+        scores_of_groups = judge(models, batch, packed_marks).cpu().split(n_marks)
+        for i, scores_of_group in zip(indices, scores_of_groups):
+            scores[i] = scores_of_group
+    return scores
 
 
 # ------------------------------------------------------------------------------------- feedback to learn from
@@ -269,6 +273,27 @@ def count_per_axis(marks, axes):
     return {axis: max(1, n) for axis, n in n_of_axis.items()}
 
 
+def join_feedback(feedback, run):
+    """Joins spans and comparisons: the groups of both, their marks, and what each step trains on.
+
+    Returns groups, marks, and for each step a list of indices into them: batch_size responses with spans, and
+    a quarter as many comparisons. A comparison has about four responses, so that is about as many tokens.
+    """
+    cfg = run.cfg
+    batch_sizes = {"spans": cfg.batch_size, "comparisons": cfg.batch_size // 4}
+    groups, marks = [], []
+    step_batches = [[] for _ in range(cfg.steps)]
+    for kind, source in feedback.items():
+        first = len(groups)  # where this source begins in groups
+        seed = cfg.seed + first  # a different one for each source, or both would be shuffled alike
+        batches_of_source = run.shuffled_batches(source.groups, batch_sizes[kind], cfg.steps, seed)
+        for step in range(cfg.steps):
+            step_batches[step] += [first + i for i in batches_of_source[step]]
+        groups += source.groups
+        marks += source.marks
+    return groups, marks, step_batches
+
+
 def train_rewards(cfg, init, axes):
     """Trains one reward model, which starts from `init` and has a head for each of `axes`.
 
@@ -280,21 +305,10 @@ def train_rewards(cfg, init, axes):
     model.set_scalar_heads(len(axes))
     model = run.prepare(model)
 
-    # Two sources in one list of groups: responses with spans, then comparisons.
+    # Responses with annotated spans, for relevance and factuality, and comparisons, for completeness.
     feedback = load_feedback(data, "train", axes, tokenizer, cfg.max_len)
     check_feedback(feedback, axes, run)
-    groups, marks = [], []
-    step_batches = [[] for _ in range(cfg.steps)]  # for each step a list of indices into groups
-    # A comparison has about four responses, so a quarter as many comparisons have about as many tokens.
-    batch_sizes = {"spans": cfg.batch_size, "comparisons": cfg.batch_size // 4}
-    for kind, source in feedback.items():
-        first = len(groups)  # where this source begins in groups
-        seed = cfg.seed + first  # a different one for each source, or both would be shuffled alike
-        source_batches = run.shuffled_batches(source.groups, batch_sizes[kind], cfg.steps, seed)
-        for step in range(cfg.steps):
-            step_batches[step] += [first + i for i in source_batches[step]]
-        groups += source.groups
-        marks += source.marks
+    groups, marks, step_batches = join_feedback(feedback, run)
     sizes = ", ".join(f"{len(source.groups)} {kind}" for kind, source in feedback.items())
     run.print0(f"finegrained: {sizes} of {cfg.data}, {init} -> {run.out} on {run.device}")
     # Prints the first group's first response, with a | after each token at which it is judged, and warns if
@@ -364,8 +378,7 @@ def completeness_normalizer(model, feedback, axes, cfg):
     """
     groups = feedback.groups[:cfg.center_n]
     marks = feedback.marks[:cfg.center_n]
-    judged = judgements([model], groups, marks, axes, cfg.micro_tokens)
-    scores = torch.cat([scores for _, _, scores in judged])
+    scores = torch.cat(judge_all([model], groups, marks, axes, cfg.micro_tokens))
     return scores.mean().item(), scores.std().item()
 
 
@@ -379,26 +392,23 @@ def accuracy_rows(model, axes, feedback, cfg):
     guesses = {axis: [] for axis in axes}   # True where the model takes the segment for a good one
 
     # Judge all held-out feedback, and collect what came out for each axis.
-    for source in feedback.values():
-        for indices, packed_marks, scores in judgements(
-                [model], source.groups, source.marks, axes, cfg.micro_tokens):
-            batch_clusters = [source.clusters[i] for i in indices]
-            for k, axis in enumerate(axes):
-                of_axis = packed_marks.axis == k
-                s = scores[of_axis]
-                label = packed_marks.label[of_axis]
-                group = packed_marks.group[of_axis]
-                if axis == "completeness":
-                    for g in group.unique().tolist():  # one comparison
-                        of_g = group == g
-                        _, accuracy = reward.ranking_loss(s[of_g], group[of_g], label[of_g])
-                        right[axis].append(accuracy.item())
-                        clusters[axis].append(batch_clusters[g])
-                else:
-                    right[axis] += ((s > 0) == (label == 1)).tolist()
-                    clusters[axis] += [batch_clusters[g] for g in group.tolist()]
-                    labels[axis] += (label == 1).tolist()
-                    guesses[axis] += (s > 0).tolist()
+    for kind, source in feedback.items():
+        scores = judge_all([model], source.groups, source.marks, axes, cfg.micro_tokens)
+        for group_marks, group_scores, cluster in zip(source.marks, scores, source.clusters):
+            if kind == "comparisons":
+                ranks = torch.tensor([mark.label for mark in group_marks])
+                one_group = torch.zeros_like(ranks)
+                _, accuracy = reward.ranking_loss(group_scores, one_group, ranks)
+                right["completeness"].append(accuracy.item())
+                clusters["completeness"].append(cluster)
+                continue
+            for mark, score in zip(group_marks, group_scores.tolist()):
+                label = mark.label == 1
+                guess = score > 0
+                right[mark.axis].append(label == guess)
+                clusters[mark.axis].append(cluster)
+                labels[mark.axis].append(label)
+                guesses[mark.axis].append(guess)
 
     # The table: a row for each axis, with its accuracy beside that of always guessing the commoner label.
     rows = []
