@@ -8,21 +8,24 @@ k-th reward model, the reward at token t is
 
 where T_j^k is the last token of the j-th segment. R_1, relevance, judges sub-sentences; R_2, factuality,
 judges sentences; both give +1 or −1 (with --soft, a number in between). R_3, completeness, judges the whole
-response: it is the normalized score of a model trained on comparisons. PPO itself is in ppo.py; it subtracts
-the KL penalty (and missing_eos_penalty) from r_t, after --reward_clip. segment_reward.py cuts a response
-into segments, and trains the reward models that judge them. What is left for this page is the reward itself.
+response: it is the normalized score of a model trained on comparisons. In the paper, r_t also contains the
+KL penalty, −β log π(y_t|s_t)/π_ref(y_t|s_t). Here ppo.py subtracts it, after clipping the sum above
+(--reward_clip).
+
+This page computes r_t and hands it to PPO. segment_reward.py cuts responses into segments, and trains the
+reward models that judge them.
 
     python finegrained.py                          the animals world, from scratch
     python finegrained.py --reward=rm              the baseline: one reward per response
-    python finegrained.py qa_feedback              the paper's questions and feedback; SFT of GPT-2 first
+    python finegrained.py qa_feedback              the paper's data, with GPT-2
 
 By default the three reward models are three heads on one trunk; the paper trains three models, as
 --share_trunk=False does.
 
-Left out: settings of the authors' code that the recipe qa_feedback does not use (sampling at τ = 0.7 from the
-20 likeliest tokens, four responses to a prompt, whitened rewards, a value loss of weight 1, unclipped
-gradients, SFT on other questions, and sentences found with spaCy); segment_reward.py lists what is left
-out of the reward models.
+Left out, of what the authors' code does: it samples at τ = 0.7 from the 20 likeliest tokens, draws four
+responses to a prompt, whitens rewards, weights the value loss by 1, does not clip gradients, runs SFT on
+other questions than RL, and finds sentences with spaCy. segment_reward.py lists what its reward models leave
+out.
 """
 import os
 from dataclasses import dataclass, replace
@@ -52,7 +55,7 @@ class Config(ppo.Config):
     w3: float = 0.3                   # weight of completeness: ±w3 for a score one std from the mean
     soft: bool = False                # 2p − 1 instead of ±1, with p the probability that the segment is good
     reward_steps: PositiveInt = 2000  # optimizer steps of the reward models
-    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # annotated responses per step; ¼ as many comparisons
+    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # annotated responses a step; plus ¼ as many comparisons
     reward_lr: NonNegativeFloat = 2e-3  # peak learning rate of the reward models
 
 
@@ -69,7 +72,7 @@ RECIPES = {
 @dataclass
 class RewardModels:
     models: list              # one with three heads, or three with one
-    axes: list                # of their heads, in order
+    axes: list                # what each head judges, in the order of the heads
     completeness_mean: float  # of the completeness scores on training comparisons
     completeness_std: float
 
@@ -87,18 +90,20 @@ def finegrained_reward(reward_models, tokenizer, cfg):
         return score.sign()
 
     def reward_fn(prompts, responses):
-        """B prompts and responses, lists of token ids -> r_t of every response token, 0 elsewhere: (B, R)."""
-        # Segment: cut each response, differently for each axis. Segments of an axis of weight 0 are left out.
-        marks = []
+        """B prompts and responses (token ids) -> r_t of every response token, 0 on padding: (B, R)."""
+        # Segment: cut each response, differently for each axis. A mark is the last token of a segment, where
+        # the reward model of its axis is read. Segments of an axis of weight 0 are left out.
+        marks = []  # marks[i] are those of responses[i]
         for response in responses:
-            segments_of_response = cut_response(tokenizer, response)
-            marks.append([Mark(s.axis, s.token, label=0) for s in segments_of_response if weights[s.axis]])
-        groups = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
+            segments = cut_response(tokenizer, response)
+            marks.append([Mark(s.axis, s.token) for s in segments if weights[s.axis]])
 
-        # Judge: a score for each segment.
+        # Judge: scores[i] has a score for each of marks[i]. (A group is a prompt with a list of responses;
+        # in training there can be several, here it is one.)
+        groups = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
         scores = judge_all(reward_models.models, groups, marks, reward_models.axes, cfg.micro_tokens)
 
-        # Weigh: add w_k R_k at T_j^k. (Segments of different axes can end at the same token.)
+        # Weigh and place: add w_k R_k at T_j^k. (Segments of different axes can end at the same token.)
         longest = max(map(len, responses))
         r = torch.zeros(len(responses), longest)  # (B, R)
         for i in range(len(responses)):
@@ -112,7 +117,7 @@ def finegrained_reward(reward_models, tokenizer, cfg):
 # ---------------------------------------------------------------------------------------------- their folders
 
 def reward_folders(cfg):
-    """The folders of the reward models, and the axes of each one's heads: a dict."""
+    """A dict: the folder of each reward model -> the axes of its heads."""
     out = cfg.reward_models or run_dir("rewards", cfg)
     if cfg.share_trunk:
         return {out: list(AXES)}
@@ -143,17 +148,15 @@ def load_or_train(folder, axes, init, cfg):
         checkpoint = checkpoints.load_checkpoint(folder)
         if checkpoint.get("axes") != axes:
             raise SystemExit(f"{folder}: not a reward model for {', '.join(axes)} "
-                             "(--reward_models=FOLDER names another folder to train them in)")
+                             "(--reward_models=FOLDER trains them elsewhere)")
         if checkpoint["step"] == checkpoint["config"]["steps"]:
-            return checkpoint  # finished: used as it is, whatever --reward_steps says now
+            return checkpoint  # finished: used as it is, whatever this run's options say
     print0(f"no finished reward model for {', '.join(axes)} in {folder}: training it first")
     # The settings, later ones winning: those of reward.py's recipe, then --reward_steps and the like.
-    # (train_rewards does not use k, margin, center_coef and val_every; center_n is the number of comparisons
-    # behind the normalizer.)
     settings = {"recipe": cfg.recipe, **reward.RECIPES.get(cfg.recipe, {})}
     settings |= {"steps": cfg.reward_steps, "batch_size": cfg.reward_batch_size, "lr": cfg.reward_lr}
-    # These are as for PPO. All else, including the seed, comes from reward.py's recipe or defaults: runs of
-    # PPO with other seeds share their reward models.
+    # These are the same as for PPO. All else, including the seed, is as in reward.py: so runs of PPO that
+    # differ in their seed share their reward models.
     for name in ("data", "data_dir", "device", "compile", "dtype", "checkpoint_blocks", "fsdp", "max_len",
                  "micro_tokens", "n_layer", "n_head", "n_embd"):
         settings[name] = getattr(cfg, name)
@@ -177,13 +180,13 @@ def train(cfg):
     init = cfg.init or run.train_if_missing("sft")
 
     # The three reward models, then PPO from their rewards.
-    tokenizer = run.load_model(init)[1]  # only the tokenizer is kept; ppo.train loads the model itself
+    _, tokenizer = run.load_model(init)  # only the tokenizer is kept; ppo.train loads the model itself
     reward_models = load_rewards(cfg, init, tokenizer)
     reward_models.models = [run.prepare(model) for model in reward_models.models]
     reward_fn = finegrained_reward(reward_models, tokenizer, cfg)
     cfg = replace(cfg, out=run.out)
     del run  # frees the checkpoint that --resume loaded; ppo.train opens a Run of its own in this folder
-    return ppo.train(cfg, reward_fn)
+    return ppo.train(cfg, reward_fn)  # without --init, it finds the same SFT model
 
 
 if __name__ == "__main__":

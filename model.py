@@ -128,10 +128,10 @@ class GPT(nn.Module):
         self.packed_forward = packed_forward
 
     def init_weights(self):
-        """Biases 0, matrices N(0, σ²) with σ = 0.02 √(768/C): GPT-2's 0.02 at its width of 768.
+        """Biases 0, matrices N(0, σ²) with σ = 0.02 √(768/C): GPT-2's 0.02 at its width of C = 768.
 
-        With 0.02, a much narrower model learns slowly at first. For the 2·n_layer projections into the residual
-        stream, the std is σ/√(2·n_layer).
+        For the 2·n_layer projections into the residual stream, σ/√(2·n_layer). A much narrower model with
+        GPT-2's 0.02 learns slowly at first.
         """
         std = 0.02 * (768 / self.config.n_embd) ** 0.5
         for name, parameter in self.named_parameters():

@@ -3,12 +3,14 @@
 Each of three reward models judges one axis, at its own granularity, with a score s for each segment:
 
     R_1  relevance      a sub-sentence      is it relevant, new and coherent?         −log σ(s) or −log σ(−s)
-    R_2  factuality     a sentence          is it true, as far as is known?           −log σ(s) or −log σ(−s)
+    R_2  factuality     a sentence          is it true, and supported by the sources? −log σ(s) or −log σ(−s)
     R_3  completeness   the whole response  does it say all that was asked for?       −log σ(s_w − s_l)
 
 The last column is the training loss. Annotators flag errors: spans of the response, each with a category. A
-segment is bad (label 0) if a span of its axis overlaps it, and good (label 1) otherwise; R_1 and R_2 learn
-these labels by cross-entropy. R_3 learns from comparisons, as in reward.py: y_w is more complete than y_l.
+segment is bad (label 0, loss −log σ(−s)) if a span of its axis overlaps it, and otherwise good (label 1, loss
+−log σ(s)), with one exception: a sentence overlapped only by spans of relevance has no label for factuality.
+R_3 learns from comparisons, as in reward.py: y_w is more complete than y_l. finegrained.py makes rewards of
+the scores: the sign of s for R_1 and R_2, and for R_3 the score normalized to mean 0 and variance 1.
 
 An example: of "A crab has ten legs, and it can swim in the sea. It has fur." an annotator flags "it can swim
 in the sea" as Irrelevant and "It has fur" as Wrong-Grounding. Relevance has three segments, with labels 1, 0
@@ -83,10 +85,14 @@ def cut_response(tokenizer, response):
 # ------------------------------------------------------------------------------------------- judging segments
 
 class Mark(NamedTuple):
-    """A response token at which a reward model is read, and in training the label to learn there."""
+    """Marks the end of a segment: the response token at which a reward model is read.
+
+    The label is for training. Relevance, factuality: 1 for a good segment, 0 for a bad one. Completeness: the
+    response's rank, 0 for the best.
+    """
     axis: str
     token: int  # counted from the start of its group's first response
-    label: int  # relevance, factuality: 1 good, 0 bad; completeness: a rank, 0 best. reward_fn sets 0
+    label: int = 0
 
 
 @dataclass
@@ -114,10 +120,12 @@ def pack_marks(groups, marks, axes, device):
 def judge(models, batch, packed_marks):
     """Each mark's score, from the head of its axis: (M,) float32.
 
-    Concatenated, the models' heads are in the order of the axes.
+    models: one with a head for each axis, or one for each axis. Either way, the heads are in the order of the
+    axes.
     """
-    # A judgement is read at the segment's last token itself, not at the state before it as V(s_t) is.
-    # token_index (N,): where each response token stands among all tokens of the batch, prompts included.
+    # A score is read at the position of the segment's last token. (V(s_t) is read one position earlier,
+    # before token t.) token_index (N,): where each response token stands among all tokens of the batch,
+    # prompts included.
     positions = batch.token_index[packed_marks.token]
     scores = [model.scalars(model.states(batch, positions)) for model in models]
     scores = torch.cat(scores, 1)  # (M, axes): every head scores every mark
@@ -157,8 +165,8 @@ def load_feedback(data, split, axes, tokenizer, max_len, limit=None):
 
     limit: at most this many examples of each kind. An example longer than max_len loses the beginning of its
     prompt, and if that is not enough the end of its response, and with it the EOS. What is left of a response
-    decodes to the beginning of the annotated text, so the spans' offsets stay valid; a span beyond the cut
-    overlaps no segment.
+    decodes to the beginning of the annotated text, so the spans' offsets stay valid. A span beyond the cut
+    overlaps no segment, so a sentence that is cut before its error counts as good.
     """
     feedback = {}
     if "relevance" in axes or "factuality" in axes:
@@ -193,9 +201,9 @@ def span_marks(tokenizer, group, spans, axes):
 def segment_label(segment, spans):
     """1 for a good segment, 0 if a span of its axis overlaps it, None if its label is unknown.
 
-    Annotators did not judge the truth of what they had flagged as irrelevant, redundant or incoherent: where
-    spans overlap, but none of factuality, factuality is unknown (as in the code of arXiv:2306.01693). spans:
-    [(start, end, category), …] in characters.
+    Annotators did not judge the truth of what they had flagged as irrelevant, redundant or incoherent. So if
+    spans overlap a sentence, and none of them is an error of factuality, its factuality is unknown (as in the
+    code of arXiv:2306.01693). spans: [(start, end, category), …] in characters.
     """
     overlapping = [category for start, end, category in spans if start < segment.end and segment.start < end]
     if any(category in AXES[segment.axis] for category in overlapping):
@@ -228,6 +236,7 @@ def check_feedback(feedback, axes, run):
             run.print0(f"{every_or_no} segment of {run.cfg.data} is flagged as {' or '.join(AXES[axis])}: "
                        f"the {axis} model has nothing to learn")
     if "comparisons" in feedback:
+        # Cut to max_len, two responses can be the same tokens: no loss can order them.
         comparisons = feedback["comparisons"]
         ranks = [[mark.label for mark in marks] for marks in comparisons.marks]
         check_pairs(comparisons.groups, ranks, run.cfg.max_len, run.cfg.data)
@@ -239,7 +248,7 @@ def reward_losses(scores, packed_marks, axes):
     """The summed loss and the number of correct judgements of each axis: dicts. scores: (M,), one per mark.
 
     Relevance and factuality: the sum over segments of the cross-entropy of σ(score) with the label.
-    Completeness: the sum over comparisons of the mean of −log σ(r_w − r_l) over the comparison's pairs.
+    Completeness: the sum over comparisons of the mean of −log σ(s_w − s_l) over the comparison's pairs.
     """
     losses, right = {}, {}
     for k, axis in enumerate(axes):
@@ -261,7 +270,10 @@ def reward_losses(scores, packed_marks, axes):
 
 
 def count_per_axis(marks, axes):
-    """How many labelled segments each axis has, and for completeness how many comparisons; at least 1."""
+    """How many labelled segments each axis has, and for completeness how many comparisons.
+
+    At least 1, for divisions: an axis without any has a loss of 0.
+    """
     n_of_axis = dict.fromkeys(axes, 0)
     for group_marks in marks:
         for axis in axes:
@@ -286,6 +298,7 @@ def join_feedback(feedback, run):
     for kind, source in feedback.items():
         first = len(groups)  # where this source begins in groups
         seed = cfg.seed + first  # a different one for each source, or both would be shuffled alike
+        # For each step a list of indices into source.groups.
         batches_of_source = run.shuffled_batches(source.groups, batch_sizes[kind], cfg.steps, seed)
         for step in range(cfg.steps):
             step_batches[step] += [first + i for i in batches_of_source[step]]
@@ -335,7 +348,7 @@ def train_rewards(cfg, init, axes):
             batch, packed_marks = pack_marks(
                 [groups[i] for i in indices], [marks[i] for i in indices], axes, run.device)
 
-            # Relevance, factuality: −log σ(±score) of each segment. Completeness: −log σ(r_w − r_l).
+            # Relevance, factuality: −log σ(±score) of each segment. Completeness: −log σ(s_w − s_l).
             scores = judge([model], batch, packed_marks)  # (M,)
             losses, right = reward_losses(scores, packed_marks, axes)
             loss = sum(losses[axis] / n_of_axis[axis] for axis in axes)
@@ -372,9 +385,10 @@ def train_rewards(cfg, init, axes):
 def completeness_normalizer(model, feedback, axes, cfg):
     """The mean and standard deviation of the completeness scores of some comparisons.
 
-    Training sees only differences of scores (no center_coef), so each prompt's scores have a free offset. One
-    mean and standard deviation for all prompts does not remove it; but it is the same for all responses to a
-    prompt, and V(s) can learn it.
+    The loss sees only differences of scores within a prompt (there is no center_coef), so each prompt's
+    scores have an arbitrary offset, which one mean for all prompts cannot remove. It is the same for all
+    responses to a prompt, so V(s) can learn it; but it adds to the standard deviation, and so makes R_3
+    smaller.
     """
     groups = feedback.groups[:cfg.center_n]
     marks = feedback.marks[:cfg.center_n]
@@ -385,7 +399,7 @@ def completeness_normalizer(model, feedback, axes, cfg):
 # --------------------------------------------------------------------------------------------- their accuracy
 
 def accuracy_rows(model, axes, feedback, cfg):
-    """A row per axis: the accuracy, that of the best constant guess, and for segments the F1 on errors."""
+    """A row per axis: the accuracy, that of guessing without reading, and for segments the F1 on errors."""
     right = {axis: [] for axis in axes}     # is the judgement right? For a comparison, the share of its pairs
     clusters = {axis: [] for axis in axes}  # of the prompt
     labels = {axis: [] for axis in axes}    # True for a good segment
