@@ -55,7 +55,7 @@ class Config(ppo.Config):
     w3: float = 0.3                   # weight of completeness: ±w3 for a score one std from the mean
     soft: bool = False                # 2p − 1 instead of ±1, with p the probability that the segment is good
     reward_steps: PositiveInt = 2000  # optimizer steps of the reward models
-    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # annotated responses a step; plus ¼ as many comparisons
+    reward_batch_size: Annotated[int, AtLeast(4)] = 64  # responses with spans a step; ¼ as many comparisons
     reward_lr: NonNegativeFloat = 2e-3  # peak learning rate of the reward models
 
 

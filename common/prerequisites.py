@@ -9,10 +9,10 @@ from common.digests import file_digest
 from common.dist import print0
 
 NAMES = {"sft": "SFT", "reward": "reward"}  # of the models that other stages need, as printed
-# An SFT model that is trained because another stage needs it gets a final table of at most this many prompts.
-# Its answers to all prompts are in that stage's own table. (The SFT table's first row is an untrained model,
-# whose answers seldom end, and so take long.)
-SFT_EVAL_N = 100
+# A model that is trained because another stage needs it is evaluated on at most this many held-out prompts or
+# comparisons, to save time. (The SFT table's first row is an untrained model, whose answers seldom end; the
+# reward model scores eight responses to a prompt, before, during and after training.)
+EVAL_N = {"sft": 100, "reward": 250}
 
 
 def run_dir(stage, cfg):
@@ -48,8 +48,7 @@ def train_if_missing(stage, cfg):
                      "max_len", "n_layer", "n_head", "n_embd"):
             settings[name] = getattr(cfg, name)
         page_cfg = page.Config(**settings, resume=bool(checkpoint_files(out)))
-        if stage == "sft":
-            page_cfg.eval_n = min(page_cfg.eval_n, SFT_EVAL_N)
+        page_cfg.eval_n = min(page_cfg.eval_n, EVAL_N[stage])
         page.train(page_cfg)
         print0()
     torch.manual_seed(cfg.seed)  # the random state does not depend on whether anything was trained

@@ -46,7 +46,7 @@ def test_from_nothing_to_a_table(tmp_path, monkeypatch, small_world, capsys):
     """`python dpo.py` on a fresh clone: SFT, DPO, the table, the files."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sft.RECIPES, "animals", dict(steps=20, batch_size=8, eval_n=20))
-    monkeypatch.setattr(prerequisites, "SFT_EVAL_N", 15)
+    monkeypatch.setitem(prerequisites.EVAL_N, "sft", 15)
     policy = dpo.train(dpo.Config(**TINY, steps=10, eval_n=20))
     assert isinstance(policy, torch.nn.Module)
     out = capsys.readouterr().out
