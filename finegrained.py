@@ -9,8 +9,8 @@ k-th reward model, the reward at token t is
 where T_j^k is the last token of the j-th segment. R_1, relevance, judges sub-sentences; R_2, factuality,
 judges sentences; both give +1 or −1 (with --soft, a number in between). R_3, completeness, judges the whole
 response: it is the normalized score of a model trained on comparisons. In the paper, r_t also contains the
-KL penalty, −β log π(y_t|s_t)/π_ref(y_t|s_t). Here ppo.py subtracts it, after clipping the sum above
-(--reward_clip).
+KL penalty, −β log π(y_t|s_t)/π_ref(y_t|s_t). Here ppo.py subtracts it, after clipping each token's sum to
+±reward_clip, if that is set.
 
 This page computes r_t and hands it to PPO. segment_reward.py cuts responses into segments, and trains the
 reward models that judge them.
@@ -22,10 +22,9 @@ reward models that judge them.
 By default the three reward models are three heads on one trunk; the paper trains three models, as
 --share_trunk=False does.
 
-Left out, of what the authors' code does: it samples at τ = 0.7 from the 20 likeliest tokens, draws four
-responses to a prompt, whitens rewards, weights the value loss by 1, does not clip gradients, runs SFT on
-other questions than RL, and finds sentences with spaCy. segment_reward.py lists what its reward models leave
-out.
+The authors' code differs: it samples at τ = 0.7 from the 20 likeliest tokens, draws four responses to a
+prompt, whitens rewards, weights the value loss by 1, does not clip gradients, runs SFT on other questions
+than RL, and finds sentences with spaCy. segment_reward.py lists what its reward models leave out.
 """
 import os
 from dataclasses import dataclass, replace
@@ -91,15 +90,16 @@ def finegrained_reward(reward_models, tokenizer, cfg):
 
     def reward_fn(prompts, responses):
         """B prompts and responses (token ids) -> r_t of every response token, 0 on padding: (B, R)."""
-        # Segment: cut each response, differently for each axis. A mark is the last token of a segment, where
-        # the reward model of its axis is read. Segments of an axis of weight 0 are left out.
+        # Segment: cut each response, differently for each axis. A Mark is the axis of a segment and T_j^k, its
+        # last token, counted in the response: the reward model is read there, and the reward paid there.
+        # Segments of an axis of weight 0 are left out.
         marks = []  # marks[i] are those of responses[i]
         for response in responses:
             segments = cut_response(tokenizer, response)
             marks.append([Mark(s.axis, s.token) for s in segments if weights[s.axis]])
 
-        # Judge: scores[i] has a score for each of marks[i]. (A group is a prompt with a list of responses;
-        # in training there can be several, here it is one.)
+        # Judge: scores[i] has a score for each of marks[i], a logit for relevance and factuality. (A group is
+        # a prompt with a list of responses; in training there can be several, here it is one.)
         groups = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
         scores = judge_all(reward_models.models, groups, marks, reward_models.axes, cfg.micro_tokens)
 
@@ -114,7 +114,7 @@ def finegrained_reward(reward_models, tokenizer, cfg):
     return reward_fn
 
 
-# ---------------------------------------------------------------------------------------------- their folders
+# ---------------------------------------------------------------------- loading or training the reward models
 
 def reward_folders(cfg):
     """A dict: the folder of each reward model -> the axes of its heads."""
@@ -152,11 +152,11 @@ def load_or_train(folder, axes, init, cfg):
         if checkpoint["step"] == checkpoint["config"]["steps"]:
             return checkpoint  # finished: used as it is, whatever this run's options say
     print0(f"no finished reward model for {', '.join(axes)} in {folder}: training it first")
-    # The settings, later ones winning: those of reward.py's recipe, then --reward_steps and the like.
+    # Settings; later ones win. First those of reward.py's recipe, then this run's --reward_steps and so on.
     settings = {"recipe": cfg.recipe, **reward.RECIPES.get(cfg.recipe, {})}
     settings |= {"steps": cfg.reward_steps, "batch_size": cfg.reward_batch_size, "lr": cfg.reward_lr}
-    # These are the same as for PPO. All else, including the seed, is as in reward.py: so runs of PPO that
-    # differ in their seed share their reward models.
+    # Last, the settings that are the same as for PPO. The seed is not among them, so runs of PPO with other
+    # seeds share their reward models.
     for name in ("data", "data_dir", "device", "compile", "dtype", "checkpoint_blocks", "fsdp", "max_len",
                  "micro_tokens", "n_layer", "n_head", "n_embd"):
         settings[name] = getattr(cfg, name)
@@ -180,7 +180,7 @@ def train(cfg):
     init = cfg.init or run.train_if_missing("sft")
 
     # The three reward models, then PPO from their rewards.
-    _, tokenizer = run.load_model(init)  # only the tokenizer is kept; ppo.train loads the model itself
+    tokenizer = run.load_model(init)[1]  # the model is not kept: ppo.train loads its own
     reward_models = load_rewards(cfg, init, tokenizer)
     reward_models.models = [run.prepare(model) for model in reward_models.models]
     reward_fn = finegrained_reward(reward_models, tokenizer, cfg)

@@ -26,7 +26,7 @@ Left out:
   - the paper's filter, which drops error spans shorter than five words (in its code, only for relevance)
   - its reward models' encoders, which read the whole response, with separator tokens: here a causal model is
     read at a segment's last token, and sees nothing after it
-  - hiding the passages from the relevance model, as the authors' code does
+  - hiding the passages from the relevance model, as the authors' code does; here all models see them
   - completeness labels from matching passages (see data/qa_feedback.py)
 """
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ def cut_response(tokenizer, response):
 # ------------------------------------------------------------------------------------------- judging segments
 
 class Mark(NamedTuple):
-    """Marks the end of a segment: the response token at which a reward model is read.
+    """The last token of a segment: the response token at which a reward model is read.
 
     The label is for training. Relevance, factuality: 1 for a good segment, 0 for a bad one. Completeness: the
     response's rank, 0 for the best.
@@ -123,9 +123,8 @@ def judge(models, batch, packed_marks):
     models: one with a head for each axis, or one for each axis. Either way, the heads are in the order of the
     axes.
     """
-    # A score is read at the position of the segment's last token. (V(s_t) is read one position earlier,
-    # before token t.) token_index (N,): where each response token stands among all tokens of the batch,
-    # prompts included.
+    # token_index (N,): where each response token stands among all tokens of the batch, prompts included. A
+    # score is read at the segment's last token itself. (V(s_t), by contrast, is read one token earlier.)
     positions = batch.token_index[packed_marks.token]
     scores = [model.scalars(model.states(batch, positions)) for model in models]
     scores = torch.cat(scores, 1)  # (M, axes): every head scores every mark
@@ -139,8 +138,8 @@ def judge_all(models, groups, marks, axes, micro_tokens):
     Under torchrun, each process judges the groups that it is given.
     """
     scores = [None] * len(groups)
-    # Lists of indices into groups, at most micro_tokens tokens each. A sharded model must run equally often
-    # in every process, so all processes get the same number of lists.
+    # Lists of indices into groups, at most micro_tokens tokens each (a longer group goes alone). A sharded
+    # model must run equally often in every process: a process that has too few lists halves its largest.
     for indices in all_micro_batches(groups, micro_tokens, models[0]):
         batch, packed_marks = pack_marks(
             [groups[i] for i in indices], [marks[i] for i in indices], axes, models[0].device)
@@ -157,7 +156,7 @@ def judge_all(models, groups, marks, axes, micro_tokens):
 class Feedback:
     groups: list    # (prompt_ids, [response_ids, …])
     marks: list     # for each group a list of Mark
-    clusters: list  # of each group's prompt; standard errors treat a cluster as one sample
+    clusters: list  # for each group, the cluster of its prompt: standard errors treat it as one sample
 
 
 def load_feedback(data, split, axes, tokenizer, max_len, limit=None):
@@ -236,7 +235,8 @@ def check_feedback(feedback, axes, run):
             run.print0(f"{every_or_no} segment of {run.cfg.data} is flagged as {' or '.join(AXES[axis])}: "
                        f"the {axis} model has nothing to learn")
     if "comparisons" in feedback:
-        # Cut to max_len, two responses can be the same tokens: no loss can order them.
+        # Prints how many pairs are the same tokens, as cut to max_len, so that no loss can order them. Exits
+        # if all are.
         comparisons = feedback["comparisons"]
         ranks = [[mark.label for mark in marks] for marks in comparisons.marks]
         check_pairs(comparisons.groups, ranks, run.cfg.max_len, run.cfg.data)
@@ -289,7 +289,7 @@ def join_feedback(feedback, run):
     """Joins spans and comparisons: the groups of both, their marks, and what each step trains on.
 
     Returns groups, marks, and for each step a list of indices into them: batch_size responses with spans, and
-    a quarter as many comparisons. A comparison has about four responses, so that is about as many tokens.
+    a quarter as many comparisons. A comparison has about four responses, so that is about as many responses.
     """
     cfg = run.cfg
     batch_sizes = {"spans": cfg.batch_size, "comparisons": cfg.batch_size // 4}
@@ -297,7 +297,7 @@ def join_feedback(feedback, run):
     step_batches = [[] for _ in range(cfg.steps)]
     for kind, source in feedback.items():
         first = len(groups)  # where this source begins in groups
-        seed = cfg.seed + first  # a different one for each source, or both would be shuffled alike
+        seed = cfg.seed + first  # any number, as long as the sources are not shuffled in the same order
         # For each step a list of indices into source.groups.
         batches_of_source = run.shuffled_batches(source.groups, batch_sizes[kind], cfg.steps, seed)
         for step in range(cfg.steps):
@@ -325,10 +325,12 @@ def train_rewards(cfg, init, axes):
     sizes = ", ".join(f"{len(source.groups)} {kind}" for kind, source in feedback.items())
     run.print0(f"finegrained: {sizes} of {cfg.data}, {init} -> {run.out} on {run.device}")
     # Prints the first group's first response, with a | after each token at which it is judged, and warns if
-    # the data look wrong. (In a comparison, other marks belong to the later responses.)
-    judged_tokens = [mark.token for mark in marks[0]]
+    # the data look wrong.
+    _, (response, *_) = groups[0]
+    judged_tokens = [mark.token for mark in marks[0] if mark.token < len(response)]
     run.show_data(groups, loss_tokens=[judged_tokens])
 
+    # β2 is 0.99, as in reward.py: the gradients are noisy.
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.99))
     console = ["loss"] + [f"{axis}_accuracy" for axis in axes]  # the columns that the console shows
     run.start_or_resume(model, optimizer, console)
@@ -361,9 +363,9 @@ def train_rewards(cfg, init, axes):
         lr = cfg.lr * run.lr_schedule(step)
         grad_norm = optimizer_step(model, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log the batch means: each term was divided by the batch's count, so the sum over micro-batches
-        # and processes is a mean. Save a checkpoint when one is due; the last one is saved below, with the
-        # normalizer.
+        # 3. Log the batch means: every term was already divided by its count in the whole batch, so the sums
+        # over micro-batches and processes are means. Save a checkpoint when one is due; the last one is saved
+        # below, with the normalizer.
         run.log(step + 1, **metrics.total(), lr=lr, grad_norm=grad_norm)
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, model, optimizer, axes=axes)
@@ -385,10 +387,10 @@ def train_rewards(cfg, init, axes):
 def completeness_normalizer(model, feedback, axes, cfg):
     """The mean and standard deviation of the completeness scores of some comparisons.
 
-    The loss sees only differences of scores within a prompt (there is no center_coef), so each prompt's
-    scores have an arbitrary offset, which one mean for all prompts cannot remove. It is the same for all
-    responses to a prompt, so V(s) can learn it; but it adds to the standard deviation, and so makes R_3
-    smaller.
+    The loss sees only differences of scores within a prompt, so the scores of every prompt may carry an offset
+    of their own (reward.py's center_coef, which would pull it to 0, is not used here). Subtracting one mean
+    leaves these offsets in place. In PPO they do little harm: an offset is the same for all responses to a
+    prompt, so V(s) can learn it. But they raise the standard deviation that we divide by, and so shrink R_3.
     """
     groups = feedback.groups[:cfg.center_n]
     marks = feedback.marks[:cfg.center_n]
@@ -424,10 +426,11 @@ def accuracy_rows(model, axes, feedback, cfg):
                 labels[mark.axis].append(label)
                 guesses[mark.axis].append(guess)
 
-    # The table: a row for each axis, with its accuracy beside that of always guessing the commoner label.
+    # The table: a row for each axis, with its accuracy beside that of guessing without reading: the commoner
+    # label, or one of two responses.
     rows = []
     for axis in axes:
-        # The table's first column is called "checkpoint", and it wants a _se beside each number.
+        # The table's first column is called "checkpoint"; each number needs a column NAME_se beside it.
         row = {"checkpoint": axis, "majority": None, "majority_se": None, "f1": None, "f1_se": None}
         if axis == "completeness":
             row["majority"] = 0.5  # guessing which of two responses is better
