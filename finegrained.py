@@ -90,8 +90,8 @@ def finegrained_reward(reward_models, tokenizer, cfg):
 
     def reward_fn(prompts, responses):
         """B prompts and responses (token ids) -> r_t of every response token, 0 on padding: (B, R)."""
-        # Segment: cut each response, differently for each axis. A Mark is the axis of a segment and T_j^k, its
-        # last token, counted in the response: the reward model is read there, and the reward paid there.
+        # Segment: cut each response, differently for each axis. A Mark is the axis of a segment and T_j^k,
+        # its last token, counted in the response: the reward model is read there, and the reward paid there.
         # Segments of an axis of weight 0 are left out.
         marks = []  # marks[i] are those of responses[i]
         for response in responses:

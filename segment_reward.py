@@ -139,7 +139,7 @@ def judge_all(models, groups, marks, axes, micro_tokens):
     """
     scores = [None] * len(groups)
     # Lists of indices into groups, at most micro_tokens tokens each (a longer group goes alone). A sharded
-    # model must run equally often in every process: a process that has too few lists halves its largest.
+    # model must run equally often in every process, so all processes get the same number of lists.
     for indices in all_micro_batches(groups, micro_tokens, models[0]):
         batch, packed_marks = pack_marks(
             [groups[i] for i in indices], [marks[i] for i in indices], axes, models[0].device)
@@ -343,9 +343,8 @@ def train_rewards(cfg, init, axes):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone). Under
-        # torchrun, each process takes its own share of the batch. All have the same number of micro-batches,
-        # because a sharded model's processes must run forward and backward together: a process that would
-        # have fewer halves its largest.
+        # torchrun, each process takes its own share of the batch, in as many micro-batches as every other: a
+        # sharded model's processes must run forward and backward together.
         for indices in run.micro_batches(step_batches[step], groups):
             batch, packed_marks = pack_marks(
                 [groups[i] for i in indices], [marks[i] for i in indices], axes, run.device)
@@ -387,10 +386,11 @@ def train_rewards(cfg, init, axes):
 def completeness_normalizer(model, feedback, axes, cfg):
     """The mean and standard deviation of the completeness scores of some comparisons.
 
-    The loss sees only differences of scores within a prompt, so the scores of every prompt may carry an offset
-    of their own (reward.py's center_coef, which would pull it to 0, is not used here). Subtracting one mean
-    leaves these offsets in place. In PPO they do little harm: an offset is the same for all responses to a
-    prompt, so V(s) can learn it. But they raise the standard deviation that we divide by, and so shrink R_3.
+    The loss sees only differences of scores within a prompt, so the scores of every prompt may carry an
+    offset of their own (reward.py's center_coef, which would pull it to 0, is not used here). Subtracting one
+    mean leaves these offsets in place. In PPO they do little harm: an offset is the same for all responses to
+    a prompt, so V(s) can learn it. But they raise the standard deviation that we divide by, and so shrink
+    R_3.
     """
     groups = feedback.groups[:cfg.center_n]
     marks = feedback.marks[:cfg.center_n]
