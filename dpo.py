@@ -16,6 +16,9 @@ likelihood of comparisons directly, without a reward model and without sampling:
 
     L(θ) = −E log σ( β log π_θ(y_w|x)/π_ref(y_w|x) − β log π_θ(y_l|x)/π_ref(y_l|x) )                (eq. 7)
 
+Its gradient raises log π_θ(y_w|x) and lowers log π_θ(y_l|x), both with the weight β σ(r_l − r_w), where r is
+the implicit reward β log π_θ/π_ref: most for the pairs that the policy still gets wrong.
+
 In the comments below, log π/π_ref (y|x) is short for log π_θ(y|x)/π_ref(y|x), a sum over the tokens of y
 (or, with --ipo_average, a mean).
 
@@ -76,7 +79,9 @@ RECIPES = {
                  warmup=150, ckpt_every=500, eval_n=64),
 }
 
-CONSOLE = ["loss", "accuracy", "margin", "chosen_logp", "rejected_logp", "grad_norm"]  # log.jsonl has more
+# log.jsonl has more. The margin should rise. chosen_logp may fall, as long as rejected_logp falls further:
+# eq. 7 sees only the difference.
+CONSOLE = ["loss", "accuracy", "margin", "chosen_logp", "rejected_logp", "grad_norm"]
 
 
 def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, beta, label_smoothing=0.0,
@@ -123,9 +128,9 @@ def pair_logp(policy, pairs, average=False):
     one row, so the prompt goes through the model once. Each response sees the prompt and itself, and its
     positions continue from the prompt's, so the log-probs equal those of two separate rows, up to rounding.
     The training loop uses this function, for the policy and, with --precompute_ref=False, for the reference.
-    Before and after the loop, run.logp_of_batches and run.logp_of_responses use response_logp of
-    common/scoring.py: the same sums, for any number of responses to a prompt. If you change one of the two,
-    change the other; a test compares them.
+    Before and after the loop, run.logp_of_batches and run.logp_of_responses compute the same sums, for any
+    number of responses to a prompt, with response_logp of common/scoring.py. If you change this function,
+    change that one too; a test checks that they agree.
     """
     batch = pack(pairs).to(policy.device)
     logprobs = policy.logprobs(batch)       # (N,): one per response token
@@ -136,12 +141,12 @@ def pair_logp(policy, pairs, average=False):
 
 
 def compare_with_reference(run, policy, ref_name, ref_policy):
-    """Ends the run: prints two tables, each with a row for the reference and a row for the policy.
+    """The final evaluation: prints two tables, each with a row for the reference and a row for the policy.
 
     - Answers to the first eval_n prompts of the test split: KL to the reference, length and, with the data's
       true reward or --reward_model, reward and win rate against the reference.
     - The first eval_n comparisons of the validation split: how often the implicit rewards β log π/π_ref rank
-      the responses correctly. Those of the reference itself are all 0: all pairs tie, its accuracy is 0.5.
+      the responses correctly. The reference's own are all 0, so all its pairs tie and its accuracy is 0.5.
     """
     cfg = run.cfg
     # The same comparisons in two forms: text with ranks, and token ids, [(prompt_ids, [response_ids, …]), …].
@@ -172,9 +177,9 @@ def train(cfg):
     policy, _ = run.load_model(init_name)  # the second value is the tokenizer; run keeps it too
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
-    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. The prompt and
-    # the longer response must fit into max_len tokens. If they do not, the prompt loses its beginning, but is
-    # not cut below max_len // 2 tokens. A response that still does not fit loses its end, and with it its
+    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the
+    # prompt and the longer response exceed max_len tokens, the prompt is cut at its start, down to
+    # max_len // 2 tokens at the least. A response that is still too long is cut at its end, and loses its
     # EOS.
     pairs = run.encode_pairs(run.data.comparisons("train"))
     # One list per step, of exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its
@@ -187,19 +192,19 @@ def train(cfg):
     # weights here; with --resume, run.start_or_resume below loads those of the last checkpoint.
     ref_name = cfg.ref or init_name
     if cfg.ref:
-        ref_policy = run.load_reference(ref_name, policy)  # frozen; of the policy's shape and tokenizer
+        ref_policy = run.load_reference(ref_name, policy)  # frozen; must have policy's shape and tokenizer
     else:
         ref_policy = copy.deepcopy(policy).requires_grad_(False)
-    policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
+    # Moved to the device; sharded or compiled if asked for. (Only now: a sharded model cannot be copied.)
+    policy = run.prepare(policy)
     ref_policy = run.prepare(ref_policy)
 
     # π_ref is frozen, so by default its log-probs are computed once, before training, for all pairs that
-    # `batches` visits: row i holds the two of pairs[i], and every process gets all rows. They are not saved:
-    # a resumed run computes them again.
-    # Each pair is computed in the micro-batch in which training first meets it. The packing is then the same,
-    # and so is the rounding: without --ref, all pairs of the first batch tie exactly. (Except on a GPU, where
-    # a compiled pass with gradients may round differently from one without.) In later epochs the packing
-    # differs, which changes nothing but rounding.
+    # `batches` visits: row i holds the two of pairs[i], on the policy's device and in every process (0 if
+    # training never visits the pair). They are not saved: a resumed run computes them again.
+    # Each pair is computed in the micro-batch in which training first meets it, so that packing and rounding
+    # are the same: without --ref, all pairs of the first batch tie exactly. An exception is a compiled model
+    # on a GPU, whose pass with gradients may round differently from the one without.
     if cfg.precompute_ref:
         ref_logp = run.logp_of_batches(ref_policy, pairs, batches, cfg.ipo_average)  # (len(pairs), 2)
         ref_policy = None  # frees its memory
@@ -219,8 +224,8 @@ def train(cfg):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Under
-        # torchrun, each process takes its own share of the batch, in as many micro-batches as every other: a
-        # sharded model's processes must run forward and backward together.
+        # torchrun, each process takes its own share of the batch. All processes get the same number of micro-
+        # batches, because those of a sharded model must run forward and backward together.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp = pair_logp(
                 policy, [pairs[i] for i in indices], cfg.ipo_average)  # (b,) each
@@ -247,15 +252,15 @@ def train(cfg):
         # of the whole batch. (A sharded model has already summed them, in its backward pass.)
         sync_gradients(policy)
 
-        # One optimizer step on the whole batch: clip, step and clear. If a gradient is not finite, the
-        # weights stay as they are.
-        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then half a cosine to 0
+        # 3. One optimizer step on the whole batch: clip the gradients, step, zero them. If a gradient is not
+        # finite, the weights stay as they are.
+        lr = cfg.lr * run.lr_schedule(step)  # a factor: linear to 1, then half a cosine to 0
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log the batch means: the sums over all processes, divided by the batch size.
+        # 4. Log the batch means: the sums over all processes, divided by the batch size.
         run.log(step + 1, **metrics.mean(cfg.batch_size), lr=lr, grad_norm=grad_norm)
 
-        # 4. Save a checkpoint every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one
+        # 5. Save a checkpoint every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one
         # too, and exits, skipping the tables below.
         run.save_if_due(step + 1, policy, optimizer)
 
@@ -263,7 +268,7 @@ def train(cfg):
     if cfg.eval_n > 0:
         del optimizer  # frees memory for the evaluation
         if ref_policy is None:
-            ref_policy = run.load_again(ref_name)  # freed above; frozen and prepared, as before
+            ref_policy = run.load_again(ref_name)  # precompute_ref dropped it; again frozen and prepared
         compare_with_reference(run, policy, ref_name, ref_policy)
     return policy
 

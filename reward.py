@@ -11,20 +11,21 @@ the prompt once for all of them. The loss averages over these pairs:
 
     L(θ) = −E_x [ 1/(K choose 2) Σ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]                             (eq. 1)
 
-Eq. 1 sees only differences within a prompt, so each prompt's scores have a free offset. Two things set it:
+Eq. 1 sees only differences within a prompt, so each prompt's scores have a free offset. We remove it in two
+steps:
 
-- During training, a small term center_coef · (2 r̄)² pulls each prompt's mean score r̄ to 0, so that all
-  prompts share one level. Otherwise PPO's value model would have to learn a separate offset for each prompt.
-  Its gradient is the same for each of a prompt's scores, so it moves their mean and not their differences.
-  (It is ours; at K = 2 it is the (r_w + r_l)² of arXiv:2312.09244.)
+- During training, a small term center_coef · (2 r̄)² pulls the mean score r̄ of a prompt's responses to 0, so
+  that all prompts share one level. Otherwise PPO's value model would have to learn a separate offset for each
+  prompt. The term's derivative is the same for each of the K scores, so it pushes on their mean and not on
+  their differences. (It is ours; at K = 2 it is the (r_w + r_l)² of arXiv:2312.09244.)
 - At the end, as in InstructGPT, the head's bias is shifted once, so that demonstrations score 0 on average:
   that sets the common level.
 
 The final checkpoint also holds the standard deviation of the demonstrations' scores, by which ppo.py
---normalize_reward divides scores. With --margin, r_w should exceed r_l by a constant.
+--normalize_reward divides scores. --margin is subtracted inside σ: r_w should exceed r_l by more than that.
 
     python reward.py                                the animals world; trains its SFT model first
-    python reward.py hh --init=out/sft-hh           Anthropic's HH-RLHF, GPT-2
+    python reward.py hh                             Anthropic's HH-RLHF, GPT-2
     python reward.py imdb                           the sentiment of IMDb reviews
     python reward.py tldr                           summaries of Reddit posts
     python reward.py qa_feedback                    long answers to questions
@@ -52,7 +53,7 @@ from engine.packing import pack
 
 @dataclass
 class Config(RunConfig):
-    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); of a file, all
+    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); a file: all
     margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m); arXiv:2307.09288 eq. 2 varies it
     center_coef: NonNegativeFloat = 0.01  # weight of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1200           # optimizer steps
@@ -78,8 +79,9 @@ RECIPES = {
     # arXiv:2009.01325 B.1, its 1.3B model: batch 64, lr 1.5e-5; one epoch of the 92,858 released pairs
     "tldr": dict(data="tldr", k=2, steps=1450, batch_size=64, micro_tokens=16384, max_len=640, lr=1.5e-5,
                  warmup=50, val_every=250, log_every=10, ckpt_every=500),
-    # Positive against negative reviews, two epochs of 12,500 pairs. All share one prompt, so there is no
-    # difference between prompts to remove, and center_coef is 0
+    # Positive against negative reviews, paired arbitrarily, two epochs of 12,500 pairs. All have the same empty
+    # prompt, so there are no offsets between prompts, and pulling each pair's mean to 0 would squeeze real
+    # differences: center_coef is 0
     "imdb": dict(data="imdb", k=2, center_coef=0.0, steps=390, batch_size=64, micro_tokens=16384, max_len=136,
                  lr=1e-5, warmup=20, val_every=100, log_every=10, ckpt_every=100),
 }
@@ -156,21 +158,21 @@ def train(cfg):
     run = Run("reward", cfg)  # the device, the folder, the log and the checkpoints
     init_name = cfg.init or run.train_if_missing("sft")
 
-    # It may be a policy or a reward model: either way, it gets a new scalar head.
+    # The initial model may be a policy or a reward model: either way, it gets a new scalar head.
     reward_model, tokenizer = run.load_model(init_name, require_policy=False)
     reward_model.set_scalar_heads(1)  # a new head with random weights, bias 0
     reward_model = run.prepare(reward_model)  # moved to the device; sharded or compiled if asked for
 
     # Comparisons: a prompt and its K ranked responses. `groups` holds the same ones, in the same order, as
-    # token ids: (prompt_ids, [response_ids, …]). A prompt and its longest response must fit into max_len
-    # tokens. If they do not, the prompt loses its beginning, but is not cut below max_len // 2 tokens. A
-    # response that still does not fit loses its end, and with it its EOS.
+    # token ids: (prompt_ids, [response_ids, …]). If a prompt and its longest response exceed max_len
+    # tokens, the prompt is cut at its start, down to max_len // 2 tokens at the least. A response that is
+    # still too long is cut at its end, and loses its EOS.
     data = run.data
     comparisons = data.comparisons("train", cfg.k)
     comparisons = [c for c in comparisons if len(set(c.ranks)) > 1]  # drop those whose responses all tie
     groups = encode_groups(tokenizer, [(c.prompt, c.responses) for c in comparisons], cfg.max_len)
-    # Pairs whose responses are identical after cutting teach nothing, but are kept. This prints their number,
-    # and exits if there are no other pairs.
+    # Pairs whose responses are identical after cutting teach nothing, but are kept. This prints how many
+    # there are, and exits if every pair is like that.
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
     # The first eval_n validation comparisons, as text with ranks, and the same comparisons as token ids
     validation, validation_groups = run.held_out_comparisons(cfg.k)
@@ -196,8 +198,8 @@ def train(cfg):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone). Under
-        # torchrun, each process takes its own share of the batch, in as many micro-batches as every other: a
-        # sharded model's processes must run forward and backward together.
+        # torchrun, each process takes its own share of the batch. All processes get the same number of micro-
+        # batches, because those of a sharded model must run forward and backward together.
         for indices in run.micro_batches(batches[step], groups):
             # r(x, y) of every response, group by group; the responses to one prompt do not see each other.
             batch = pack([groups[i] for i in indices]).to(run.device)
@@ -223,12 +225,12 @@ def train(cfg):
         # of the whole batch. (A sharded model has already summed them, in its backward pass.)
         sync_gradients(reward_model)
 
-        # One optimizer step on the whole batch: clip, step and clear. If a gradient is not finite, the
-        # weights stay as they are.
-        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then half a cosine to 0
+        # 3. One optimizer step on the whole batch: clip the gradients, step, zero them. If a gradient is not
+        # finite, the weights stay as they are.
+        lr = cfg.lr * run.lr_schedule(step)  # a factor: linear to 1, then half a cosine to 0
         grad_norm = optimizer_step(reward_model, optimizer, lr, cfg.grad_clip)
 
-        # 3. Log the batch means over all processes. Every val_every steps, and after the last, also log the
+        # 4. Log the batch means over all processes. Every val_every steps, and after the last, also log the
         # accuracy on the validation comparisons.
         val_accuracy = None
         if validation and ((step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps):
@@ -239,15 +241,15 @@ def train(cfg):
         run.log(step + 1, **metrics.mean(cfg.batch_size), val_accuracy=val_accuracy,
                 lr=lr, grad_norm=grad_norm)
 
-        # 4. Save a checkpoint every ckpt_every steps. On Ctrl-C, save_if_due saves one too, and exits. The
+        # 5. Save a checkpoint every ckpt_every steps. On Ctrl-C, save_if_due saves one too, and exits. The
         # last checkpoint is saved below, once the scores are centered.
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, reward_model, optimizer)
 
     # Center the scores: shift the bias so that training demonstrations (the best responses, if the data have
     # only comparisons) score 0 on average. Every process scores all of them, so all have the same mean.
-    # Resuming a finished run without further steps skips this: it is centered already, and its checkpoint has
-    # score_std.
+    # A finished run that was resumed and took no further step is centered already: its checkpoint has
+    # score_std, and run.start is cfg.steps. (After further steps the scores have moved.)
     is_centered = run.start == cfg.steps and "score_std" in checkpoint
     if is_centered:
         score_std = checkpoint["score_std"]

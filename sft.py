@@ -82,7 +82,7 @@ def group_by_prompt(demonstrations):
 
 
 def sft_loss(logprobs, n_tokens):
-    """A micro-batch's share of the batch's mean loss: −Σ log π(y_t | x, y_<t) / n_tokens.
+    """What a micro-batch adds to the batch's mean loss: −Σ log π(y_t | x, y_<t) / n_tokens.
 
     logprobs (N,): one per response token of this micro-batch. n_tokens: response tokens in the whole batch.
     """
@@ -90,7 +90,7 @@ def sft_loss(logprobs, n_tokens):
 
 
 def count_response_tokens(groups):
-    """How many response tokens groups of token ids have, EOS included: those that the loss averages over."""
+    """The number of response tokens in some groups, EOS included: what the loss divides by."""
     total = 0
     for _, responses in groups:
         total += sum(map(len, responses))
@@ -117,9 +117,9 @@ def train(cfg):
     run.print0(f"sft: {n_parameters / 1e6:.1f}M parameters on {run.device}, {cfg.data} -> {run.out}")
 
     # Groups: a prompt x and one to four responses y, as token ids with the EOS at the end of y.
-    # A prompt and the longest response of its group must fit into max_len tokens. If they do not, the prompt
-    # loses its beginning, but is not cut below max_len // 2 tokens. A response that still does not fit loses
-    # its end, and with it its EOS.
+    # If a prompt and the longest response of its group exceed max_len tokens, the prompt is cut at its start,
+    # down to max_len // 2 tokens at the least. A response that is still too long is cut at its end, and loses
+    # its EOS.
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
     # One list per step, of exactly batch_size indices into groups. Each epoch is shuffled anew, and drops its
@@ -135,8 +135,8 @@ def train(cfg):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone). Under
-        # torchrun, each process takes its own share of the batch, in as many micro-batches as every other: a
-        # sharded model's processes must run forward and backward together.
+        # torchrun, each process takes its own share of the batch. All processes get the same number of micro-
+        # batches, because those of a sharded model must run forward and backward together.
         for indices in run.micro_batches(batches[step], groups):
             # Packed into rows, so that a prompt is computed once and padding is rare: prompt, y1, y2, the
             # next prompt, … A token sees its prompt and the earlier tokens of its own response, nothing else
@@ -145,31 +145,32 @@ def train(cfg):
             logprobs = policy.logprobs(micro_batch)  # log π(y_t | x, y_<t) of every response token: (N,)
             loss = sft_loss(logprobs, n_tokens)
             loss.backward()
-            metrics.add(loss=-logprobs)  # detached and summed; divided by n_tokens under 4 below
+            metrics.add(loss=-logprobs)  # detached and summed; divided by n_tokens under 5 below
 
         # 2. Sum the gradients over the processes: a sum, not a mean, since each loss was divided by the
         # tokens of the whole batch. (A sharded model has already summed them, in its backward pass.)
         sync_gradients(policy)
 
-        # One optimizer step on the whole batch: clip, step and clear. If a gradient is not finite, the
-        # weights stay as they are.
-        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then half a cosine to 0
+        # 3. One optimizer step on the whole batch: clip the gradients, step, zero them. If a gradient is not
+        # finite, the weights stay as they are.
+        lr = cfg.lr * run.lr_schedule(step)  # a factor: linear to 1, then half a cosine to 0
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Every val_every steps, and after the last, the loss on the validation split.
+        # 4. Every val_every steps, and after the last, the loss on the validation split.
         val_loss = None
         if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
             val_loss = validation_loss(policy, validation, run)
 
-        # 4. Log; the mean loss is the sum over all processes, divided by n_tokens.
+        # 5. Log; the mean loss is the sum over all processes, divided by n_tokens.
         run.log(step + 1, **metrics.mean(n_tokens), val_loss=val_loss, lr=lr, grad_norm=grad_norm)
 
-        # 5. Save a checkpoint every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one
+        # 6. Save a checkpoint every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one
         # too, and exits, skipping the table below.
         run.save_if_due(step + 1, policy, optimizer)
 
-    # The final table: answers to prompts of the test split before and after training, with their reward where
-    # one is known. The initial model is loaded again; with scratch, the same seed gives the same weights.
+    # Print the final table: answers to prompts of the test split before and after training, with their reward
+    # where one is known. The initial model is loaded again; with scratch, the same seed gives the same
+    # weights.
     del optimizer  # frees memory for the evaluation
     evaluate.report(run, policy, cfg.init)
     return policy

@@ -1,10 +1,11 @@
 """Simple Preference Optimization (Meng, Xia and Chen 2024, arXiv:2405.14734): DPO without a reference model.
 
 DPO's reward for a response is β log π/π_ref, a sum over its tokens. But generation uses only the policy's own
-log-probs, so SimPO leaves π_ref out. Without it, a sum of log-probs falls with every token: where the chosen
-response is the longer one, training must inflate the probabilities of its tokens to make it win. So SimPO
-divides by the length |y|: the reward is β times the mean log-prob (eq. 4). Without the division, the paper's
-models write long, repetitive responses. The chosen y_w should win over the rejected y_l by at least γ:
+log-probs, so SimPO leaves π_ref out. What remains, a sum of log-probs, falls with every token. A longer
+chosen response then starts behind, and training must inflate the probabilities of its tokens to make it win.
+So SimPO divides by the length |y|: the reward is β times the mean log-prob (eq. 4). Without the division, the
+paper's models write long, repetitive responses. The chosen y_w should win over the rejected y_l by at least
+γ:
 
     r(x, y) = β/|y| log π_θ(y|x)
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
@@ -15,16 +16,16 @@ small learning rate, diverse data and the robustness of large models.
 
 In our runs on the animals world, a small synthetic data set, responses become too short with this loss alone
 (docs/results.md). We have not isolated the reason. One candidate: 1/|y| gives each token of a short response,
-its EOS included, more weight than a token of a long one. So a short chosen response raises its EOS strongly,
-and a short rejected one lowers its EOS strongly. Which of the two wins depends on the data. An SFT term keeps
-the length up. The authors' code has the same term, averaged over the chosen tokens of a micro-batch; ours is
-averaged over those of the whole batch:
+its EOS included, more weight than a token of a long one. So a short chosen response strongly raises the
+probability of its EOS, and a short rejected one strongly lowers it. Which effect wins depends on the data. An
+SFT term keeps the length up. The authors' code has the same term, averaged over the chosen tokens of a
+micro-batch; ours is averaged over those of the whole batch:
 
     sft_weight · ( −Σ log π_θ(y_w|x) ) / ( Σ |y_w| )
 
 Within this term every chosen token has the same weight. The paper's main runs have sft_weight 0, and so do
-our recipes for real data. With those, watch response_len on the console, and unfinished in log.jsonl:
-responses of at most 128 tokens are sampled during training for that purpose.
+our recipes for real data. With these recipes, watch `response_len` on the console and `unfinished` in
+log.jsonl: responses of at most 128 tokens are sampled during training for that purpose.
 
     python simpo.py                                the animals world, from scratch: SFT first, then SimPO
     python simpo.py hh                             Anthropic's HH-RLHF: SFT of GPT-2, then SimPO
@@ -109,7 +110,7 @@ def pair_logp(policy, pairs):
 
 
 def count_chosen_tokens(pairs):
-    """Σ |y_w|: the number of tokens in the chosen responses, EOS included."""
+    """Σ |y_w|: the number of tokens in the chosen responses, with the EOS unless it was cut off."""
     return sum(len(chosen) for _, (chosen, _) in pairs)
 
 
@@ -127,7 +128,7 @@ def length_statistics(responses, eos):
 
 
 def compare_with_initial_policy(run, policy, init_name):
-    """Ends the run: prints two tables, each with a row for the initial and one for the trained policy.
+    """The final evaluation: two tables, each with a row for the initial policy and one for the trained one.
 
     - Answers to the first eval_n prompts of the test split: KL to the initial policy, length and, with the
       data's true reward or --reward_model, reward and win rate against the initial policy.
@@ -138,7 +139,7 @@ def compare_with_initial_policy(run, policy, init_name):
     initial_policy = run.load_again(init_name)
     # The same comparisons in two forms: text with ranks, and token ids, [(prompt_ids, [response_ids, …]), …].
     comparisons, groups = run.held_out_comparisons()
-    # Rewards are (S,): one per response, comparison after comparison.
+    # β/|y| log π(y|x), one per response, comparison after comparison: (S,). `average` divides by |y|.
     rewards_before = cfg.beta * run.logp_of_responses(initial_policy, groups, average=True)
     rewards = cfg.beta * run.logp_of_responses(policy, groups, average=True)
     evaluate.report(run, policy, init_name, initial_policy, cfg.reward_model,
@@ -155,9 +156,9 @@ def train(cfg):
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
-    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. The prompt and
-    # the longer response must fit into max_len tokens. If they do not, the prompt loses its beginning, but is
-    # not cut below max_len // 2 tokens. A response that still does not fit loses its end, and with it its
+    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the
+    # prompt and the longer response exceed max_len tokens, the prompt is cut at its start, down to
+    # max_len // 2 tokens at the least. A response that is still too long is cut at its end, and loses its
     # EOS.
     pairs = run.encode_pairs(run.data.comparisons("train"))
     # One list per step, of exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its
@@ -165,8 +166,8 @@ def train(cfg):
     batches = run.shuffled_batches(pairs)
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init_name} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
-    # Validation prompts to watch the length on. A prompt longer than half of the model's context loses its
-    # beginning, to leave room for the response.
+    # Validation prompts, which are answered during training to watch the length. A prompt longer than half of
+    # the model's context loses its beginning, to leave room for the response.
     sample_prompts = evaluate.encode_with_room(
         run.data.prompts("validation")[:cfg.sample_n], policy.config.block_size, tokenizer)
 
@@ -180,8 +181,8 @@ def train(cfg):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Under
-        # torchrun, each process takes its own share of the batch, in as many micro-batches as every other: a
-        # sharded model's processes must run forward and backward together.
+        # torchrun, each process takes its own share of the batch. All processes get the same number of micro-
+        # batches, because those of a sharded model must run forward and backward together.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(
                 policy, [pairs[i] for i in indices])  # (b,) each
@@ -212,23 +213,24 @@ def train(cfg):
         # of the whole batch. (A sharded model has already summed them, in its backward pass.)
         sync_gradients(policy)
 
-        # One optimizer step on the whole batch: clip, step and clear. If a gradient is not finite, the
-        # weights stay as they are.
-        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then half a cosine to 0
+        # 3. One optimizer step on the whole batch: clip the gradients, step, zero them. If a gradient is not
+        # finite, the weights stay as they are.
+        lr = cfg.lr * run.lr_schedule(step)  # a factor: linear to 1, then half a cosine to 0
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
-        # 3. Every sample_every steps, and after the last, sample responses of at most 128 tokens to see their
+        # 4. Every sample_every steps, and after the last, sample responses of at most 128 tokens to see their
         # length. `respond` uses the same seed every time, so the lengths differ only because the policy does.
-        # At other steps the values are None (blank on the console).
+        # Under torchrun, every process samples the same responses. At other steps the values are None (blank
+        # on the console).
         sample_stats = {"response_len": None, "empty": None, "unfinished": None}
         if sample_prompts and ((step + 1) % cfg.sample_every == 0 or step + 1 == cfg.steps):
             responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token, max_new_tokens=128)
             sample_stats = length_statistics(responses, tokenizer.eot_token)
 
-        # 4. Log the batch means: the sums over all processes, divided by the batch size.
+        # 5. Log the batch means: the sums over all processes, divided by the batch size.
         run.log(step + 1, **metrics.mean(cfg.batch_size), **sample_stats, lr=lr, grad_norm=grad_norm)
 
-        # 5. Save a checkpoint every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one
+        # 6. Save a checkpoint every ckpt_every steps and after the last one. On Ctrl-C, save_if_due saves one
         # too, and exits, skipping the tables below.
         run.save_if_due(step + 1, policy, optimizer)
 

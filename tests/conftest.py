@@ -32,7 +32,9 @@ def make_model(seed=0, vocab_size=100, block_size=64, n_layer=2, n_head=2, n_emb
     torch.manual_seed(seed)
     model = GPT(GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd, n_scalars))
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "scalar_head" not in name:
+                parameter.mul_((n_embd / 768) ** 0.5)  # from init_weights' std to GPT-2's own, 0.02, at this width too
             parameter.add_(torch.randn_like(parameter) * 0.02).mul_(scale if parameter.dim() > 1 else 1)
     return model
 
