@@ -16,8 +16,10 @@ likelihood of comparisons directly, without a reward model and without sampling:
 
     L(θ) = −E log σ( β log π_θ(y_w|x)/π_ref(y_w|x) − β log π_θ(y_l|x)/π_ref(y_l|x) )                (eq. 7)
 
-Its gradient raises log π_θ(y_w|x) and lowers log π_θ(y_l|x), both with the weight β σ(r_l − r_w), where r is
-the implicit reward β log π_θ/π_ref: most for the pairs that the policy still gets wrong.
+A step down its gradient pushes log π_θ(y_w|x) up and log π_θ(y_l|x) down, both with the weight
+β σ(r_l − r_w), where r is the implicit reward β log π_θ/π_ref: the weight is largest for pairs that the
+policy ranks wrong. (The two responses share the model's weights, so log π_θ(y_w|x) can fall all the same; see
+CONSOLE below.)
 
 In the comments below, log π/π_ref (y|x) is short for log π_θ(y|x)/π_ref(y|x), a sum over the tokens of y
 (or, with --ipo_average, a mean).
@@ -32,9 +34,9 @@ In the comments below, log π/π_ref (y|x) is short for log π_θ(y|x)/π_ref(y|
 SFT model of the same data and recipe, which is trained first if it is missing. For DPO in rounds, each on new
 pairs sampled from the current policy, see the loop in docs/using.md.
 
-Left out: the SFT term that some implementations add. This file differs from the authors' code: AdamW instead
-of RMSprop, a cosine decay of the learning rate instead of a constant, gradients clipped at norm 1 instead of
-10, GPT-2 instead of larger models.
+Left out: the SFT term that some implementations add. Different from the authors' code: AdamW instead of
+RMSprop, a cosine decay of the learning rate instead of a constant, gradients clipped at norm 1 instead of 10,
+GPT-2 instead of larger models.
 """
 import copy
 from dataclasses import dataclass
@@ -66,7 +68,7 @@ class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, �
 
 # Config's defaults are for the animals world, a small data set with a known true reward. A recipe replaces
 # some of them: `python dpo.py hh`. --data=FILE without a recipe uses hh, whose steps are for 160,000 pairs:
-# set --steps and --warmup to the size of your file. An epoch has pairs / batch_size steps.
+# choose --steps and --warmup for your file. An epoch has pairs / batch_size steps.
 RECIPES = {
     # arXiv:2305.18290 App. B: β 0.1, lr 1e-6, batches of 64, 150 steps of warm-up. 2500 steps are one epoch
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
@@ -93,10 +95,12 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
         sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0, otherwise cDPO (Mitchell 2023,
                                                                 ericmitchell.ai/cdpo.pdf eq. 3)
         ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17 with τ = β: pulls h
-                                                                towards 1/(2β). Log-probs are sums over
-                                                                tokens, as in the paper; its authors later
-                                                                recommended means (--ipo_average): h and its
-                                                                target 1/(2β) are then per token
+                                                                to 1/(2β), where eq. 7 would push it up for
+                                                                ever if no other label disagrees. Log-probs
+                                                                are sums over tokens, as in the paper; its
+                                                                authors later recommended means
+                                                                (--ipo_average): h and its target 1/(2β) are
+                                                                then per token
         hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409: an unbiased estimate of the
                                                                 noise-free loss, if ε is the true share;
@@ -161,7 +165,7 @@ def compare_with_reference(run, policy, ref_name, ref_policy):
 
 
 def check_settings(cfg):
-    """Exits with one line if two options are incompatible."""
+    """Exits with a one-line message if two options are incompatible."""
     if cfg.label_smoothing and cfg.loss_type not in ("sigmoid", "robust"):
         raise SystemExit(f"--label_smoothing={cfg.label_smoothing:g} has no effect with "
                          f"--loss_type={cfg.loss_type}; only sigmoid and robust use it")
@@ -199,12 +203,12 @@ def train(cfg):
     policy = run.prepare(policy)
     ref_policy = run.prepare(ref_policy)
 
-    # π_ref is frozen, so by default its log-probs are computed once, before training, for all pairs that
-    # `batches` visits: row i holds the two of pairs[i], on the policy's device and in every process (0 if
-    # training never visits the pair). They are not saved: a resumed run computes them again.
-    # Each pair is computed in the micro-batch in which training first meets it, so that packing and rounding
-    # are the same: without --ref, all pairs of the first batch tie exactly. An exception is a compiled model
-    # on a GPU, whose pass with gradients may round differently from the one without.
+    # π_ref is frozen, so by default its log-probs are computed once, before training. Row i holds the two of
+    # pairs[i], on the policy's device and in every process (0 if `batches` never visits the pair). They are
+    # not saved: a resumed run computes them again.
+    # At the first step without --ref, π and π_ref should give the same numbers to the last bit, so that all
+    # pairs tie. So each pair is computed in the same micro-batch in which training first meets it. (On a GPU,
+    # a compiled model may still round differently with gradients than without.)
     if cfg.precompute_ref:
         ref_logp = run.logp_of_batches(ref_policy, pairs, batches, cfg.ipo_average)  # (len(pairs), 2)
         ref_policy = None  # frees its memory

@@ -12,7 +12,7 @@ paper's models write long, repetitive responses. The chosen y_w should win over 
 
 The length |y| is in tokens, with the EOS unless the response was cut. Without a reference, training holds
 only one model in memory. The cost: nothing in eq. 6 keeps the policy near its start. The paper relies on a
-small learning rate, diverse data and the robustness of large models.
+small learning rate, diverse data, and large models being slow to forget.
 
 In our runs on the animals world, a small synthetic data set, responses become too short with this loss alone
 (docs/results.md). We have not isolated the reason. One candidate: 1/|y| gives each token of a short response,
@@ -23,9 +23,9 @@ micro-batch; ours is averaged over those of the whole batch:
 
     sft_weight · ( −Σ log π_θ(y_w|x) ) / ( Σ |y_w| )
 
-Within this term every chosen token has the same weight. The paper's main runs have sft_weight 0, and so do
-our recipes for real data. With these recipes, watch `response_len` on the console and `unfinished` in
-log.jsonl: responses of at most 128 tokens are sampled during training for that purpose.
+Here a token has the same weight, whether its response is short or long. The paper's main runs have sft_weight
+0, and so do our recipes for real data. With these recipes, watch `response_len` on the console and
+`unfinished` in log.jsonl: responses of at most 128 tokens are sampled during training for that purpose.
 
     python simpo.py                                the animals world, from scratch: SFT first, then SimPO
     python simpo.py hh                             Anthropic's HH-RLHF: SFT of GPT-2, then SimPO
@@ -84,9 +84,9 @@ def simpo_loss(chosen_logp, rejected_logp, chosen_len, rejected_len, beta, gamma
         h = β/|y_w| log π(y_w|x) − β/|y_l| log π(y_l|x) − γ
 
     With the label smoothing ε of the authors' code it is −(1−ε) log σ(h) − ε log σ(−h): the second term
-    negates all of h, γ included. Log-probs are (B,), summed over response tokens, in nats; lengths are (B,),
-    in tokens. Returns three tensors (B,): the losses, and, detached, the rewards β/|y| log π(y|x) of the
-    chosen and of the rejected responses.
+    negates all of h, γ included (swapping y_w and y_l would keep −γ). Log-probs are (B,), summed over
+    response tokens, in nats; lengths are (B,), in tokens. Returns three tensors (B,): the losses, and,
+    detached, the rewards β/|y| log π(y|x) of the chosen and of the rejected responses.
     """
     chosen_reward = beta / chosen_len * chosen_logp        # β/|y_w| log π(y_w|x)
     rejected_reward = beta / rejected_len * rejected_logp  # β/|y_l| log π(y_l|x)
@@ -110,7 +110,7 @@ def pair_logp(policy, pairs):
 
 
 def count_chosen_tokens(pairs):
-    """Σ |y_w|: the number of tokens in the chosen responses, with the EOS unless it was cut off."""
+    """Σ |y_w|: the number of tokens in the chosen responses, with the EOS unless one was cut."""
     return sum(len(chosen) for _, (chosen, _) in pairs)
 
 
@@ -191,8 +191,8 @@ def train(cfg):
             losses, chosen_reward, rejected_reward = simpo_loss(
                 chosen_logp, rejected_logp, chosen_len, rejected_len, cfg.beta, gamma, cfg.label_smoothing)
 
-            # The SFT term: Σ −log π(y_w|x) / Σ |y_w|, over the batch. The division by batch_size below is for
-            # eq. 6; the factor batch_size cancels it.
+            # The SFT loss, −Σ log π(y_w|x) / Σ |y_w| over the batch. Eq. 6 is a mean over pairs, but this is
+            # a mean over tokens: the factor batch_size cancels the division by batch_size below.
             sft_losses = -chosen_logp * cfg.batch_size / n_chosen_tokens
             total_losses = losses + cfg.sft_weight * sft_losses
             (total_losses.sum() / cfg.batch_size).backward()
@@ -203,7 +203,7 @@ def train(cfg):
             correct = (chosen_reward > rejected_reward).float() + 0.5 * tie
 
             # For the log: `add` detaches each tensor, and adds it to the batch's sum. The loss is eq. 6 plus
-            # the SFT term; the margin is the difference of the rewards, and γ its target.
+            # sft_weight times the SFT loss; the margin is the difference of the rewards, and γ its target.
             metrics.add(loss=total_losses, simpo_loss=losses, sft_loss=sft_losses, accuracy=correct,
                         margin=chosen_reward - rejected_reward,
                         chosen_reward=chosen_reward, rejected_reward=rejected_reward,
@@ -220,8 +220,8 @@ def train(cfg):
 
         # 4. Every sample_every steps, and after the last, sample responses of at most 128 tokens to see their
         # length. `respond` uses the same seed every time, so the lengths differ only because the policy does.
-        # Under torchrun, every process samples the same responses. At other steps the values are None (blank
-        # on the console).
+        # Under torchrun, every process samples the same responses (a sharded model is gathered by all of them
+        # together). At other steps the values are None (blank on the console).
         sample_stats = {"response_len": None, "empty": None, "unfinished": None}
         if sample_prompts and ((step + 1) % cfg.sample_every == 0 or step + 1 == cfg.steps):
             responses = evaluate.respond(policy, sample_prompts, tokenizer.eot_token, max_new_tokens=128)
