@@ -5,8 +5,8 @@ It maximizes, with π_ref the SFT model,
 
     E[ r(x, y) − β log π_θ(y|x)/π_ref(y|x) ] + ptx_coef E_demonstrations[ log π_θ(y|x) ]         (eq. 2)
 
-whose optimum, without the second term (ptx_coef is the paper's γ), is π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). An
-iteration has seven steps. Each has its own section below, and is marked with its number in `train`:
+where ptx_coef is the paper's γ. Without the second term its optimum is π*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β).
+An iteration has seven steps. Each has its own section below, and is marked with its number in `train`:
 
     1. rollout         sample K responses per prompt from the policy, by default one, and get their rewards
     2. evaluate_tokens log π, log π_ref, V and the exact KL at every token
@@ -35,8 +35,8 @@ Or call train(cfg, reward_fn) with your own reward. If yours takes two texts, wr
 tokenizer). In general, reward_fn(prompts, responses) takes two lists of B lists of token ids, and returns a
 (B, R) tensor: the reward of each response token, and 0 after a response's end. R is the length of the longest
 of these responses. With several processes, each calls it on its own share of the prompts, and B and R are
-those of the share. PPO then clips rewards, with --reward_clip, and subtracts missing_eos_penalty where a
-response did not end, and the KL penalty everywhere.
+those of the share. PPO then clips these rewards, if --reward_clip is set, and subtracts missing_eos_penalty
+at the last token of a response that did not end, and the KL penalty at every token.
 
 Left out: an entropy bonus, GRPO's KL in the loss (here it is in the reward), and asynchronous generation.
 The pretraining text of eq. 2 is replaced by demonstrations, with a mean over their tokens as the loss, so γ
@@ -241,11 +241,13 @@ def text_reward(function, tokenizer):
 def evaluate_tokens(episodes, models, micro_batches, cfg):
     """Fills in log π, log π_ref, V, the exact KL and the entropy at every token.
 
-    The sampler's own log π is not used, since on CUDA it has less precision. micro_batches are this process's
-    micro-batches in the first epoch of `update`, lists of indices into episodes.groups. `update` computes
-    log π again, and rounding depends on how a batch is packed, so both pack alike: on a CPU, the ratio
-    π/π_old is then exactly 1 in the first minibatch, before any optimizer step. (On CUDA, compiled code with
-    gradients may round differently from code without.)
+    π_old is the policy itself. On CUDA that is not quite what sampled, a copy in bfloat16: the mismatch is
+    logged, as sampler_diff_mean and sampler_diff_max, and otherwise ignored.
+
+    micro_batches are this process's micro-batches in the first epoch of `update`, lists of indices into
+    episodes.groups. `update` computes log π again, and rounding depends on how a batch is packed, so both use
+    the same packing: on a CPU, the ratio π/π_old is then exactly 1 in the first minibatch, before any
+    optimizer step. (On CUDA, compiled code with gradients may round differently from code without.)
     """
     names = ["logprobs", "ref_logprobs", "kl", "entropy"]
     if models.value_model is not None:
@@ -296,8 +298,9 @@ def dense_reward(rewards, logprobs, ref_logprobs, ended, mask, kl_coef, reward_c
                  missing_eos_penalty=0.0):
     """The r_t that PPO sees: rewards − β log π/π_ref (y_t|s_t). All (B, R).
 
-    Summed over a response, this is arXiv:1909.08593 eq. 2. Before that, rewards are clipped to ±reward_clip,
-    if it is set, and a response that has not `ended` (B,) pays missing_eos_penalty at its last token.
+    Summed over a response, this is arXiv:1909.08593 eq. 2. Before the KL term is subtracted, rewards are
+    clipped to ±reward_clip, if it is set, and a response that has not `ended` (B,) pays missing_eos_penalty
+    at its last token.
     """
     if reward_clip is not None:
         rewards = rewards.clamp(-reward_clip, reward_clip)
@@ -320,7 +323,7 @@ def whiten(x, mask, shift_mean=True):
     """Scales x (B, R) to unit variance over the mask, and to mean 0 if shift_mean; 0 off the mask.
 
     Without shift_mean, the mean μ is kept: x/σ + (1 − 1/σ) μ. This adds the constant (1 − 1/σ) μ to every
-    token, so a longer response gets more of it in total.
+    token, so a longer response gets more of it in total. (In GAE, a value model can learn to subtract that.)
     """
     mean = masked_mean(x, mask)
     white = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
@@ -443,7 +446,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
     epochs: from shuffled_epochs. optimizers: {"policy": …, "value": …}, without "value" if the value head is
     the policy's or there is none; lrs: their learning rates. ptx_batches: an iterator over lists of
     demonstrations, one list per optimizer step; None: no demonstrations. Returns the means of losses and
-    statistics over the optimizer steps, and how many there were; one that stop_kl cancels is not counted.
+    statistics over the optimizer steps, and how many there were; a step cancelled by stop_kl is not counted.
     """
     cfg = run.cfg
     groups = episodes.groups
@@ -471,16 +474,17 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                 states = models.policy.states(batch)
                 logprobs = models.policy.token_logprobs(states, batch.target, cfg.temperature)
                 logprobs = grids.to_grid(logprobs, old.mask)
-                loss, clip_frac, approx_kl = policy_loss(
+                pg_loss, clip_frac, approx_kl = policy_loss(
                     logprobs, old.logprobs, old.advantages, old.mask, cfg.clip)
-                metrics.add(policy_loss=loss * weight, clip_frac=clip_frac * weight,
+                metrics.add(policy_loss=pg_loss * weight, clip_frac=clip_frac * weight,
                             approx_kl=approx_kl * weight)
+                loss = pg_loss
 
                 # PPO's eq. 9, the value loss, likewise with V(s_t)
                 if models.value_model is not None:
                     values = grids.to_grid(values_at(models, states, batch), old.mask)
                     vf_loss = value_loss(values, old.values, old.returns, old.mask, cfg.value_clip)
-                    loss = loss + cfg.vf_coef * vf_loss
+                    loss = pg_loss + cfg.vf_coef * vf_loss
                     metrics.add(value_loss=vf_loss * weight)
                 (loss * weight).backward()
 
@@ -492,15 +496,15 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                 n_ptx_tokens = sum(len(response) for _, (response,) in demonstrations)
                 for indices in run.micro_batches(range(len(demonstrations)), demonstrations):
                     some = [demonstrations[i] for i in indices]
-                    loss = ptx_loss(models.policy, some, n_ptx_tokens)
-                    (cfg.ptx_coef * loss).backward()
-                    metrics.add(ptx_loss=loss)
+                    demonstration_loss = ptx_loss(models.policy, some, n_ptx_tokens)
+                    (cfg.ptx_coef * demonstration_loss).backward()
+                    metrics.add(ptx_loss=demonstration_loss)
 
             # Sum the gradients and the metrics over the processes. Every process then has the same metrics.
             dist.sync_gradients(models.policy)
             if "value" in optimizers:
                 dist.sync_gradients(models.value_model)
-            step_metrics = metrics.total()
+            step_metrics = metrics.sum_over_processes()
 
             # The policy has moved far enough from the one that sampled: throw this gradient away, and
             # start a new rollout. All processes make the same decision, since they have the same metrics.
@@ -609,8 +613,8 @@ def load_models(run, init_name, has_reward_fn):
     """Loads and prepares all models -> Models, tokenizer."""
     cfg = run.cfg
     policy, tokenizer = run.load_model(init_name)
-    run.adopt_template(init_name)  # for run.rollout_prompts: are prompts written as chat turns?
-    policy.set_scalar_heads(0)  # a language model, without a value head
+    run.adopt_template(init_name)  # if it was trained on chat turns, run.rollout_prompts writes prompts so
+    policy.set_scalar_heads(0)  # drops the value head of a policy from --share_value
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
     reward_model = None
     if cfg.reward == "rm" and not has_reward_fn:
@@ -631,12 +635,14 @@ def load_models(run, init_name, has_reward_fn):
 
     for model in (policy, ref_policy, value_model, reward_model):
         if model is not None:
-            run.prepare(model)  # in place: to the device; sharded or compiled. A second call does nothing
+            # In place: to the device; sharded or compiled. A second call, for a policy that is also the value
+            # model, does nothing.
+            run.prepare(model)
     return Models(policy, ref_policy, value_model, reward_model), tokenizer
 
 
 def value_state(models, optimizers):
-    """What a checkpoint holds of the value model and its optimizer; nothing without a model of its own."""
+    """What a checkpoint holds of the value model and its optimizer; empty without a separate value model."""
     if "value" not in optimizers:
         return {}
     return {"value_model": models.value_model.state_dict(),
@@ -652,7 +658,7 @@ def check_settings(cfg, data, has_reward_fn):
         raise SystemExit(f"--share_value: --advantage={cfg.advantage} has no value model to share")
     if cfg.advantage != "gae" and cfg.whiten_rewards:
         raise SystemExit(f"--whiten_rewards: with --advantage={cfg.advantage} it would reward or punish "
-                         "length, because it adds a constant to each token's reward, and these are summed")
+                         "length: it adds a constant to each token's reward, which no value model subtracts")
     if cfg.batch_size % (cfg.minibatches * cfg.k):
         raise SystemExit(f"--batch_size={cfg.batch_size} is not a multiple of "
                          f"--minibatches={cfg.minibatches} times --k={cfg.k}")
@@ -674,7 +680,7 @@ def check_settings(cfg, data, has_reward_fn):
 
 
 def stage_name(cfg, reward_fn):
-    """The first part of the folder's name out/STAGE-RECIPE: the estimator, "-gold" with the true reward."""
+    """The first part of the folder's name, out/STAGE-RECIPE: "ppo", "rloo-gold" (the true reward), …"""
     stage = "ppo" if cfg.advantage == "gae" else cfg.advantage
     if cfg.reward == "gold" and reward_fn is None:
         stage += "-gold"
@@ -783,7 +789,7 @@ def train(cfg, reward_fn=None):
         # and the program ends here.
         stats = statistics(episodes, kl_coef, data, tokenizer)
         run.log(step + 1, tokens=episodes.n_tokens, **stats, **losses, lr=lrs["policy"],
-                rollout_s=rollout_s, evaluate_s=evaluate_s, update_s=update_s)  # steps 1, 2 to 4, and 5
+                rollout_s=rollout_s, evaluate_s=evaluate_s, update_s=update_s)  # of steps 1, 2 to 4, and 5
         if stats["kl"] > RUNAWAY_KL * stats["response_len"] and not warned:
             warned = True
             run.print0("warning: the KL to the reference is running away: "

@@ -79,9 +79,9 @@ RECIPES = {
     # arXiv:2009.01325 B.1, its 1.3B model: batch 64, lr 1.5e-5; one epoch of the 92,858 released pairs
     "tldr": dict(data="tldr", k=2, steps=1450, batch_size=64, micro_tokens=16384, max_len=640, lr=1.5e-5,
                  warmup=50, val_every=250, log_every=10, ckpt_every=500),
-    # Positive against negative reviews, paired arbitrarily, two epochs of 12,500 pairs. All have the same empty
-    # prompt, so there are no offsets between prompts, and pulling each pair's mean to 0 would squeeze real
-    # differences: center_coef is 0
+    # Positive against negative reviews, paired arbitrarily, two epochs of 12,500 pairs. All have the same
+    # empty prompt, so there are no offsets between prompts, and pulling each pair's mean to 0 would squeeze
+    # real differences: center_coef is 0
     "imdb": dict(data="imdb", k=2, center_coef=0.0, steps=390, batch_size=64, micro_tokens=16384, max_len=136,
                  lr=1e-5, warmup=20, val_every=100, log_every=10, ckpt_every=100),
 }

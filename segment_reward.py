@@ -365,7 +365,7 @@ def train_rewards(cfg, init, axes):
         # 3. Log the batch means: every term was already divided by its count in the whole batch, so the sums
         # over micro-batches and processes are means. Save a checkpoint when one is due; the last one is saved
         # below, with the normalizer.
-        run.log(step + 1, **metrics.total(), lr=lr, grad_norm=grad_norm)
+        run.log(step + 1, **metrics.sum_over_processes(), lr=lr, grad_norm=grad_norm)
         if step + 1 < cfg.steps:
             run.save_if_due(step + 1, model, optimizer, axes=axes)
 

@@ -30,7 +30,7 @@ class Metrics:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().sum()
 
-    def total(self):
+    def sum_over_processes(self):
         """Each sum, over all processes: a dict of floats."""
         totals = [total.to(float64_device(total.device)).double() for total in self.sums.values()]
         totals = torch.stack(totals)
@@ -39,7 +39,7 @@ class Metrics:
 
     def mean(self, n):
         """Each sum, over all processes, divided by n: a dict of floats."""
-        return {name: total / n for name, total in self.total().items()}
+        return {name: total / n for name, total in self.sum_over_processes().items()}
 
 
 class Progress:
