@@ -16,10 +16,9 @@ likelihood of comparisons directly, without a reward model and without sampling:
 
     L(θ) = −E log σ( β log π_θ(y_w|x)/π_ref(y_w|x) − β log π_θ(y_l|x)/π_ref(y_l|x) )                (eq. 7)
 
-A step down its gradient pushes log π_θ(y_w|x) up and log π_θ(y_l|x) down, both with the weight
-β σ(r_l − r_w), where r is the implicit reward β log π_θ/π_ref: the weight is largest for pairs that the
-policy ranks wrong. (The two responses share the model's weights, so log π_θ(y_w|x) can fall all the same; see
-CONSOLE below.)
+A gradient step pushes log π_θ(y_w|x) up and log π_θ(y_l|x) down, both with the weight β σ(r_l − r_w), where
+r is the implicit reward β log π_θ/π_ref: the weight is largest for pairs that r ranks in the wrong order.
+(The two responses share the model's weights, so log π_θ(y_w|x) can fall all the same; see CONSOLE below.)
 
 In the comments below, log π/π_ref (y|x) is short for log π_θ(y|x)/π_ref(y|x), a sum over the tokens of y
 (or, with --ipo_average, a mean).
@@ -81,8 +80,8 @@ RECIPES = {
                  warmup=150, ckpt_every=500, eval_n=64),
 }
 
-# log.jsonl has more. The margin should rise. chosen_logp may fall, as long as rejected_logp falls further:
-# eq. 7 sees only the difference.
+# The columns on the console; log.jsonl has more. With eq. 7 the margin should keep rising. chosen_logp may
+# fall, as long as rejected_logp falls further: the loss sees only the difference.
 CONSOLE = ["loss", "accuracy", "margin", "chosen_logp", "rejected_logp", "grad_norm"]
 
 
@@ -95,12 +94,11 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
         sigmoid   −(1−ε) log σ(βh) − ε log σ(−βh)               eq. 7 at ε = 0, otherwise cDPO (Mitchell 2023,
                                                                 ericmitchell.ai/cdpo.pdf eq. 3)
         ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17 with τ = β: pulls h
-                                                                to 1/(2β), where eq. 7 would push it up for
-                                                                ever if no other label disagrees. Log-probs
-                                                                are sums over tokens, as in the paper; its
-                                                                authors later recommended means
-                                                                (--ipo_average): h and its target 1/(2β) are
-                                                                then per token
+                                                                to 1/(2β), where eq. 7 would raise it without
+                                                                limit if all labels agree. Log-probs are sums
+                                                                over tokens, as in the paper; its authors
+                                                                later recommended means (--ipo_average): h and
+                                                                its target 1/(2β) are then per token
         hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409: an unbiased estimate of the
                                                                 noise-free loss, if ε is the true share;
@@ -182,7 +180,7 @@ def train(cfg):
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
     # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the
-    # prompt and the longer response exceed max_len tokens, the prompt is cut at its start, down to
+    # prompt and the longer response together exceed max_len tokens, the prompt is cut at its start, down to
     # max_len // 2 tokens at the least. A response that is still too long is cut at its end, and loses its
     # EOS.
     pairs = run.encode_pairs(run.data.comparisons("train"))
@@ -206,9 +204,9 @@ def train(cfg):
     # π_ref is frozen, so by default its log-probs are computed once, before training. Row i holds the two of
     # pairs[i], on the policy's device and in every process (0 if `batches` never visits the pair). They are
     # not saved: a resumed run computes them again.
-    # At the first step without --ref, π and π_ref should give the same numbers to the last bit, so that all
-    # pairs tie. So each pair is computed in the same micro-batch in which training first meets it. (On a GPU,
-    # a compiled model may still round differently with gradients than without.)
+    # Without --ref, π equals π_ref before the first update, and all pairs should tie exactly. But rounding
+    # depends on what else is in a micro-batch. So each pair is computed in the micro-batch in which training
+    # first meets it. (On a GPU, a compiled model may still round differently with gradients than without.)
     if cfg.precompute_ref:
         ref_logp = run.logp_of_batches(ref_policy, pairs, batches, cfg.ipo_average)  # (len(pairs), 2)
         ref_policy = None  # frees its memory
@@ -228,8 +226,9 @@ def train(cfg):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Under
-        # torchrun, each process takes its own share of the batch. All processes get the same number of micro-
-        # batches, because those of a sharded model must run forward and backward together.
+        # torchrun, each process takes its own share of the batch. All processes get the same number of
+        # micro-batches, none of them empty, because a sharded model's processes must run forward and backward
+        # together.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp = pair_logp(
                 policy, [pairs[i] for i in indices], cfg.ipo_average)  # (b,) each

@@ -2,7 +2,7 @@
 
 A GPT with a scalar head, r_θ(x, y). It starts from the SFT model, and the score is read at the last token of
 the response. A comparison is a prompt x with K ranked responses; any two of different rank are a pair, the
-better y_w and the worse y_l. Pairs are assumed to follow the Bradley–Terry model:
+better y_w and the worse y_l. Preferences are assumed to follow the Bradley–Terry model:
 
     P(y_w ≻ y_l | x) = σ( r(x, y_w) − r(x, y_l) )
 
@@ -17,7 +17,7 @@ steps:
 - During training, a small term center_coef · (2 r̄)² pulls the mean score r̄ of a prompt's responses to 0, so
   that all prompts share one level. Otherwise PPO's value model would have to learn a separate offset for each
   prompt. The term's derivative is the same for each of the K scores, so it pushes on their mean and not on
-  their differences. (It is ours; at K = 2 it is the (r_w + r_l)² of arXiv:2312.09244.)
+  the differences between them. (It is ours; at K = 2 it is the (r_w + r_l)² of arXiv:2312.09244.)
 - At the end, as in InstructGPT, the head's bias is shifted once, so that demonstrations score 0 on average:
   that sets the common level.
 
@@ -53,7 +53,7 @@ from engine.packing import pack
 
 @dataclass
 class Config(RunConfig):
-    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); a file: all
+    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); not for files
     margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m); arXiv:2307.09288 eq. 2 varies it
     center_coef: NonNegativeFloat = 0.01  # weight of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1200           # optimizer steps
@@ -79,9 +79,9 @@ RECIPES = {
     # arXiv:2009.01325 B.1, its 1.3B model: batch 64, lr 1.5e-5; one epoch of the 92,858 released pairs
     "tldr": dict(data="tldr", k=2, steps=1450, batch_size=64, micro_tokens=16384, max_len=640, lr=1.5e-5,
                  warmup=50, val_every=250, log_every=10, ckpt_every=500),
-    # Positive against negative reviews, paired arbitrarily, two epochs of 12,500 pairs. All have the same
-    # empty prompt, so there are no offsets between prompts, and pulling each pair's mean to 0 would squeeze
-    # real differences: center_coef is 0
+    # Positive against negative reviews, paired arbitrarily, two epochs of 12,500 pairs. All share one empty
+    # prompt, so there are no offsets to remove; and a pair's mean says how good its two reviews are. Pulling
+    # it to 0 would shrink differences between pairs, so center_coef is 0
     "imdb": dict(data="imdb", k=2, center_coef=0.0, steps=390, batch_size=64, micro_tokens=16384, max_len=136,
                  lr=1e-5, warmup=20, val_every=100, log_every=10, ckpt_every=100),
 }
@@ -198,8 +198,9 @@ def train(cfg):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone). Under
-        # torchrun, each process takes its own share of the batch. All processes get the same number of micro-
-        # batches, because those of a sharded model must run forward and backward together.
+        # torchrun, each process takes its own share of the batch. All processes get the same number of
+        # micro-batches, none of them empty, because a sharded model's processes must run forward and backward
+        # together.
         for indices in run.micro_batches(batches[step], groups):
             # r(x, y) of every response, group by group; the responses to one prompt do not see each other.
             batch = pack([groups[i] for i in indices]).to(run.device)
@@ -248,8 +249,9 @@ def train(cfg):
 
     # Center the scores: shift the bias so that training demonstrations (the best responses, if the data have
     # only comparisons) score 0 on average. Every process scores all of them, so all have the same mean.
-    # A finished run that was resumed and took no further step is centered already: its checkpoint has
-    # score_std, and run.start is cfg.steps. (After further steps the scores have moved.)
+    # Skip this if a finished run was resumed and took no further step. Both conditions are needed: a finished
+    # run that was extended has score_std, but its scores have moved; and a checkpoint from the middle of a
+    # run, resumed with a smaller --steps, was never centered.
     is_centered = run.start == cfg.steps and "score_std" in checkpoint
     if is_centered:
         score_std = checkpoint["score_std"]

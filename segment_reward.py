@@ -343,8 +343,9 @@ def train_rewards(cfg, init, axes):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone). Under
-        # torchrun, each process takes its own share of the batch. All processes get the same number of micro-
-        # batches, because those of a sharded model must run forward and backward together.
+        # torchrun, each process takes its own share of the batch. All processes get the same number of
+        # micro-batches, none of them empty, because a sharded model's processes must run forward and backward
+        # together.
         for indices in run.micro_batches(step_batches[step], groups):
             batch, packed_marks = pack_marks(
                 [groups[i] for i in indices], [marks[i] for i in indices], axes, run.device)

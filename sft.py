@@ -7,8 +7,8 @@ The language-model loss on demonstrations, taken over the tokens of the response
 where Σ_(x,y) runs over the demonstrations of a batch, and |y| is the number of tokens of y: a mean over
 tokens, so long responses weigh more than short ones.
 
-The EOS that ends a response is one of its tokens, so the model learns when to stop. (A response that was cut
-at max_len has none.)
+The EOS at the end of a response is one of its tokens, so the model learns when to stop. (A response that was
+cut at max_len has none.)
 
 The result is π_SFT. By default every later stage starts from it, and PPO and DPO keep a copy as the reference
 π_ref.
@@ -110,16 +110,16 @@ def validation_loss(policy, groups, run):
 
 def train(cfg):
     """Runs the stage. Returns the trained policy."""
-    run = Run("sft", cfg)  # the device, the folder, the log and the checkpoints
+    run = Run("sft", cfg)  # the data, the device, the folder, the log and the checkpoints
     policy, tokenizer = run.load_model(cfg.init)
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
     n_parameters = sum(p.numel() for p in policy.parameters())
     run.print0(f"sft: {n_parameters / 1e6:.1f}M parameters on {run.device}, {cfg.data} -> {run.out}")
 
     # Groups: a prompt x and one to four responses y, as token ids with the EOS at the end of y.
-    # If a prompt and the longest response of its group exceed max_len tokens, the prompt is cut at its start,
-    # down to max_len // 2 tokens at the least. A response that is still too long is cut at its end, and loses
-    # its EOS.
+    # If a prompt and the longest response of its group together exceed max_len tokens, the prompt is cut at
+    # its start, down to max_len // 2 tokens at the least. A response that is still too long is cut at its
+    # end, and loses its EOS.
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
     # One list per step, of exactly batch_size indices into groups. Each epoch is shuffled anew, and drops its
@@ -135,8 +135,9 @@ def train(cfg):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into groups, at most cfg.micro_tokens tokens in total (a longer group goes alone). Under
-        # torchrun, each process takes its own share of the batch. All processes get the same number of micro-
-        # batches, because those of a sharded model must run forward and backward together.
+        # torchrun, each process takes its own share of the batch. All processes get the same number of
+        # micro-batches, none of them empty, because a sharded model's processes must run forward and backward
+        # together.
         for indices in run.micro_batches(batches[step], groups):
             # Packed into rows, so that a prompt is computed once and padding is rare: prompt, y1, y2, the
             # next prompt, … A token sees its prompt and the earlier tokens of its own response, nothing else
@@ -145,7 +146,7 @@ def train(cfg):
             logprobs = policy.logprobs(micro_batch)  # log π(y_t | x, y_<t) of every response token: (N,)
             loss = sft_loss(logprobs, n_tokens)
             loss.backward()
-            metrics.add(loss=-logprobs)  # detached and summed; divided by n_tokens under 5 below
+            metrics.add(loss=-logprobs)  # detached and summed; divided by n_tokens in step 5
 
         # 2. Sum the gradients over the processes: a sum, not a mean, since each loss was divided by the
         # tokens of the whole batch. (A sharded model has already summed them, in its backward pass.)

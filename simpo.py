@@ -4,8 +4,8 @@ DPO's reward for a response is β log π/π_ref, a sum over its tokens. But gene
 log-probs, so SimPO leaves π_ref out. What remains, a sum of log-probs, falls with every token. A longer
 chosen response then starts behind, and training must inflate the probabilities of its tokens to make it win.
 So SimPO divides by the length |y|: the reward is β times the mean log-prob (eq. 4). Without the division, the
-paper's models write long, repetitive responses. The chosen y_w should win over the rejected y_l by at least
-γ:
+paper's models write long, repetitive responses. The reward of the chosen y_w should exceed that of the
+rejected y_l by at least γ:
 
     r(x, y) = β/|y| log π_θ(y|x)
     L(θ) = −E log σ( β/|y_w| log π_θ(y_w|x) − β/|y_l| log π_θ(y_l|x) − γ )                          (eq. 6)
@@ -23,8 +23,8 @@ micro-batch; ours is averaged over those of the whole batch:
 
     sft_weight · ( −Σ log π_θ(y_w|x) ) / ( Σ |y_w| )
 
-Here a token has the same weight, whether its response is short or long. The paper's main runs have sft_weight
-0, and so do our recipes for real data. With these recipes, watch `response_len` on the console and
+In this term a token has the same weight, whether its response is short or long. The paper's main runs have
+sft_weight 0, and so do our recipes for real data. With these recipes, watch `response_len` on the console and
 `unfinished` in log.jsonl: responses of at most 128 tokens are sampled during training for that purpose.
 
     python simpo.py                                the animals world, from scratch: SFT first, then SimPO
@@ -157,7 +157,7 @@ def train(cfg):
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
     # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the
-    # prompt and the longer response exceed max_len tokens, the prompt is cut at its start, down to
+    # prompt and the longer response together exceed max_len tokens, the prompt is cut at its start, down to
     # max_len // 2 tokens at the least. A response that is still too long is cut at its end, and loses its
     # EOS.
     pairs = run.encode_pairs(run.data.comparisons("train"))
@@ -181,8 +181,9 @@ def train(cfg):
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
         # of indices into pairs, at most cfg.micro_tokens tokens in total (a longer pair goes alone). Under
-        # torchrun, each process takes its own share of the batch. All processes get the same number of micro-
-        # batches, because those of a sharded model must run forward and backward together.
+        # torchrun, each process takes its own share of the batch. All processes get the same number of
+        # micro-batches, none of them empty, because a sharded model's processes must run forward and backward
+        # together.
         for indices in run.micro_batches(batches[step], pairs):
             chosen_logp, rejected_logp, chosen_len, rejected_len = pair_logp(
                 policy, [pairs[i] for i in indices])  # (b,) each
