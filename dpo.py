@@ -66,8 +66,8 @@ class Config(RunConfig):  # the other options (250 steps, batches of 64 pairs, �
 
 
 # Config's defaults are for the animals world, a small data set with a known true reward. A recipe replaces
-# some of them: `python dpo.py hh`. --data=FILE without a recipe uses hh, whose steps are for 160,000 pairs:
-# choose --steps and --warmup for your file. An epoch has pairs / batch_size steps.
+# some of them: `python dpo.py hh`. --data=FILE without a recipe uses hh. Its 2500 steps suit 160,000 pairs,
+# so set --steps and --warmup for your file: an epoch has pairs / batch_size steps.
 RECIPES = {
     # arXiv:2305.18290 App. B: β 0.1, lr 1e-6, batches of 64, 150 steps of warm-up. 2500 steps are one epoch
     "hh": dict(data="hh", beta=0.1, steps=2500, max_len=512, lr=1e-6, warmup=150, ckpt_every=500, eval_n=64),
@@ -95,14 +95,15 @@ def dpo_loss(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, bet
                                                                 ericmitchell.ai/cdpo.pdf eq. 3)
         ipo       (h − 1/(2β))²                                 arXiv:2310.12036 eq. 17 with τ = β: pulls h
                                                                 to 1/(2β), where eq. 7 would raise it without
-                                                                limit if all labels agree. Log-probs are sums
-                                                                over tokens, as in the paper; its authors
-                                                                later recommended means (--ipo_average): h and
-                                                                its target 1/(2β) are then per token
-        hinge     max(0, 1 − βh)                                arXiv:2309.06657: SLiC's hinge on log-ratios
+                                                                limit for a pair always labelled the same way.
+                                                                Log-probs are sums over tokens, as in the
+                                                                paper; its authors later recommended means
+                                                                (--ipo_average): h and its target 1/(2β) are
+                                                                then per token
+        hinge     max(0, 1 − βh)                                SLiC's hinge on log-ratios, arXiv:2309.06657
         robust    (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)    arXiv:2403.00409: an unbiased estimate of the
-                                                                noise-free loss, if ε is the true share;
-                                                                unbounded below if ε > 0
+                                                                noise-free loss, if ε is the true share of
+                                                                flipped labels; unbounded below if ε > 0
     Returns three (B,) tensors: the losses, and the implicit rewards β log π/π_ref of the chosen and of the
     rejected responses, detached.
     """
@@ -130,15 +131,14 @@ def pair_logp(policy, pairs, average=False):
     one row, so the prompt goes through the model once. Each response sees the prompt and itself, and its
     positions continue from the prompt's, so the log-probs equal those of two separate rows, up to rounding.
     The training loop uses this function, for the policy and, with --precompute_ref=False, for the reference.
-    Before and after the loop, run.logp_of_batches and run.logp_of_responses compute the same sums, for any
-    number of responses to a prompt, with response_logp of common/scoring.py. If you change this function,
-    change that one too; a test checks that they agree.
+    Before and after the loop, run.logp_of_batches and run.logp_of_responses compute the same numbers with
+    response_logp of common/scoring.py. Change the two together; a test checks that they agree.
     """
     batch = pack(pairs).to(policy.device)
     logprobs = policy.logprobs(batch)       # (N,): one per response token
     logp = per_sequence(logprobs, batch)    # (2B,), a sum for each: chosen, rejected, chosen, …
     if average:
-        logp = logp / batch.response_length
+        logp = logp / batch.response_length  # (2B,): tokens of each response, EOS included
     return logp[0::2], logp[1::2]
 
 
@@ -184,8 +184,8 @@ def train(cfg):
     # max_len // 2 tokens at the least. A response that is still too long is cut at its end, and loses its
     # EOS.
     pairs = run.encode_pairs(run.data.comparisons("train"))
-    # One list per step, of exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its
-    # last, incomplete batch.
+    # For every step of the run a list of batch_size indices into pairs. Each epoch is shuffled anew, from
+    # the seed, and drops its last, incomplete batch.
     batches = run.shuffled_batches(pairs)
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init_name} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
@@ -204,9 +204,9 @@ def train(cfg):
     # π_ref is frozen, so by default its log-probs are computed once, before training. Row i holds the two of
     # pairs[i], on the policy's device and in every process (0 if `batches` never visits the pair). They are
     # not saved: a resumed run computes them again.
-    # Without --ref, π equals π_ref before the first update, and all pairs should tie exactly. But rounding
-    # depends on what else is in a micro-batch. So each pair is computed in the micro-batch in which training
-    # first meets it. (On a GPU, a compiled model may still round differently with gradients than without.)
+    # Without --ref, π equals π_ref in the first step, and its pairs should tie exactly. But rounding depends
+    # on what else is in a micro-batch. So each pair is computed in the micro-batch in which training first
+    # meets it. (On a GPU, a compiled model may still round differently with gradients than without.)
     if cfg.precompute_ref:
         ref_logp = run.logp_of_batches(ref_policy, pairs, batches, cfg.ipo_average)  # (len(pairs), 2)
         ref_policy = None  # frees its memory

@@ -6,8 +6,9 @@ better y_w and the worse y_l. Preferences are assumed to follow the Bradley–Te
 
     P(y_w ≻ y_l | x) = σ( r(x, y_w) − r(x, y_l) )
 
-All pairs among a prompt's K ranked responses are trained on together: the model reads each response once, and
-the prompt once for all of them. The loss averages over these pairs:
+All pairs among a prompt's K ranked responses go into one batch. Shuffled into separate examples, they made
+the paper's model overfit within an epoch; and together they are cheaper, as the model reads each response
+once, and the prompt once for all of them. The loss is a mean over a prompt's pairs, then over prompts:
 
     L(θ) = −E_x [ 1/(K choose 2) Σ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]                             (eq. 1)
 
@@ -53,7 +54,7 @@ from engine.packing import pack
 
 @dataclass
 class Config(RunConfig):
-    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); not for files
+    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); not for a file
     margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m); arXiv:2307.09288 eq. 2 varies it
     center_coef: NonNegativeFloat = 0.01  # weight of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1200           # optimizer steps
@@ -176,8 +177,8 @@ def train(cfg):
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
     # The first eval_n validation comparisons, as text with ranks, and the same comparisons as token ids
     validation, validation_groups = run.held_out_comparisons(cfg.k)
-    # One list per step, of exactly batch_size indices into groups. Each epoch is shuffled anew, and drops its
-    # last, incomplete batch.
+    # For every step of the run a list of batch_size indices into groups. Each epoch is shuffled anew, from
+    # the seed, and drops its last, incomplete batch.
     batches = run.shuffled_batches(groups)
     run.print0(f"reward: {len(groups)} comparisons of {cfg.data}, {init_name} -> {run.out} on {run.device}")
     # Prints the first comparison, with a mark at each response's last token, where its score is read, and
@@ -217,8 +218,9 @@ def train(cfg):
             n_groups = len(indices)
             (loss * n_groups / cfg.batch_size).backward()
 
-            # For the log: `add` detaches and sums the elements; mean(batch_size), below, divides. The loss
-            # includes the centering term. The logged margin is r_w − r_l, not --margin.
+            # For the log: `add` detaches and sums the elements; mean(batch_size), below, divides. (score_gap
+            # has an element per group; the other two are means.) The loss includes the centering term. The
+            # logged margin is r_w − r_l, not --margin.
             metrics.add(loss=loss * n_groups, accuracy=accuracy * n_groups,
                         margin=score_gap(scores, group, rank))
 
@@ -249,11 +251,10 @@ def train(cfg):
 
     # Center the scores: shift the bias so that training demonstrations (the best responses, if the data have
     # only comparisons) score 0 on average. Every process scores all of them, so all have the same mean.
-    # Skip this if a finished run was resumed and took no further step. Both conditions are needed: a finished
-    # run that was extended has score_std, but its scores have moved; and a checkpoint from the middle of a
-    # run, resumed with a smaller --steps, was never centered.
-    is_centered = run.start == cfg.steps and "score_std" in checkpoint
-    if is_centered:
+    # Only a finished run has score_std in its checkpoint. If it was resumed and had no step left to train, it
+    # is centered already; if it was extended, its scores have moved since.
+    already_centered = "score_std" in checkpoint and run.start == cfg.steps
+    if already_centered:
         score_std = checkpoint["score_std"]
     else:
         demonstrations = data.demonstrations("train")[:cfg.center_n]

@@ -4,8 +4,8 @@ The language-model loss on demonstrations, taken over the tokens of the response
 
     L(θ) = −Σ_(x,y) Σ_t log π_θ(y_t | x, y_<t) / Σ_(x,y) |y|
 
-where Σ_(x,y) runs over the demonstrations of a batch, and |y| is the number of tokens of y: a mean over
-tokens, so long responses weigh more than short ones.
+where Σ_(x,y) runs over the demonstrations of a batch, and |y| is the number of tokens of y. This is a mean
+over tokens, so long responses weigh more than short ones.
 
 The EOS at the end of a response is one of its tokens, so the model learns when to stop. (A response that was
 cut at max_len has none.)
@@ -122,8 +122,8 @@ def train(cfg):
     # end, and loses its EOS.
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
-    # One list per step, of exactly batch_size indices into groups. Each epoch is shuffled anew, and drops its
-    # last, incomplete batch.
+    # For every step of the run a list of batch_size indices into groups. Each epoch is shuffled anew, from
+    # the seed, and drops its last, incomplete batch.
     batches = run.shuffled_batches(groups)
     run.show_data(groups)  # prints the first example, and warns if the data look wrong
     optimizer = make_optimizer(policy, cfg.lr, cfg.weight_decay)
@@ -140,8 +140,9 @@ def train(cfg):
         # together.
         for indices in run.micro_batches(batches[step], groups):
             # Packed into rows, so that a prompt is computed once and padding is rare: prompt, y1, y2, the
-            # next prompt, … A token sees its prompt and the earlier tokens of its own response, nothing else
-            # in the row; each response's positions go on from the end of its prompt.
+            # next prompt, … Attention is causal, and a token of a response sees only its prompt and its own
+            # response. Each response's positions go on from the end of its prompt, and its first token is
+            # predicted from the prompt's last.
             micro_batch = pack([groups[i] for i in indices]).to(run.device)
             logprobs = policy.logprobs(micro_batch)  # log π(y_t | x, y_<t) of every response token: (N,)
             loss = sft_loss(logprobs, n_tokens)

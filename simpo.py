@@ -161,8 +161,8 @@ def train(cfg):
     # max_len // 2 tokens at the least. A response that is still too long is cut at its end, and loses its
     # EOS.
     pairs = run.encode_pairs(run.data.comparisons("train"))
-    # One list per step, of exactly batch_size indices into pairs. Each epoch is shuffled anew, and drops its
-    # last, incomplete batch.
+    # For every step of the run a list of batch_size indices into pairs. Each epoch is shuffled anew, from
+    # the seed, and drops its last, incomplete batch.
     batches = run.shuffled_batches(pairs)
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init_name} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
