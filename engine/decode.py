@@ -51,8 +51,8 @@ def uniform_noise(n_rows, n_tokens, generator=None):
     """Numbers to sample with, uniform on [0, 1): (n_rows, n_tokens) float64.
 
     Drawn on the CPU, so that a seed gives the same numbers on every device; generator: a torch.Generator, or
-    torch's own. In float64, because torch.rand's
-    float32 has 24 random bits: most tokens of a probability far below 2^-24 could then never be drawn.
+    torch's own. In float64, because torch.rand's float32 has 24 random bits: most tokens of a probability far
+    below 2^-24 could then never be drawn.
     """
     return torch.rand(n_rows, n_tokens, dtype=torch.float64, generator=generator)
 
