@@ -179,13 +179,12 @@ def train(cfg):
     policy, _ = run.load_model(init_name)  # the second value is the tokenizer; run keeps it too
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
-    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the
-    # prompt and the longer response together exceed max_len tokens, the prompt is cut at its start, down to
-    # max_len // 2 tokens at the least. A response that is still too long is cut at its end, and loses its
-    # EOS.
+    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
+    # the longer response together exceed max_len tokens, the prompt is cut at its start, down to max_len // 2
+    # tokens at the least. A response that is still too long is cut at its end, and loses its EOS.
     pairs = run.encode_pairs(run.data.comparisons("train"))
-    # For every step of the run a list of batch_size indices into pairs. Each epoch is shuffled anew, from
-    # the seed, and drops its last, incomplete batch.
+    # For each step of the run, a list of batch_size indices into pairs. Each epoch is shuffled anew, from the
+    # seed, and drops its last, incomplete batch.
     batches = run.shuffled_batches(pairs)
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init_name} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
@@ -257,7 +256,7 @@ def train(cfg):
 
         # 3. One optimizer step on the whole batch: clip the gradients, step, zero them. If a gradient is not
         # finite, the weights stay as they are.
-        lr = cfg.lr * run.lr_schedule(step)  # a factor: linear to 1, then half a cosine to 0
+        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then half a cosine to 0
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 4. Log the batch means: the sums over all processes, divided by the batch size.

@@ -92,9 +92,9 @@ def finegrained_reward(reward_models, tokenizer, cfg):
         """B prompts and responses (token ids) -> r_t of every response token, 0 on padding: (B, R)."""
         # Segment: cut each response, differently for each axis. A Mark is the axis of a segment and T_j^k,
         # its last token, counted in the response: the reward model is read there, and the reward paid there.
-        # Segments of an axis of weight 0 are left out.
         marks = []  # marks[i] are those of responses[i]
         for response in responses:
+            # Segments of an axis of weight 0 are left out.
             segments = cut_response(tokenizer, response)
             marks.append([Mark(s.axis, s.token) for s in segments if weights[s.axis]])
 
@@ -103,11 +103,12 @@ def finegrained_reward(reward_models, tokenizer, cfg):
         groups = [(prompt, [response]) for prompt, response in zip(prompts, responses)]
         scores = judge_all(reward_models.models, groups, marks, reward_models.axes, cfg.micro_tokens)
 
-        # Weigh and place: add w_k R_k at T_j^k. (Segments of different axes can end at the same token.)
+        # Weigh and place.
         longest = max(map(len, responses))
         r = torch.zeros(len(responses), longest)  # (B, R)
         for i in range(len(responses)):
             for mark, score in zip(marks[i], scores[i]):
+                # Add w_k R_k at T_j^k. Segments of different axes can end at the same token.
                 r[i, mark.token] += weights[mark.axis] * reward_of(mark.axis, score)
         return r
 
@@ -135,7 +136,7 @@ def load_rewards(cfg, init, tokenizer):
                              f"but the policy {init} has {tokenizer.name}")
         loaded.models.append(model.requires_grad_(False))
         loaded.axes += axes
-        if "completeness" in axes:
+        if "completeness" in axes:  # what R_3 is normalized with
             loaded.completeness_mean = checkpoint["completeness_mean"]
             loaded.completeness_std = checkpoint["completeness_std"]
     return loaded

@@ -177,7 +177,7 @@ def train(cfg):
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
     # The first eval_n validation comparisons, as text with ranks, and the same comparisons as token ids
     validation, validation_groups = run.held_out_comparisons(cfg.k)
-    # For every step of the run a list of batch_size indices into groups. Each epoch is shuffled anew, from
+    # For each step of the run, a list of batch_size indices into groups. Each epoch is shuffled anew, from
     # the seed, and drops its last, incomplete batch.
     batches = run.shuffled_batches(groups)
     run.print0(f"reward: {len(groups)} comparisons of {cfg.data}, {init_name} -> {run.out} on {run.device}")
@@ -230,7 +230,7 @@ def train(cfg):
 
         # 3. One optimizer step on the whole batch: clip the gradients, step, zero them. If a gradient is not
         # finite, the weights stay as they are.
-        lr = cfg.lr * run.lr_schedule(step)  # a factor: linear to 1, then half a cosine to 0
+        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then half a cosine to 0
         grad_norm = optimizer_step(reward_model, optimizer, lr, cfg.grad_clip)
 
         # 4. Log the batch means over all processes. Every val_every steps, and after the last, also log the

@@ -297,7 +297,7 @@ def join_feedback(feedback, run):
     step_batches = [[] for _ in range(cfg.steps)]
     for kind, source in feedback.items():
         first = len(groups)  # where this source begins in groups
-        seed = cfg.seed + first  # any number, as long as the sources are not shuffled in the same order
+        seed = cfg.seed + first  # differs from source to source, so that their orders do too
         # For each step a list of indices into source.groups.
         batches_of_source = run.shuffled_batches(source.groups, batch_sizes[kind], cfg.steps, seed)
         for step in range(cfg.steps):

@@ -90,7 +90,7 @@ def sft_loss(logprobs, n_tokens):
 
 
 def count_response_tokens(groups):
-    """The number of response tokens in some groups, EOS included: what the loss divides by."""
+    """The number of response tokens in these groups, EOS included: what the loss divides by."""
     total = 0
     for _, responses in groups:
         total += sum(map(len, responses))
@@ -122,7 +122,7 @@ def train(cfg):
     # end, and loses its EOS.
     groups = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("train")), cfg.max_len)
     validation = encode_groups(tokenizer, group_by_prompt(run.data.demonstrations("validation")), cfg.max_len)
-    # For every step of the run a list of batch_size indices into groups. Each epoch is shuffled anew, from
+    # For each step of the run, a list of batch_size indices into groups. Each epoch is shuffled anew, from
     # the seed, and drops its last, incomplete batch.
     batches = run.shuffled_batches(groups)
     run.show_data(groups)  # prints the first example, and warns if the data look wrong
@@ -155,7 +155,7 @@ def train(cfg):
 
         # 3. One optimizer step on the whole batch: clip the gradients, step, zero them. If a gradient is not
         # finite, the weights stay as they are.
-        lr = cfg.lr * run.lr_schedule(step)  # a factor: linear to 1, then half a cosine to 0
+        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then half a cosine to 0
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 4. Every val_every steps, and after the last, the loss on the validation split.

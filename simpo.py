@@ -139,7 +139,8 @@ def compare_with_initial_policy(run, policy, init_name):
     initial_policy = run.load_again(init_name)
     # The same comparisons in two forms: text with ranks, and token ids, [(prompt_ids, [response_ids, …]), …].
     comparisons, groups = run.held_out_comparisons()
-    # β/|y| log π(y|x), one per response, comparison after comparison: (S,). `average` divides by |y|.
+    # The rewards β/|y| log π(y|x), one per response, comparison after comparison: (S,). `average` divides
+    # log π(y|x) by |y|.
     rewards_before = cfg.beta * run.logp_of_responses(initial_policy, groups, average=True)
     rewards = cfg.beta * run.logp_of_responses(policy, groups, average=True)
     evaluate.report(run, policy, init_name, initial_policy, cfg.reward_model,
@@ -156,13 +157,12 @@ def train(cfg):
     policy = run.prepare(policy)  # moved to the device; sharded or compiled if asked for
 
     # Comparisons are prompts with ranked responses, as text. Any two responses with different ranks form a
-    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the
-    # prompt and the longer response together exceed max_len tokens, the prompt is cut at its start, down to
-    # max_len // 2 tokens at the least. A response that is still too long is cut at its end, and loses its
-    # EOS.
+    # pair: a prompt x, the chosen response y_w and the rejected response y_l, as token ids. If the prompt and
+    # the longer response together exceed max_len tokens, the prompt is cut at its start, down to max_len // 2
+    # tokens at the least. A response that is still too long is cut at its end, and loses its EOS.
     pairs = run.encode_pairs(run.data.comparisons("train"))
-    # For every step of the run a list of batch_size indices into pairs. Each epoch is shuffled anew, from
-    # the seed, and drops its last, incomplete batch.
+    # For each step of the run, a list of batch_size indices into pairs. Each epoch is shuffled anew, from the
+    # seed, and drops its last, incomplete batch.
     batches = run.shuffled_batches(pairs)
     run.print0(f"{len(pairs)} pairs of {cfg.data}, {init_name} -> {run.out} on {run.device}")
     run.show_data(pairs, ["chosen", "rejected"])  # prints the first pair, and warns if the data look wrong
@@ -176,7 +176,7 @@ def train(cfg):
 
     for step in range(run.start, cfg.steps):
         metrics = Metrics()
-        # The SFT term below divides by Σ |y_w|, over the whole batch, all processes included.
+        # The SFT loss below divides by Σ |y_w|, over the whole batch, all processes included.
         n_chosen_tokens = count_chosen_tokens([pairs[i] for i in batches[step]])
 
         # 1. The gradients of the micro-batches add up to the gradient of the batch. A micro-batch is a list
@@ -216,7 +216,7 @@ def train(cfg):
 
         # 3. One optimizer step on the whole batch: clip the gradients, step, zero them. If a gradient is not
         # finite, the weights stay as they are.
-        lr = cfg.lr * run.lr_schedule(step)  # a factor: linear to 1, then half a cosine to 0
+        lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then half a cosine to 0
         grad_norm = optimizer_step(policy, optimizer, lr, cfg.grad_clip)
 
         # 4. Every sample_every steps, and after the last, sample responses of at most 128 tokens to see their

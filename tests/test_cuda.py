@@ -18,10 +18,10 @@ from conftest import make_model
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 import dpo
-import segment_reward
 import model as model_module
 import ppo
 import reward
+import segment_reward
 import sft
 import simpo
 from common import grids

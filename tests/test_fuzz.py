@@ -18,8 +18,8 @@ import pytest
 from conftest import SHARED, feedback
 
 import dpo
-import segment_reward
 import ppo
+import segment_reward
 import sft
 from common.options import parse, split_type
 from data import encode_groups, encode_prompts, get_tokenizer, tldr
