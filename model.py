@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from engine import devices
-from engine.attention import block_at, compiled, packed_forward, packed_mask
+from engine.attention import BLOCK, block_at, call_block, compiled, packed_forward, packed_mask
 from engine.decode import generate
 from engine.logprobs import log_softmax, token_logprobs
 from engine.onednn import Linear  # nn.Linear, with faster products while sampling on a CPU
@@ -122,10 +122,10 @@ class GPT(nn.Module):
         self.dtype = None
 
         # How packed batches run: set by `prepare` and, for a sharded model, by common/device.py.
-        self.compiled = False  # `states` is compiled; on CUDA, `generate` then replays a CUDA graph
+        self.compiled = False  # blocks are compiled; on CUDA, `generate` then replays a CUDA graph
         self.checkpoint_blocks = False
         self.mask_kind = None  # "flex", "dense" or "groups"; None: "dense", or on a CPU "groups" where faster
-        self.packed_forward = packed_forward
+        self.call_block = call_block
 
     def init_weights(self):
         """Biases 0, matrices N(0, σ²) with σ = 0.02 √(768/C): GPT-2's 0.02 at its width of C = 768.
@@ -221,7 +221,7 @@ class GPT(nn.Module):
         return torch.bfloat16 if devices.device_type(self.device) == "cuda" else torch.float32
 
     def prepare(self, compile, checkpoint_blocks):
-        """Sets whether `states` is compiled, and whether blocks are recomputed in the backward pass.
+        """Sets whether the blocks are compiled, and whether they are recomputed in the backward pass.
 
         Recomputing them saves memory. Once compiled, a model stays compiled.
         """
@@ -230,15 +230,17 @@ class GPT(nn.Module):
             self.compiled = True
             # One kind of mask, since torch.compile would compile again for each
             self.mask_kind = "flex" if devices.device_type(self.device) == "cuda" else "dense"
-            self.packed_forward = compiled(packed_forward)
+            self.call_block = compiled(call_block)
 
     def states(self, batch, places=None):
         """The hidden states (N, C), after ln_f, at `places`; None: those that predict the response tokens."""
         if places is None:
             places = batch.state_index
+        if self.mask_kind == "flex":
+            batch = batch.in_one_row(multiple=BLOCK)
         mask = packed_mask(batch, self.mask_kind)
         with self.autocast():
-            return self.packed_forward(self, batch.tokens, batch.position, mask, places)
+            return packed_forward(self, batch.tokens, batch.position, mask, places)
 
     def token_logprobs(self, states, target, temperature=1.0):
         """log π(y_t | s_t) at temperature τ: states (N, C), target (N,) -> (N,) float32, in nats."""

@@ -10,6 +10,8 @@ from common.dist import is_sharded, n_processes
 from common.sharding import compile_blocks, shard_model
 from engine import devices
 
+SMALLEST_COMPILED = 10_000_000  # parameters of the smallest model that is compiled by default
+
 
 def choose_device(device):
     """Picks the device to run on ("cpu", "cuda", "cuda:1", "mps") and sets torch up for it.
@@ -59,7 +61,7 @@ def keep_freed_memory():
 def prepare_model(model, cfg, device):
     """Moves a model to the device; --fsdp spreads it over the processes, and --compile compiles it."""
     on_cuda = devices.device_type(device) == "cuda"
-    compile = wants_compile(cfg, device)
+    compile = wants_compile(model, cfg, device)
     n_head = model.config.n_head
     head_size = model.config.n_embd // n_head
     if compile and on_cuda and head_size < 16:
@@ -77,11 +79,18 @@ def prepare_model(model, cfg, device):
     return model
 
 
-def wants_compile(cfg, device):
-    """Whether to compile: --compile, or by default on CUDA."""
+def wants_compile(model, cfg, device):
+    """Whether to compile: --compile; by default on CUDA, unless the model is small.
+
+    Compiling takes half a minute or more, in which the model of the animals world is trained.
+    """
     if cfg.compile is None:
-        return devices.device_type(device) == "cuda"
+        return devices.device_type(device) == "cuda" and n_parameters(model) >= SMALLEST_COMPILED
     return cfg.compile
+
+
+def n_parameters(model):
+    return sum(p.numel() for p in model.parameters())
 
 
 def describe_device(model, cfg, device, tokens_per_step):
@@ -90,7 +99,6 @@ def describe_device(model, cfg, device, tokens_per_step):
     if devices.device_type(device) == "cuda":
         name += f" ({torch.cuda.get_device_name()})"
     dtype = str(model.product_dtype()).removeprefix("torch.")
-    compile = "on" if wants_compile(cfg, device) else "off"
-    n_parameters = sum(p.numel() for p in model.parameters())
-    return (f"{name}, {dtype}, compile {compile}, {n_parameters / 1e6:.1f}M parameters, "
+    compile = "on" if wants_compile(model, cfg, device) else "off"
+    return (f"{name}, {dtype}, compile {compile}, {n_parameters(model) / 1e6:.1f}M parameters, "
             f"about {tokens_per_step:,.0f} tokens a step")

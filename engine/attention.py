@@ -15,12 +15,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from engine import devices
 
 CALL_COST = 100**2  # what one more call of attention costs on a CPU, in pairs of tokens
+BLOCK = 128         # flex_attention works on blocks of BLOCK by BLOCK pairs of tokens
 
 
 # ------------------------------------------------------------------------------------------------------ masks
@@ -39,16 +40,13 @@ def packed_mask(batch, kind=None):
     """Builds the mask of a packed batch: who may look at whom.
 
     kind: "dense", "groups" or "flex". None means "dense", or on a CPU "groups" where that is faster.
+    For "flex", the batch must be in one row (see `Batch.in_one_row`).
     """
     group = batch.group
     segment = batch.segment
     rows, T = group.shape
     if kind == "flex":
-        def allowed(b, h, q, k):
-            same_group = group[b, q] == group[b, k]
-            prompt_or_own = (segment[b, k] == 0) | (segment[b, q] == segment[b, k])
-            return (q >= k) & same_group & prompt_or_own
-        return create_block_mask(allowed, rows, None, T, T, device=group.device)
+        return block_mask(group[0], segment[0])
 
     if kind == "groups" or (kind is None and devices.device_type(group.device) == "cpu"):
         _, counts = torch.unique_consecutive(group, return_counts=True)
@@ -63,6 +61,35 @@ def packed_mask(batch, kind=None):
 
     same_group = group[:, :, None] == group[:, None, :]
     return (within_group(segment) & same_group)[:, None]
+
+
+def block_mask(group, segment):
+    """The BlockMask of a single row: group, segment (T,), T a multiple of BLOCK.
+
+    A group's tokens stand side by side. So a block of queries looks at the blocks from the one where the
+    group of its first token begins up to itself, and at no others. (create_block_mask would find the same
+    blocks by asking `allowed` about all T² pairs, which takes 20 times as long.)
+    """
+    T = len(group)
+    n_blocks = T // BLOCK
+    token = torch.arange(T, device=group.device)
+    is_first = torch.ones_like(group, dtype=torch.bool)
+    is_first[1:] = group[1:] != group[:-1]
+    begin = torch.where(is_first, token, 0).cummax(0).values  # (T,) where the token's group begins
+
+    first_block = (begin[::BLOCK] // BLOCK).int()             # (n_blocks,) the first that each one looks at
+    block = torch.arange(n_blocks, device=group.device, dtype=torch.int32)
+    counts = block - first_block + 1
+    # Row i lists the blocks that block i looks at; what stands behind its first counts[i] entries is not read.
+    indices = (first_block[:, None] + block).clamp(max=n_blocks - 1)
+
+    def allowed(b, h, q, k):
+        same_group = (begin[q] <= k) & (k <= q)
+        prompt_or_own = (segment[k] == 0) | (segment[q] == segment[k])
+        return same_group & prompt_or_own
+
+    return BlockMask.from_kv_blocks(counts[None, None], indices[None, None], BLOCK_SIZE=BLOCK,
+                                    mask_mod=allowed, seq_lengths=(T, T))
 
 
 def within_group(segment):
@@ -128,7 +155,12 @@ def run_block(model, block, *args):
     """block(*args), recomputed in the backward pass if model.checkpoint_blocks."""
     if model.checkpoint_blocks and torch.is_grad_enabled():
         # Nothing in a block is random, so there is no random state to preserve.
-        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(model.call_block, block, *args, use_reentrant=False, preserve_rng_state=False)
+    return model.call_block(block, *args)
+
+
+def call_block(block, *args):
+    """What torch.compile compiles: one block of the model. All blocks run the same compiled code."""
     return block(*args)
 
 
@@ -144,12 +176,12 @@ def block_at(block, x, attend, places):
 
 
 def packed_forward(model, tokens, position, mask, places):
-    """The hidden states of a packed batch at `places`: (N, C)."""
+    """The hidden states of a packed batch at `places`, indices into B·T: (N, C)."""
     return hidden_at(model, tokens, position, lambda layer, q, k, v: attention(q, k, v, mask), places)
 
 
 def compiled(function):
-    """torch.compile for any shape: a kind of call compiles for its first two shapes, and never again."""
-    # The kinds of calls: PPO's four models, with gradients or without, with one row or more.
+    """torch.compile for any shape: a kind of call compiles at its first shape, and seldom again."""
+    # The kinds of calls: models of different sizes, with gradients or without, and on a CPU one row or more.
     torch._dynamo.config.recompile_limit = 32
     return torch.compile(function, dynamic=True)

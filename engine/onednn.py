@@ -17,7 +17,10 @@ SMALLEST = 2**17  # entries; for a smaller matrix the copy does not pay
 
 class Linear(nn.Linear):
     """nn.Linear, computed by oneDNN inside `onednn_weights(model)`."""
-    onednn_copy = None
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features)
+        self.onednn_copy = None
 
     def forward(self, x):
         if self.onednn_copy is None:

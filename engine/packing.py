@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from engine import devices
 
@@ -51,6 +52,21 @@ class Batch:
         """(S,) the place of each response's last token."""
         ends = self.response_length.cumsum(0)  # where in N each response ends
         return self.token_index[ends - 1]
+
+    def in_one_row(self, multiple):
+        """The same batch with its rows end to end in one, padded to a multiple of `multiple`, at least two.
+
+        A place is still the same place. torch.compile makes special code for sizes of 1, so batches with
+        one row or several, or with one block or several, would each compile again.
+        """
+        n_places = self.tokens.numel()
+        length = max(-(-n_places // multiple), 2) * multiple
+
+        def one_row(x, padding=0):
+            return F.pad(x.flatten(), (0, length - n_places), value=padding)[None]
+
+        return replace(self, tokens=one_row(self.tokens), segment=one_row(self.segment),
+                       position=one_row(self.position), group=one_row(self.group, -1))
 
     def to(self, device):
         """The batch on `device`; copies to a GPU overlap with its computation."""

@@ -29,7 +29,7 @@ import sft
 import simpo
 from common.batches import micro_batches
 from common.checkpoints import load_checkpoint, load_to_resume, save_checkpoint
-from common.device import choose_device
+from common.device import choose_device, wants_compile
 from common.dist import sync_gradients
 from common.log import Log
 from common.models import load_model
@@ -40,7 +40,7 @@ from common.run import Run
 from common.sharding import unshard_model
 from data import get_tokenizer
 from engine.packing import group_length
-from model import GPTConfig
+from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]
 STAGES = [sft, reward, ppo, dpo, simpo, finegrained]
@@ -277,12 +277,23 @@ def test_the_device_asked_for_is_made_the_current_one(monkeypatch):
 
 
 def test_heads_that_are_too_narrow_for_cuda():
-    model = SimpleNamespace(config=GPTConfig(n_head=4, n_embd=32))
-    for compile in (None, True):  # None: on CUDA
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_layer=700, n_head=4, n_embd=32))
+    for compile in (None, True):  # None: on CUDA, because it has 10M parameters
         run = SimpleNamespace(device="cuda", cfg=SimpleNamespace(compile=compile))
         message = one_line(Run.prepare, run, model)
         assert message == "--n_head=4: flex_attention on CUDA needs heads of 16 dimensions or more, " \
                           "these have 8; --compile=False runs without it"
+
+
+def test_by_default_a_model_is_compiled_on_cuda_if_it_is_large():
+    with torch.device("meta"):
+        small, large = (GPT(GPTConfig(n_layer=12, n_embd=n_embd)) for n_embd in (48, 768))
+    default = SimpleNamespace(compile=None)
+    assert [wants_compile(model, default, device) for model in (small, large) for device in ("cuda:1", "cpu", "mps")] == \
+        [False, False, False, True, False, False]
+    assert all(wants_compile(model, SimpleNamespace(compile=setting), device) == setting
+               for model in (small, large) for device in ("cuda", "cpu") for setting in (True, False))
 
 
 def test_a_stage_starts_without_the_compiler():

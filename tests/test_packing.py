@@ -1,15 +1,18 @@
 """The packed batch: layout, and that no number depends on how sequences share rows."""
+import copy
 import functools
 import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_model, random_groups
 from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_block_mask
 
 from common.batches import cut_by_tokens, shuffled_batches
 from engine import attention as attention_module
-from engine.attention import GroupMask, attention, group_attention, packed_forward, packed_mask
+from engine.attention import BLOCK, GroupMask, attention, group_attention, packed_mask
 from engine.packing import first_fit, group_length, pack, per_sequence
 
 
@@ -148,9 +151,15 @@ def may_look(batch):
 @pytest.mark.parametrize("mask_kind", ["dense", "groups", "flex"])
 def test_attention_under_each_mask_is_the_textbooks(mask_kind):
     batch = pack(random_groups(), 40)
+    if mask_kind == "flex":
+        batch = batch.in_one_row(BLOCK)
     q, k, v = queries_keys_values(*batch.tokens.shape)
     expected = textbook_attention(q, k, v, may_look(batch))
-    torch.testing.assert_close(attention(q, k, v, packed_mask(batch, mask_kind)), expected, atol=1e-5, rtol=0)
+    found = attention(q, k, v, packed_mask(batch, mask_kind))
+    if mask_kind == "flex":  # there, what padding looks at is left open
+        real = batch.group[:, None, :, None] >= 0
+        found, expected = found * real, expected * real
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_attention_without_a_mask_is_causal_and_a_mask_of_numbers_is_added():
@@ -175,9 +184,45 @@ def test_flex_attention_equals_sdpa_under_the_packed_mask(kind):
     q, k, v = queries_keys_values(*batch.tokens.shape)
     mask = packed_mask(batch)
     assert isinstance(mask, GroupMask) == (kind == "groups")
-    real = batch.group[:, None, :, None] >= 0
-    flex = attention(q, k, v, packed_mask(batch, "flex")) * real
-    torch.testing.assert_close(flex, attention(q, k, v, mask) * real, atol=1e-5, rtol=1e-5)
+    one_row = batch.in_one_row(BLOCK)
+    padding = one_row.tokens.numel() - batch.tokens.numel()
+    q_row, k_row, v_row = (F.pad(x.transpose(1, 2).flatten(0, 1), (0, 0, 0, 0, 0, padding)).transpose(0, 1)[None] for x in (q, k, v))
+    flex = attention(q_row, k_row, v_row, packed_mask(one_row, "flex"))[0].transpose(0, 1)  # (places, H, D)
+    expected = attention(q, k, v, mask).transpose(1, 2).flatten(0, 1)
+    real = batch.group.flatten() >= 0
+    torch.testing.assert_close(flex[:len(real)][real], expected[real], atol=1e-5, rtol=1e-5)
+
+
+def test_one_row_holds_what_stood_at_each_place_and_then_padding():
+    batch = pack(random_groups(), 40)
+    one_row = batch.in_one_row(16)
+    n = batch.tokens.numel()
+    assert one_row.tokens.shape == (1, -(-n // 16) * 16) and n % 16
+    for name in ("tokens", "segment", "position", "group"):
+        assert getattr(one_row, name)[0, :n].equal(getattr(batch, name).flatten())
+    assert (one_row.group[0, n:] == -1).all()
+    assert one_row.target.equal(batch.target) and one_row.last.equal(batch.last)
+    assert pack([([1, 2], [[3]])]).in_one_row(16).tokens.shape == (1, 32)  # never a single block
+
+
+@pytest.mark.parametrize("longest, n", [(9, 60), (150, 12), (600, 3), (1, 1)])
+def test_the_blocks_of_flex_attention_are_those_that_create_block_mask_finds(longest, n):
+    """Every block with a pair that may look, and of those without one only some at the borders of groups."""
+    rng = random.Random(longest)
+    groups = [([1] * rng.randint(1, longest), [[2] * rng.randint(1, longest) for _ in range(2)]) for _ in range(n)]
+    batch = pack(groups).in_one_row(BLOCK)
+    mask = packed_mask(batch, "flex")
+    found = create_block_mask(mask.mask_mod, 1, None, *mask.seq_lengths, device="cpu")
+    assert mask.shape == found.shape
+    assert (mask.to_dense() >= found.to_dense()).all()
+    assert mask.to_dense().tril().equal(mask.to_dense())
+    # Each block looks no further back than to the block where its first token's group begins.
+    group = batch.group[0].tolist()
+    for i, looks_at in enumerate(mask.to_dense()[0, 0].tolist()):
+        first = i * BLOCK
+        while first and group[first - 1] == group[first]:
+            first -= 1
+        assert looks_at.index(1) == first // BLOCK
 
 
 def test_checkpointed_blocks_give_the_same_gradient_and_keep_less(model, kind):
@@ -194,20 +239,24 @@ def test_checkpointed_blocks_give_the_same_gradient_and_keep_less(model, kind):
     assert torch.equal(loss, again) and all(map(torch.equal, grads, recomputed)) and less < kept / 3
 
 
-@pytest.mark.parametrize("compilable", ["dense", "flex"])
-def test_compiled_passes_compile_no_more_after_the_second_shape(model, monkeypatch, compilable):
+@pytest.mark.parametrize("mask_kind, n_kinds", [("dense", 2), ("flex", 1)])
+def test_compiled_blocks_are_the_plain_ones_and_compile_once_for_each_kind_of_batch(model, monkeypatch, mask_kind, n_kinds):
+    """Dense: one row or several. Flex: always one row. A kind compiles a block and the last block, whatever the depth."""
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    plain = copy.deepcopy(model)
     model.prepare(compile=True, checkpoint_blocks=False)
     assert model.mask_kind == "dense"  # here; on CUDA flex
+    model.mask_kind = plain.mask_kind = mask_kind
+    compiled_copy = copy.deepcopy(model)
+    for p in compiled_copy.parameters():
+        p.data.zero_()  # a copy has weights of its own
     for seed in range(8):
         batch = pack(random_groups(seed, n=1 + 3 * seed), 40 + 3 * seed)
         with torch.no_grad():
-            mask = packed_mask(batch, compilable)
-            arguments = model, batch.tokens, batch.position, mask, batch.state_index
-            assert torch.equal(model.packed_forward(*arguments), packed_forward(*arguments))
-        assert counter.frame_count <= 2
-    assert counter.frame_count > 0
+            assert torch.equal(model.states(batch), plain.states(batch))
+            assert not compiled_copy.states(batch).any()
+    assert counter.frame_count == 2 * n_kinds
 
 
 def test_a_siblings_tokens_change_nothing_to_the_bit(model, kind):
