@@ -131,7 +131,7 @@ def pair_logp(policy, pairs, average=False):
     one row, so the prompt goes through the model once. Each response sees the prompt and itself, and its
     positions continue from the prompt's, so the log-probs equal those of two separate rows, up to rounding.
     The training loop uses this function, for the policy and, with --precompute_ref=False, for the reference.
-    Before and after the loop, run.logp_of_batches and run.logp_of_responses compute the same numbers with
+    Before and after the loop, run.precompute_logp and run.logp_of_responses compute the same numbers with
     response_logp of common/scoring.py. Change the two together; a test checks that they agree.
     """
     batch = pack(pairs).to(policy.device)
@@ -152,7 +152,7 @@ def compare_with_reference(run, policy, ref_name, ref_policy):
     """
     cfg = run.cfg
     # The same comparisons in two forms: text with ranks, and token ids, [(prompt_ids, [response_ids, …]), …].
-    comparisons, groups = run.held_out_comparisons()
+    comparisons, groups = run.validation_comparisons()
     # Log-probs and rewards are (S,): one per response, comparison after comparison.
     logp = run.logp_of_responses(policy, groups, cfg.ipo_average)
     logp_of_reference = run.logp_of_responses(ref_policy, groups, cfg.ipo_average)
@@ -207,7 +207,7 @@ def train(cfg):
     # on what else is in a micro-batch. So each pair is computed in the micro-batch in which training first
     # meets it. (On a GPU, a compiled model may still round differently with gradients than without.)
     if cfg.precompute_ref:
-        ref_logp = run.logp_of_batches(ref_policy, pairs, batches, cfg.ipo_average)  # (len(pairs), 2)
+        ref_logp = run.precompute_logp(ref_policy, pairs, batches, cfg.ipo_average)  # (len(pairs), 2)
         ref_policy = None  # frees its memory
 
     @torch.no_grad()
@@ -270,7 +270,7 @@ def train(cfg):
     if cfg.eval_n > 0:
         del optimizer  # frees memory for the evaluation
         if ref_policy is None:
-            ref_policy = run.load_again(ref_name)  # precompute_ref dropped it; again frozen and prepared
+            ref_policy = run.load_frozen(ref_name)  # precompute_ref dropped it; again frozen and prepared
         compare_with_reference(run, policy, ref_name, ref_policy)
     return policy
 

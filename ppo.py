@@ -323,7 +323,8 @@ def whiten(x, mask, shift_mean=True):
     """Scales x (B, R) to unit variance over the mask, and to mean 0 if shift_mean; 0 off the mask.
 
     Without shift_mean, the mean μ is kept: x/σ + (1 − 1/σ) μ. This adds the constant (1 − 1/σ) μ to every
-    token, so a longer response gets more of it in total. (In GAE, a value model can learn to subtract that.)
+    token, so --whiten_rewards also rewards length, or punishes it. A value model does not undo that: a
+    baseline lowers the variance of the gradient, and leaves the objective as it is.
     """
     mean = masked_mean(x, mask)
     white = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
@@ -370,7 +371,7 @@ def grpo_advantages(totals):
     Dr. GRPO (arXiv:2503.20783) found a bias in the std: it gives more weight to prompts whose K rewards are
     nearly equal, such as very easy and very hard ones. Here R includes the KL penalty, which GRPO has in the
     loss instead. So where the task's rewards are all equal, the advantages come from the penalty alone, and
-    dividing by the std scales them to unit size. Without the std, this is RLOO times (K − 1)/K.
+    dividing by the std scales them to unit size. Without that division, this is RLOO times (K − 1)/K.
     """
     mean = totals.mean(1, keepdim=True)
     std = totals.std(1, keepdim=True)
@@ -443,8 +444,8 @@ def shuffled_epochs(cfg):
 def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
     """Step 5: an optimizer step for each minibatch of each epoch.
 
-    epochs: from shuffled_epochs. optimizers: {"policy": …, "value": …}, without "value" if the value head is
-    the policy's or there is none; lrs: their learning rates. ptx_batches: an iterator over lists of
+    epochs: from shuffled_epochs. optimizers: {"policy": …, "value": …}, without "value" if there is no
+    separate value model; lrs: their learning rates. ptx_batches: an iterator over lists of
     demonstrations, one list per optimizer step; None: no demonstrations. Returns the means of losses and
     statistics over the optimizer steps, and how many there were; a step cancelled by stop_kl is not counted.
     """
@@ -457,12 +458,13 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
             metrics = Metrics()
             minibatch_tokens = episodes.mask[episodes.rows(minibatch)].sum().to(run.device)
 
-            # run.micro_batches takes this process's share of the minibatch, as many groups as any other's,
+            # run.micro_batches takes this process's share of the minibatch (all shares have as many groups),
             # and splits it into lists of at most cfg.micro_tokens tokens, none of them empty. Every process
             # gets the same number of lists, because a sharded forward pass needs all processes at once.
             for indices in run.micro_batches(minibatch, groups):
                 batch = pack([groups[i] for i in indices]).to(run.device)
-                # The same responses with the fixed targets of steps 2 and 4: log π_old, V_old, Â, returns.
+                # The same responses, with what steps 2 and 4 computed for them under the old policy and the
+                # old V: log π_old, V_old, Â and the returns. All of that stays fixed during the epochs.
                 old = episodes.select(episodes.rows(indices), run.device)
                 # weight is this micro-batch's share of the minibatch's response tokens. Each loss below is a
                 # mean over the micro-batch; the sum of weight · loss, over micro-batches and processes, is
@@ -489,8 +491,8 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
                 (loss * weight).backward()
 
             # InstructGPT's eq. 2, second term: ptx_coef · E[log π] on demonstrations; its gradient is added
-            # to PPO's. Each sum is divided by the number of demonstration tokens of all processes, so that
-            # the losses of micro-batches and processes add up to the mean per token.
+            # to PPO's. ptx_loss sums over its demonstrations' tokens, and divides by the number of tokens of
+            # all of them, so that the losses of micro-batches and processes add up to the mean per token.
             if ptx_batches is not None:
                 demonstrations = next(ptx_batches)  # [(prompt_ids, [response_ids]), …], in every process
                 n_ptx_tokens = sum(len(response) for _, (response,) in demonstrations)
@@ -529,7 +531,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
 
 def mean_over_steps(history, cfg):
     """The means of the metrics over the optimizer steps, the whole loss, and the number of those steps."""
-    if not history:  # the first step was cancelled: stop_kl is below the rounding error of approx_kl
+    if not history:  # stop_kl cancelled the first step, where approx_kl was nothing but rounding error
         return {"optimizer_steps": 0}
     means = {}
     for key in history[0]:
@@ -613,7 +615,8 @@ def load_models(run, init_name, has_reward_fn):
     """Loads and prepares all models -> Models, tokenizer."""
     cfg = run.cfg
     policy, tokenizer = run.load_model(init_name)
-    run.adopt_template(init_name)  # if it was trained on chat turns, run.rollout_prompts writes prompts so
+    # If the model was trained on chat turns, run.rollout_prompts, called later, writes prompts as turns.
+    run.adopt_template(init_name)
     policy.set_scalar_heads(0)  # drops the value head of a policy from --share_value
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
     reward_model = None
@@ -657,8 +660,8 @@ def check_settings(cfg, data, has_reward_fn):
     if cfg.advantage != "gae" and cfg.share_value:
         raise SystemExit(f"--share_value: --advantage={cfg.advantage} has no value model to share")
     if cfg.advantage != "gae" and cfg.whiten_rewards:
-        raise SystemExit(f"--whiten_rewards: with --advantage={cfg.advantage} it would reward or punish "
-                         "length: it adds a constant to each token's reward, which no value model subtracts")
+        raise SystemExit("--whiten_rewards scales the rewards of single tokens; "
+                         f"--advantage={cfg.advantage} compares the rewards of whole responses")
     if cfg.batch_size % (cfg.minibatches * cfg.k):
         raise SystemExit(f"--batch_size={cfg.batch_size} is not a multiple of "
                          f"--minibatches={cfg.minibatches} times --k={cfg.k}")
@@ -713,7 +716,8 @@ def train(cfg, reward_fn=None):
     kl_controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
 
     prompts = run.rollout_prompts(cfg.max_new_tokens)  # lists of ids; long ones lose their beginning
-    prompt_indices = run.shuffled_batches(prompts, cfg.batch_size // cfg.k)  # a list per step
+    # For each iteration, the indices of its prompts, drawn from the seed
+    prompt_indices = run.shuffled_batches(prompts, cfg.batch_size // cfg.k)
     if cfg.ptx_coef:
         demonstration_batches = DemonstrationBatches(run, tokenizer)  # of eq. 2's second term
     run.print0(
@@ -731,10 +735,10 @@ def train(cfg, reward_fn=None):
     sample_file = SampleFile(run.out, run.start)
     warned = False
 
-    for step in range(run.start, cfg.steps):
+    for iteration in range(run.start, cfg.steps):  # cfg.steps counts PPO's iterations
         # 1. Rollout: sample K responses y ~ π(·|x) for each prompt, and get their rewards r(x, y).
         begin = time.time()
-        batch_prompts = [prompts[i] for i in prompt_indices[step]]
+        batch_prompts = [prompts[i] for i in prompt_indices[iteration]]
         episodes = rollout(models.policy, batch_prompts, reward_fn, tokenizer, cfg)
         rollout_s = time.time() - begin
 
@@ -774,11 +778,11 @@ def train(cfg, reward_fn=None):
 
         # 5. Epochs of clipped updates on minibatches of the episodes.
         begin = time.time()
-        factor = run.lr_schedule(step)
+        factor = run.lr_schedule(iteration)
         lrs = {"policy": cfg.lr * factor, "value": cfg.value_lr * factor}
         ptx_batches = None
         if cfg.ptx_coef:  # for each optimizer step as many demonstrations as it has episodes
-            ptx_batches = demonstration_batches.of_iteration(step)
+            ptx_batches = demonstration_batches.of_iteration(iteration)
         losses = update(run, models, optimizers, episodes, epochs, lrs, ptx_batches)
         update_s = time.time() - begin
 
@@ -788,7 +792,7 @@ def train(cfg, reward_fn=None):
         # 7. Log, show samples, and save a checkpoint when one is due. On Ctrl-C, save_if_due saves one too,
         # and the program ends here.
         stats = statistics(episodes, kl_coef, data, tokenizer)
-        run.log(step + 1, tokens=episodes.n_tokens, **stats, **losses, lr=lrs["policy"],
+        run.log(iteration + 1, tokens=episodes.n_tokens, **stats, **losses, lr=lrs["policy"],
                 rollout_s=rollout_s, evaluate_s=evaluate_s, update_s=update_s)  # of steps 1, 2 to 4, and 5
         if stats["kl"] > RUNAWAY_KL * stats["response_len"] and not warned:
             warned = True
@@ -796,10 +800,10 @@ def train(cfg, reward_fn=None):
                        f"{stats['kl']:.1f} nats in responses of {stats['response_len']:.0f} tokens; "
                        f"lower --lr (now {cfg.lr}) or --epochs, "
                        f"or raise --kl_coef (now {kl_controller.coef:.3g})")
-        if step == 0 or (step + 1) % cfg.sample_every == 0:
-            sample_file.show(step + 1, tokenizer, episodes.prompts, episodes.responses,
+        if iteration == 0 or (iteration + 1) % cfg.sample_every == 0:
+            sample_file.show(iteration + 1, tokenizer, episodes.prompts, episodes.responses,
                              score=episodes.rewards.sum(1), kl=episodes.kl.sum(1))
-        run.save_if_due(step + 1, models.policy, optimizers["policy"], kl_coef=kl_controller.coef,
+        run.save_if_due(iteration + 1, models.policy, optimizers["policy"], kl_coef=kl_controller.coef,
                         **value_state(models, optimizers))
 
     # Compare the policy and its reference on held-out prompts. Both are sampled at the run's temperature τ,

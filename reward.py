@@ -6,8 +6,8 @@ better y_w and the worse y_l. Preferences are assumed to follow the Bradley–Te
 
     P(y_w ≻ y_l | x) = σ( r(x, y_w) − r(x, y_l) )
 
-All pairs among a prompt's K ranked responses go into one batch. Shuffled into separate examples, they made
-the paper's model overfit within an epoch; and together they are cheaper, as the model reads each response
+All pairs among a prompt's K ranked responses go into one batch. When the paper shuffled them into separate
+examples, its model overfit within one epoch. Together they are also cheaper: the model reads each response
 once, and the prompt once for all of them. The loss is a mean over a prompt's pairs, then over prompts:
 
     L(θ) = −E_x [ 1/(K choose 2) Σ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]                             (eq. 1)
@@ -15,15 +15,18 @@ once, and the prompt once for all of them. The loss is a mean over a prompt's pa
 Eq. 1 sees only differences within a prompt, so each prompt's scores have a free offset. We remove it in two
 steps:
 
-- During training, a small term center_coef · (2 r̄)² pulls the mean score r̄ of a prompt's responses to 0, so
-  that all prompts share one level. Otherwise PPO's value model would have to learn a separate offset for each
-  prompt. The term's derivative is the same for each of the K scores, so it pushes on their mean and not on
-  the differences between them. (It is ours; at K = 2 it is the (r_w + r_l)² of arXiv:2312.09244.)
+- During training, a small term center_coef · (2 r̄)² pulls the mean score r̄ of a prompt's responses towards
+  0, so that scores of different prompts can be compared. Otherwise PPO's value model would have to learn a
+  separate offset for each prompt. The term's derivative is the same for each of the K scores, so it pushes on
+  their mean and not on the differences between them. (It is ours; at K = 2 it is the (r_w + r_l)² of
+  arXiv:2312.09244.)
 - At the end, as in InstructGPT, the head's bias is shifted once, so that demonstrations score 0 on average:
   that sets the common level.
 
-The final checkpoint also holds the standard deviation of the demonstrations' scores, by which ppo.py
---normalize_reward divides scores. --margin is subtracted inside σ: r_w should exceed r_l by more than that.
+The final checkpoint also holds the standard deviation of the demonstrations' scores; `ppo.py
+--normalize_reward` divides scores by it.
+
+With --margin=m, a pair's loss is −log σ(r_w − r_l − m).
 
     python reward.py                                the animals world; trains its SFT model first
     python reward.py hh                             Anthropic's HH-RLHF, GPT-2
@@ -81,8 +84,8 @@ RECIPES = {
     "tldr": dict(data="tldr", k=2, steps=1450, batch_size=64, micro_tokens=16384, max_len=640, lr=1.5e-5,
                  warmup=50, val_every=250, log_every=10, ckpt_every=500),
     # Positive against negative reviews, paired arbitrarily, two epochs of 12,500 pairs. All share one empty
-    # prompt, so there are no offsets to remove; and a pair's mean says how good its two reviews are. Pulling
-    # it to 0 would shrink differences between pairs, so center_coef is 0
+    # prompt, so no prompt has an offset of its own. And two pairs may well differ in their mean: two strong
+    # reviews, two weak ones. Pulling every mean to 0 would erase that, so center_coef is 0
     "imdb": dict(data="imdb", k=2, center_coef=0.0, steps=390, batch_size=64, micro_tokens=16384, max_len=136,
                  lr=1e-5, warmup=20, val_every=100, log_every=10, ckpt_every=100),
 }
@@ -98,7 +101,7 @@ def ranked_pairs(scores, rank):
 
 
 def split_by_group(scores, group, rank):
-    """Scores and ranks of S responses, (S,) each -> for each group a tuple (scores, ranks), (K,) each."""
+    """Splits scores and ranks, (S,) each, by group: a list of (scores, ranks) of its responses, (K,) each."""
     return [(scores[group == g], rank[group == g]) for g in group.unique()]
 
 
@@ -176,7 +179,7 @@ def train(cfg):
     # there are, and exits if every pair is like that.
     check_pairs(groups, [comparison.ranks for comparison in comparisons], cfg.max_len, source=cfg.data)
     # The first eval_n validation comparisons, as text with ranks, and the same comparisons as token ids
-    validation, validation_groups = run.held_out_comparisons(cfg.k)
+    validation, validation_groups = run.validation_comparisons(cfg.k)
     # For each step of the run, a list of batch_size indices into groups. Each epoch is shuffled anew, from
     # the seed, and drops its last, incomplete batch.
     batches = run.shuffled_batches(groups)
@@ -233,8 +236,8 @@ def train(cfg):
         lr = cfg.lr * run.lr_schedule(step)  # a factor: up to 1 in cfg.warmup steps, then half a cosine to 0
         grad_norm = optimizer_step(reward_model, optimizer, lr, cfg.grad_clip)
 
-        # 4. Log the batch means over all processes. Every val_every steps, and after the last, also log the
-        # accuracy on the validation comparisons.
+        # 4. Log the batch means: the sums over all processes, divided by the batch size. Every val_every
+        # steps, and after the last, also log the accuracy on the validation comparisons.
         val_accuracy = None
         if validation and ((step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps):
             scores = run.scores_of_responses(reward_model, validation_groups)  # (S,) on the CPU
@@ -251,8 +254,9 @@ def train(cfg):
 
     # Center the scores: shift the bias so that training demonstrations (the best responses, if the data have
     # only comparisons) score 0 on average. Every process scores all of them, so all have the same mean.
-    # Only a finished run has score_std in its checkpoint. If it was resumed and had no step left to train, it
-    # is centered already; if it was extended, its scores have moved since.
+    # score_std is only in the checkpoint of a finished run. Resumed with the same --steps, such a run has
+    # nothing left to train, and is centered still; with more --steps, it was trained further, and is centered
+    # again.
     already_centered = "score_std" in checkpoint and run.start == cfg.steps
     if already_centered:
         score_std = checkpoint["score_std"]

@@ -136,9 +136,9 @@ def compare_with_initial_policy(run, policy, init_name):
       responses correctly.
     """
     cfg = run.cfg
-    initial_policy = run.load_again(init_name)
+    initial_policy = run.load_frozen(init_name)
     # The same comparisons in two forms: text with ranks, and token ids, [(prompt_ids, [response_ids, …]), …].
-    comparisons, groups = run.held_out_comparisons()
+    comparisons, groups = run.validation_comparisons()
     # The rewards β/|y| log π(y|x), one per response, comparison after comparison: (S,). `average` divides
     # log π(y|x) by |y|.
     rewards_before = cfg.beta * run.logp_of_responses(initial_policy, groups, average=True)

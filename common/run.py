@@ -16,7 +16,7 @@ from common.models import load_model, load_reward_model, template_of_checkpoint
 from common.optim import lr_schedule
 from common.options import check_config
 from common.prerequisites import run_dir, train_if_missing
-from common.scoring import logp_of_batches, logp_of_responses, scores_of_responses
+from common.scoring import logp_of_responses, precompute_logp, scores_of_responses
 from common.stop import StopSignal, resume_command
 from data import check_contract, dataset, encode_groups, encode_pairs, encode_prompts
 from data.turns import apply_template, template_of
@@ -43,12 +43,12 @@ class Run:
         run.save_if_due(step, policy, optimizer)   # ckpt.pt; ends the process if Ctrl-C asked for it
 
     What has to come first: load_model, before anything is encoded; adopt_template, before rollout_prompts;
-    every load_…, shuffled_batches and logp_of_batches, in the same order each time, before start_or_resume,
+    every load_…, shuffled_batches and precompute_logp, in the same order each time, before start_or_resume,
     which compares digests of the data and weights loaded so far with those in the checkpoint.
 
     Under torchrun every process runs the whole page and calls every method, with the same arguments: some
     wait for the other processes. All have the same batches and the same random state; of these methods, only
-    micro_batches (and logp_of_batches, inside) gives each of them a part of its own.
+    micro_batches (and precompute_logp, inside) gives each of them a part of its own.
     """
 
     def __init__(self, stage, cfg):
@@ -127,7 +127,7 @@ class Run:
         self.digests["ref"] = weights_digest(reference)
         return reference.requires_grad_(False)
 
-    def load_again(self, name):
+    def load_frozen(self, name):
         """Loads the initial policy or the reference again, frozen and prepared, to compare with.
 
         Warns if it is not what it was when this run began.
@@ -253,7 +253,7 @@ class Run:
         """
         return encode_pairs(self.tokenizer, comparisons, self.cfg.max_len, source=self.cfg.data)
 
-    def held_out_comparisons(self, k=2):
+    def validation_comparisons(self, k=2):
         """The first cfg.eval_n validation comparisons, and their groups (prompt_ids, [response_ids, …]).
 
         k: responses per comparison, for data that can make them (animals, qa_feedback).
@@ -270,7 +270,7 @@ class Run:
         """
         return logp_of_responses(policy, groups, self.cfg.micro_tokens, average)
 
-    def logp_of_batches(self, policy, pairs, batches, average=False):
+    def precompute_logp(self, policy, pairs, batches, average=False):
         """log π of both responses of every pair in the batches: (len(pairs), 2), without gradient.
 
         Row i is that of pairs[i], computed in the micro-batch in which training first meets it; pairs in no
@@ -278,7 +278,7 @@ class Run:
         its share of every batch, and gets all of the result. Call it before start_or_resume.
         """
         check_digests(self.checkpoint, self.out, self.cfg, self.digests)  # an error now, not after this work
-        return logp_of_batches(policy, pairs, batches, self.cfg.micro_tokens, self.progress, average)
+        return precompute_logp(policy, pairs, batches, self.cfg.micro_tokens, self.progress, average)
 
     def scores_of_responses(self, reward_model, groups):
         """A reward model's score of every response of `groups`, in their order: (S,) on the CPU.

@@ -45,7 +45,7 @@ def one_number_per_response(model, function, groups, micro_tokens):
 
 
 @torch.no_grad()
-def logp_of_batches(policy, pairs, batches, micro_tokens, progress, average=False):
+def precompute_logp(policy, pairs, batches, micro_tokens, progress, average=False):
     """log π of both responses of every pair that training visits: (len(pairs), 2).
 
     Summed over tokens or, with `average`, averaged. pairs: (prompt_ids, [chosen_ids, rejected_ids]).

@@ -397,14 +397,14 @@ def test_a_learning_rate_of_0_is_said_and_changes_nothing(start, capsys):
 
 def test_dpo_with_more_steps_knows_the_reference_of_every_pair(start, monkeypatch):
     """Twenty steps visit pairs that four have not; a resumed run has a policy that is not the reference."""
-    real = Run.logp_of_batches
+    real = Run.precompute_logp
     found = []
 
-    def logp_of_batches(*args):
+    def precompute_logp(*args):
         found.append(real(*args))
         return found[-1]
 
-    monkeypatch.setattr(Run, "logp_of_batches", logp_of_batches)
+    monkeypatch.setattr(Run, "precompute_logp", precompute_logp)
     here("dpo", start, "a", "--steps=4")
     here("dpo", start, "a", "--steps=20", "--resume")
     here("dpo", start, "b", "--steps=20")

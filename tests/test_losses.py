@@ -10,7 +10,7 @@ from conftest import make_model, random_groups
 
 import dpo
 from common.models import load_model
-from common.scoring import logp_of_batches, logp_of_responses, pair_accuracy, response_logp
+from common.scoring import precompute_logp, logp_of_responses, pair_accuracy, response_logp
 from data import encode_groups, get_tokenizer
 from dpo import dpo_loss
 from engine.packing import pack, per_sequence
@@ -182,5 +182,5 @@ def test_held_out_responses_and_the_reference_average_as_the_loss_does():
     progress = SimpleNamespace(show=lambda text: None)
     for average, expected in ((True, [-2.0, -2.0, -2.0, -2.0]), (False, [-4.0, -6.0, -2.0, -4.0])):
         assert logp_of_responses(policy, pairs, average=average).tolist() == expected
-        precomputed = logp_of_batches(policy, pairs, [[1, 0]], 100, progress, average)
+        precomputed = precompute_logp(policy, pairs, [[1, 0]], 100, progress, average)
         assert precomputed.flatten().tolist() == expected

@@ -188,7 +188,7 @@ def test_settings_that_ppo_cannot_run_get_one_line(start, small_world, monkeypat
             (dict(minibatches=3), "--batch_size=8 is not a multiple of --minibatches=3"),
             (dict(k=3, minibatches=1), "--batch_size=8 is not a multiple of --minibatches=1 times --k=3"),
             (dict(k=4, minibatches=4), "--batch_size=8 is not a multiple of --minibatches=4 times --k=4"),
-            (dict(advantage="rloo", k=2, whiten_rewards=True), "--whiten_rewards: with --advantage=rloo it would reward or punish length"),
+            (dict(advantage="rloo", k=2, whiten_rewards=True), "--whiten_rewards scales the rewards of single tokens; --advantage=rloo compares"),
             (dict(advantage="rloo", k=2, share_value=True), "--share_value: --advantage=rloo has no value model to share"),
             (dict(advantage="rloo"), "--advantage=rloo compares a response with others to the same prompt: it needs --k=2 or more"),
             (dict(advantage="grpo"), "--advantage=grpo .* needs --k=2 or more"),
