@@ -12,8 +12,8 @@ once, and the prompt once for all of them. The loss is a mean over a prompt's pa
 
     L(θ) = −E_x [ 1/(K choose 2) Σ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]                             (eq. 1)
 
-Eq. 1 sees only differences within a prompt, so each prompt's scores have a free offset. We remove it in two
-steps:
+(The loss below is over the pairs that do not tie.) Eq. 1 sees only differences within a prompt, so it leaves
+an offset open for each prompt. Two things settle it:
 
 - During training, a small term center_coef · (2 r̄)² pulls the mean score r̄ of a prompt's responses towards
   0, so that scores of different prompts can be compared. Otherwise PPO's value model would have to learn a
@@ -57,7 +57,7 @@ from engine.packing import pack
 
 @dataclass
 class Config(RunConfig):
-    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); not for a file
+    k: Annotated[int, AtLeast(2)] = 8   # K: ranked responses per prompt (InstructGPT: 4 to 9); a file has its own
     margin: NonNegativeFloat = 0.0      # m in log σ(r_w − r_l − m); arXiv:2307.09288 eq. 2 varies it
     center_coef: NonNegativeFloat = 0.01  # weight of (2 r̄)², which keeps a prompt's mean score near 0
     steps: PositiveInt = 1200           # optimizer steps
@@ -150,9 +150,9 @@ def group_and_rank(comparisons, device="cpu"):
 
 def shift_bias(reward_model, shift):
     """Adds `shift` to every score of a reward model, by changing its head's bias in place."""
-    # A state dict's tensors are the parameters' own memory, so changing one in place changes the model. (Not
-    # reward_model.scalar_head.bias itself: after a forward pass, a sharded model may still hold a gathered
-    # copy there, which is thrown away. Compiling is in place and leaves the keys as they are.)
+    # A state dict's tensors share their memory with the parameters, so changing one changes the model.
+    # reward_model.scalar_head.bias itself would not do: in a sharded model, after a forward pass, it may be a
+    # gathered copy, which is thrown away later.
     bias = reward_model.state_dict()["scalar_head.bias"]
     bias += shift
 
@@ -185,7 +185,7 @@ def train(cfg):
     batches = run.shuffled_batches(groups)
     run.print0(f"reward: {len(groups)} comparisons of {cfg.data}, {init_name} -> {run.out} on {run.device}")
     # Prints the first comparison, with a mark at each response's last token, where its score is read, and
-    # warns if the data look wrong.
+    # warns of what is probably wrong with the data. (The marks are a list of positions for each response.)
     last_tokens = [[len(response) - 1] for response in groups[0][1]]
     run.show_data(groups, [f"rank {rank}" for rank in comparisons[0].ranks], last_tokens)
 
@@ -240,7 +240,8 @@ def train(cfg):
         # steps, and after the last, also log the accuracy on the validation comparisons.
         val_accuracy = None
         if validation and ((step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps):
-            scores = run.scores_of_responses(reward_model, validation_groups)  # (S,) on the CPU
+            # Every process scores all of them: (S,) on the CPU
+            scores = run.scores_of_responses(reward_model, validation_groups)
             group, rank = group_and_rank(validation)
             _, accuracy = ranking_loss(scores, group, rank)
             val_accuracy = accuracy.item()
@@ -254,9 +255,8 @@ def train(cfg):
 
     # Center the scores: shift the bias so that training demonstrations (the best responses, if the data have
     # only comparisons) score 0 on average. Every process scores all of them, so all have the same mean.
-    # score_std is only in the checkpoint of a finished run. Resumed with the same --steps, such a run has
-    # nothing left to train, and is centered still; with more --steps, it was trained further, and is centered
-    # again.
+    # Only a finished run's checkpoint has score_std. Resumed with the same --steps, the run is centered
+    # already. Resumed with more, it has trained since, so it is centered again.
     already_centered = "score_std" in checkpoint and run.start == cfg.steps
     if already_centered:
         score_std = checkpoint["score_std"]
