@@ -12,7 +12,7 @@ once, and the prompt once for all of them. The loss is a mean over a prompt's pa
 
     L(θ) = −E_x [ 1/(K choose 2) Σ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]                             (eq. 1)
 
-(The loss below is over the pairs that do not tie.) Eq. 1 sees only differences within a prompt, so it leaves
+Where responses tie, only the other pairs count. Eq. 1 sees only differences within a prompt, so it leaves
 an offset open for each prompt. Two things settle it:
 
 - During training, a small term center_coef · (2 r̄)² pulls the mean score r̄ of a prompt's responses towards
