@@ -122,7 +122,7 @@ class GPT(nn.Module):
         self.dtype = None
 
         # How packed batches run: set by `prepare` and, for a sharded model, by common/device.py.
-        self.compiled = False  # blocks are compiled; on CUDA, `generate` then replays a CUDA graph
+        self.compiled = False  # call_block is compiled; on CUDA, `generate` then replays a CUDA graph
         self.checkpoint_blocks = False
         self.mask_kind = None  # "flex", "dense" or "groups"; None: "dense", or on a CPU "groups" where faster
         self.call_block = call_block
@@ -237,7 +237,7 @@ class GPT(nn.Module):
         if places is None:
             places = batch.state_index
         if self.mask_kind == "flex":
-            batch = batch.in_one_row(multiple=BLOCK)
+            batch = batch.in_one_row(multiple=BLOCK)  # as flex_attention and the compiler want it
         mask = packed_mask(batch, self.mask_kind)
         with self.autocast():
             return packed_forward(self, batch.tokens, batch.position, mask, places)

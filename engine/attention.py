@@ -46,6 +46,7 @@ def packed_mask(batch, kind=None):
     segment = batch.segment
     rows, T = group.shape
     if kind == "flex":
+        assert rows == 1 and T % BLOCK == 0
         return block_mask(group[0], segment[0])
 
     if kind == "groups" or (kind is None and devices.device_type(group.device) == "cpu"):
@@ -66,29 +67,47 @@ def packed_mask(batch, kind=None):
 def block_mask(group, segment):
     """The BlockMask of a single row: group, segment (T,), T a multiple of BLOCK.
 
-    A group's tokens stand side by side. So a block of queries looks at the blocks from the one where the
-    group of its first token begins up to itself, and at no others. (create_block_mask would find the same
-    blocks by asking `allowed` about all T² pairs, which takes 20 times as long.)
+    A group's tokens stand side by side, first its prompt, then response by response. So a block of queries
+    looks at two ranges of blocks: that of the prompt, if its first token is in a response, and from where
+    the segment of its first token begins up to itself. (create_block_mask finds the blocks by asking
+    `allowed` about all T² pairs, which takes 20 times as long.)
     """
     T = len(group)
     n_blocks = T // BLOCK
-    token = torch.arange(T, device=group.device)
-    is_first = torch.ones_like(group, dtype=torch.bool)
-    is_first[1:] = group[1:] != group[:-1]
-    begin = torch.where(is_first, token, 0).cummax(0).values  # (T,) where the token's group begins
+    place = torch.arange(T, device=group.device)
 
-    first_block = (begin[::BLOCK] // BLOCK).int()             # (n_blocks,) the first that each one looks at
-    block = torch.arange(n_blocks, device=group.device, dtype=torch.int32)
-    counts = block - first_block + 1
+    def begins(x):  # where x differs from the place before: (T,) boolean
+        differs = torch.ones_like(x, dtype=torch.bool)
+        differs[1:] = x[1:] != x[:-1]
+        return differs
+
+    def latest(flags):  # the last place so far that is flagged: (T,)
+        return torch.where(flags, place, 0).cummax(0).values
+
+    begins_segment = begins(group) | begins(segment)
+    group_begin = latest(begins(group))
+    segment_begin = latest(begins_segment)
+    responses_begin = latest(begins_segment & (segment == 1))  # the end of a group's prompt
+
+    # Of each block of queries, by its first token: (n_blocks,) each
+    first = group_begin[::BLOCK] // BLOCK
+    own = segment_begin[::BLOCK] // BLOCK
+    last_of_prompt = (responses_begin[::BLOCK] - 1) // BLOCK
+    n_of_prompt = (torch.minimum(last_of_prompt + 1, own) - first).clamp(min=0)
+    block = torch.arange(n_blocks, device=group.device)
+    counts = n_of_prompt + block - own + 1
+
     # Row i lists the blocks that block i looks at; what stands behind its first counts[i] entries is not read.
-    indices = (first_block[:, None] + block).clamp(max=n_blocks - 1)
+    of_prompt = first[:, None] + block
+    of_own = own[:, None] + block - n_of_prompt[:, None]
+    indices = torch.where(block < n_of_prompt[:, None], of_prompt, of_own).clamp(max=n_blocks - 1)
 
     def allowed(b, h, q, k):
-        same_group = (begin[q] <= k) & (k <= q)
+        same_group = (group_begin[q] <= k) & (k <= q)
         prompt_or_own = (segment[k] == 0) | (segment[q] == segment[k])
         return same_group & prompt_or_own
 
-    return BlockMask.from_kv_blocks(counts[None, None], indices[None, None], BLOCK_SIZE=BLOCK,
+    return BlockMask.from_kv_blocks(counts[None, None].int(), indices[None, None].int(), BLOCK_SIZE=BLOCK,
                                     mask_mod=allowed, seq_lengths=(T, T))
 
 
@@ -131,37 +150,38 @@ def group_attention(q, k, v, mask):
 
 # ------------------------------------------------------------------------------------------- the forward pass
 
-def hidden_at(model, tokens, position, attend, places=None):
+def call_block(block, *args):
+    """block(*args): what torch.compile compiles, so that all blocks share the compiled code."""
+    return block(*args)
+
+
+def hidden_at(model, tokens, position, attend, places=None, call=call_block):
     """model.hidden at some places only, where attend(layer, q, k, v) is the attention of a layer.
 
     tokens: (B, T). places: (N,) indices into B·T, for a result (N, C); None: all of them, (B, T, C).
 
     In the last block, only attention needs the other places; its projection and MLP run on `places`
-    alone. With model.checkpoint_blocks, a block's activations are recomputed in the backward pass.
+    alone. call: `call_block`, or compiled. With model.checkpoint_blocks, a block's activations are recomputed
+    in the backward pass.
     """
     x = model.wte(tokens) + model.wpe(position)
     *blocks, last = model.h
     for layer, block in enumerate(blocks):
-        x = run_block(model, block, x, partial(attend, layer))
+        x = run_block(model, call, block, x, partial(attend, layer))
     attend_last = partial(attend, len(blocks))
     if places is None:
-        x = run_block(model, last, x, attend_last)
+        x = run_block(model, call, last, x, attend_last)
     else:
-        x = run_block(model, last.forward_at, x, attend_last, places)
+        x = run_block(model, call, last.forward_at, x, attend_last, places)
     return model.ln_f(x)
 
 
-def run_block(model, block, *args):
-    """block(*args), recomputed in the backward pass if model.checkpoint_blocks."""
+def run_block(model, call, block, *args):
+    """call(block, *args), recomputed in the backward pass if model.checkpoint_blocks."""
     if model.checkpoint_blocks and torch.is_grad_enabled():
         # Nothing in a block is random, so there is no random state to preserve.
-        return checkpoint(model.call_block, block, *args, use_reentrant=False, preserve_rng_state=False)
-    return model.call_block(block, *args)
-
-
-def call_block(block, *args):
-    """What torch.compile compiles: one block of the model. All blocks run the same compiled code."""
-    return block(*args)
+        return checkpoint(call, block, *args, use_reentrant=False, preserve_rng_state=False)
+    return call(block, *args)
 
 
 def block_at(block, x, attend, places):
@@ -176,8 +196,15 @@ def block_at(block, x, attend, places):
 
 
 def packed_forward(model, tokens, position, mask, places):
-    """The hidden states of a packed batch at `places`, indices into B·T: (N, C)."""
-    return hidden_at(model, tokens, position, lambda layer, q, k, v: attention(q, k, v, mask), places)
+    """The hidden states of a packed batch at `places`, indices into B·T: (N, C).
+
+    Its blocks are compiled if the model is. (Those of sampling are not: there, each layer and each number of
+    columns would be compiled anew.)
+    """
+    def attend(layer, q, k, v):
+        return attention(q, k, v, mask)
+
+    return hidden_at(model, tokens, position, attend, places, model.call_block)
 
 
 def compiled(function):

@@ -54,10 +54,12 @@ class Batch:
         return self.token_index[ends - 1]
 
     def in_one_row(self, multiple):
-        """The same batch with its rows end to end in one, padded to a multiple of `multiple`, at least two.
+        """The same batch with its rows end to end in one. Places stay as they are.
 
-        A place is still the same place. torch.compile makes special code for sizes of 1, so batches with
-        one row or several, or with one block or several, would each compile again.
+        It is padded to a multiple of `multiple` tokens, at least 2 · `multiple`.
+
+        torch.compile makes special code for a size of 1. So a batch of one row and one of several rows, or of
+        one block and of several blocks, would each be compiled anew; in this form, all batches are alike.
         """
         n_places = self.tokens.numel()
         length = max(-(-n_places // multiple), 2) * multiple

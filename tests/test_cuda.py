@@ -312,9 +312,9 @@ def test_nothing_compiles_again_after_the_warm_up(device):
     both_passes(10, 60, seed=0)
     if model.mask_kind == "dense":
         both_passes(1, 60, seed=0)
-    model.generate([[1, 2]], 3)
     rng = random.Random(0)
     with torch._dynamo.config.patch(error_on_recompile=True):  # monkeypatch would leave the setting deleted
+        model.generate([[1, 2], [3]], 5)
         for seed in range(50 if device == "cuda" else 15):
             both_passes(rng.choice([1, 3, 10, 30]), rng.choice([1, 20, 60, 150]), seed)
 
