@@ -46,7 +46,7 @@ class RunConfig:
     n_embd: PositiveInt = 64            # with --init=scratch
     seed: NonNegativeInt = 0            # of new weights, the order of the data, and sampling
     device: str | None = None           # cpu, cuda, cuda:1 …, mps (Apple); None: cuda if there is one
-    compile: bool | None = None         # torch.compile, with flex_attention and graphs on CUDA; None: large models on CUDA
+    compile: bool | None = None         # torch.compile, with flex_attention and graphs on CUDA; None: there, if large
     dtype: Literal["float32", "bfloat16"] | None = None  # of matrix products; None: bfloat16 on CUDA, else float32
     checkpoint_blocks: bool = False     # recompute the activations inside blocks: a third more work, less memory
     fsdp: bool = False                  # spread weights, gradients and optimizer over the processes (torchrun)
