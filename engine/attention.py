@@ -89,10 +89,12 @@ def block_mask(group, segment):
     segment_begin = latest(begins_segment)
     responses_begin = latest(begins_segment & (segment == 1))  # the end of a group's prompt
 
-    # Of each block of queries, by its first token: (n_blocks,) each
+    # For the first token of each block of queries, (n_blocks,) each: the blocks where its group begins, where
+    # its segment begins, and where its prompt ends
     first = group_begin[::BLOCK] // BLOCK
     own = segment_begin[::BLOCK] // BLOCK
     last_of_prompt = (responses_begin[::BLOCK] - 1) // BLOCK
+    # How many blocks of the prompt lie before those of its own segment; none if the token is in the prompt
     n_of_prompt = (torch.minimum(last_of_prompt + 1, own) - first).clamp(min=0)
     block = torch.arange(n_blocks, device=group.device)
     counts = n_of_prompt + block - own + 1
