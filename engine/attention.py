@@ -99,7 +99,7 @@ def block_mask(group, segment):
     block = torch.arange(n_blocks, device=group.device)
     counts = n_of_prompt + block - own + 1
 
-    # Row i lists the blocks that block i looks at; what stands behind its first counts[i] entries is not read.
+    # Row i lists the blocks that block i looks at; only its first counts[i] entries are read.
     of_prompt = first[:, None] + block
     of_own = own[:, None] + block - n_of_prompt[:, None]
     indices = torch.where(block < n_of_prompt[:, None], of_prompt, of_own).clamp(max=n_blocks - 1)
