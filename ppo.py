@@ -458,7 +458,7 @@ def update(run, models, optimizers, episodes, epochs, lrs, ptx_batches=None):
             metrics = Metrics()
             minibatch_tokens = episodes.mask[episodes.rows(minibatch)].sum().to(run.device)
 
-            # run.micro_batches takes this process's share of the minibatch (all shares have as many groups),
+            # run.micro_batches takes this process's share of the minibatch (all get equally many groups),
             # and splits it into lists of at most cfg.micro_tokens tokens, none of them empty. Every process
             # gets the same number of lists, because a sharded forward pass needs all processes at once.
             for indices in run.micro_batches(minibatch, groups):

@@ -16,8 +16,8 @@ Where responses tie, only the other pairs count. Eq. 1 sees only differences wit
 an offset open for each prompt. Two things settle it:
 
 - During training, a small term center_coef · (2 r̄)² pulls the mean score r̄ of a prompt's responses towards
-  0, so that scores of different prompts can be compared. Otherwise PPO's value model would have to learn a
-  separate offset for each prompt. The term's derivative is the same for each of the K scores, so it pushes on
+  0, so that all prompts share about one level. Otherwise PPO's value model would have to learn a separate
+  offset for each prompt. The term's derivative is the same for each of the K scores, so it pushes on
   their mean and not on the differences between them. (It is ours; at K = 2 it is the (r_w + r_l)² of
   arXiv:2312.09244.)
 - At the end, as in InstructGPT, the head's bias is shifted once, so that demonstrations score 0 on average:

@@ -68,9 +68,9 @@ def block_mask(group, segment):
     """The BlockMask of a single row: group, segment (T,), T a multiple of BLOCK.
 
     A group's tokens stand side by side, first its prompt, then response by response. So a block of queries
-    looks at two ranges of blocks: that of the prompt, if its first token is in a response, and from where
-    the segment of its first token begins up to itself. (create_block_mask finds the blocks by asking
-    `allowed` about all T² pairs, which takes 20 times as long.)
+    looks at two ranges of blocks: those of the prompt, if its first token is in a response; and those from
+    where that token's segment begins to itself. (create_block_mask finds the blocks by asking `allowed` about
+    all T² pairs, which takes much longer.)
     """
     T = len(group)
     n_blocks = T // BLOCK
@@ -81,28 +81,30 @@ def block_mask(group, segment):
         differs[1:] = x[1:] != x[:-1]
         return differs
 
-    def latest(flags):  # the last place so far that is flagged: (T,)
+    def latest(flags):  # for each place, the last one up to it that is flagged: (T,)
         return torch.where(flags, place, 0).cummax(0).values
 
     begins_segment = begins(group) | begins(segment)
     group_begin = latest(begins(group))
     segment_begin = latest(begins_segment)
-    responses_begin = latest(begins_segment & (segment == 1))  # the end of a group's prompt
+    responses_begin = latest(begins_segment & (segment == 1))  # the place behind a group's prompt
 
-    # For the first token of each block of queries, (n_blocks,) each: the blocks where its group begins, where
-    # its segment begins, and where its prompt ends
-    first = group_begin[::BLOCK] // BLOCK
-    own = segment_begin[::BLOCK] // BLOCK
-    last_of_prompt = (responses_begin[::BLOCK] - 1) // BLOCK
-    # How many blocks of the prompt lie before those of its own segment; none if the token is in the prompt
-    n_of_prompt = (torch.minimum(last_of_prompt + 1, own) - first).clamp(min=0)
+    # For the first token of each block of queries, the blocks in which its group begins, its segment begins,
+    # and its prompt ends: (n_blocks,) each. (prompt_end means nothing if the token is in a prompt.)
+    group_block = group_begin[::BLOCK] // BLOCK
+    segment_block = segment_begin[::BLOCK] // BLOCK
+    prompt_end = (responses_begin[::BLOCK] - 1) // BLOCK
+
+    # How many blocks the first range has (none if the token is in a prompt), and both ranges together
+    n_prompt = (torch.minimum(prompt_end + 1, segment_block) - group_block).clamp(min=0)
     block = torch.arange(n_blocks, device=group.device)
-    counts = n_of_prompt + block - own + 1
+    counts = n_prompt + (block - segment_block + 1)
 
-    # Row i lists the blocks that block i looks at; only its first counts[i] entries are read.
-    of_prompt = first[:, None] + block
-    of_own = own[:, None] + block - n_of_prompt[:, None]
-    indices = torch.where(block < n_of_prompt[:, None], of_prompt, of_own).clamp(max=n_blocks - 1)
+    # Row i lists the blocks that block i looks at, one range after the other. Only its first counts[i]
+    # entries are read.
+    in_prompt = group_block[:, None] + block
+    in_segment = segment_block[:, None] + block - n_prompt[:, None]
+    indices = torch.where(block < n_prompt[:, None], in_prompt, in_segment).clamp(max=n_blocks - 1)
 
     def allowed(b, h, q, k):
         same_group = (group_begin[q] <= k) & (k <= q)
@@ -163,8 +165,8 @@ def hidden_at(model, tokens, position, attend, places=None, call=call_block):
     tokens: (B, T). places: (N,) indices into B·T, for a result (N, C); None: all of them, (B, T, C).
 
     In the last block, only attention needs the other places; its projection and MLP run on `places`
-    alone. call: `call_block`, or compiled. With model.checkpoint_blocks, a block's activations are recomputed
-    in the backward pass.
+    alone. call: `call_block`, plain or compiled. With model.checkpoint_blocks, a block's activations are
+    recomputed in the backward pass.
     """
     x = model.wte(tokens) + model.wpe(position)
     *blocks, last = model.h
@@ -211,6 +213,7 @@ def packed_forward(model, tokens, position, mask, places):
 
 def compiled(function):
     """torch.compile for any shape: a kind of call compiles at its first shape, and seldom again."""
-    # The kinds of calls: models of different sizes, with gradients or without, and on a CPU one row or more.
+    # The kinds of calls: models of different sizes, frozen or not, with gradients or without, for one place
+    # or several; and with dense masks, for one row or several.
     torch._dynamo.config.recompile_limit = 32
     return torch.compile(function, dynamic=True)

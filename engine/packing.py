@@ -54,9 +54,9 @@ class Batch:
         return self.token_index[ends - 1]
 
     def in_one_row(self, multiple):
-        """The same batch with its rows end to end in one. Places stay as they are.
+        """The same batch with its rows end to end in one, which leaves all places as they are.
 
-        It is padded to a multiple of `multiple` tokens, at least 2 · `multiple`.
+        The row is padded to a multiple of `multiple` tokens, at least 2 · `multiple`.
 
         torch.compile makes special code for a size of 1. So a batch of one row and one of several rows, or of
         one block and of several blocks, would each be compiled anew; in this form, all batches are alike.

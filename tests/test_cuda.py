@@ -275,12 +275,11 @@ def test_the_device_computes_what_the_cpu_computes_plainly(dtype, device):
 def test_a_graph_samples_what_eager_steps_sample(options, device):
     """Token for token in float32, from the same noise; the cache grows over several numbers of columns, each a graph of its own."""
     prompts = [prompt for prompt, _ in some_groups(2, 32)]
-    n = 200 if device == "cuda" else 30  # a CPU has another number of columns at each step, but no graphs
-    noise = torch.rand(32, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(32, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     samples = []
     for compile in (True, False):
         sampler = sampling_copy(prepared(device, compile, torch.float32))
-        samples.append(sampler.generate(prompts, n, noise=noise, return_logprobs=True, **options))
+        samples.append(sampler.generate(prompts, 200, noise=noise, return_logprobs=True, **options))
     (by_graph, graph_logprobs), (eagerly, logprobs) = samples
     assert by_graph == eagerly
     for ours, theirs in zip(graph_logprobs, logprobs):
@@ -315,7 +314,7 @@ def test_nothing_compiles_again_after_the_warm_up(device):
     rng = random.Random(0)
     with torch._dynamo.config.patch(error_on_recompile=True):  # monkeypatch would leave the setting deleted
         model.generate([[1, 2], [3]], 5)
-        for seed in range(50 if device == "cuda" else 15):
+        for seed in range(50):
             both_passes(rng.choice([1, 3, 10, 30]), rng.choice([1, 20, 60, 150]), seed)
 
 

@@ -10,7 +10,7 @@ from conftest import make_model, random_groups
 
 import dpo
 from common.models import load_model
-from common.scoring import precompute_logp, logp_of_responses, pair_accuracy, response_logp
+from common.scoring import logp_of_responses, pair_accuracy, precompute_logp, response_logp
 from data import encode_groups, get_tokenizer
 from dpo import dpo_loss
 from engine.packing import pack, per_sequence
